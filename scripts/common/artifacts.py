@@ -1,0 +1,194 @@
+"""Output folders: hashes, the manifest, the lock, and the rename that makes a finished folder appear at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from scripts.common.config import ROOT
+from scripts.common.errors import UserError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "mlflow")
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file without reading it into memory at once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash a JSON value in its canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def artifact_sha256(manifest: dict[str, Any]) -> str:
+    """Return the identity of an artifact: the hash of its file map."""
+    return sha256_json(manifest["files"])
+
+
+def portable_path(path: str | Path) -> str:
+    """Write a path relative to the repository where it lies inside, so that manifests can travel."""
+    resolved = Path(path).resolve()
+    return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else str(path)
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit this code is at and whether it was edited; nulls outside a git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(folder: Path, stage: str, **facts: Any) -> dict[str, Any]:
+    """Hash every file of a folder and write its manifest last."""
+    manifest = {
+        "schema": SCHEMA,
+        "stage": stage,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+        "packages": package_versions(),
+        "git": git_state(),
+        "files": {
+            path.relative_to(folder).as_posix(): sha256_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        },
+    }
+    write_text_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: bool = True) -> dict[str, Any]:
+    """Read the manifest of a finished folder and check that its files are those it lists.
+
+    Raises: UserError when the folder is missing, unfinished, of another stage, or its files were changed.
+    """
+    folder = Path(folder)
+    mend_interrupted_publish(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Run the stage that writes it first, or correct the path.")
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files, stage = manifest["files"], manifest["stage"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder}: no valid {MANIFEST}, so it was not finished by this project. "
+            "Run the stage that writes it again (with --resume to go on from its last checkpoint)."
+        ) from None
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: found schema {manifest.get('schema')}, wanted {SCHEMA}. Make the artifact again with this version."
+        )
+    if stages and stage not in stages:
+        raise UserError(f"{folder}: found a folder of stage `{stage}`, wanted {' or '.join(stages)}.")
+    if verify:
+        for name, digest in files.items():
+            file = folder / name
+            if not file.is_file() or sha256_file(file) != digest:
+                what = "changed" if file.is_file() else "is missing"
+                raise UserError(f"{file}: {what} since {MANIFEST} was written. Restore the folder or make it again.")
+    return dict(manifest)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a crash leaves the old text or the new one, never half of either."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@contextmanager
+def locked_run_dir(output_dir: str | Path) -> Iterator[Path]:
+    """Hold `<output_dir>.run/`, the place for work in progress, for this process alone.
+
+    The lock dies with the process, so a killed run leaves nothing to clean up.
+    """
+    output_dir = Path(output_dir)
+    run_dir = output_dir.with_name(output_dir.name + ".run")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{output_dir}: another process is writing it. Wait for it to end, or choose another output_dir."
+        ) from None
+    try:
+        mend_interrupted_publish(output_dir)
+        yield run_dir
+    finally:
+        lock.release()
+
+
+def publish(part: Path, output_dir: str | Path) -> None:
+    """Put a complete folder in its place by renaming; the previous one goes only after the new one stands."""
+    output_dir = Path(output_dir)
+    old = output_dir.with_name(output_dir.name + ".old")
+    _fsync_tree(part)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists():
+        shutil.rmtree(old)
+    if output_dir.exists():
+        output_dir.rename(old)
+    part.rename(output_dir)
+    _fsync(output_dir.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def mend_interrupted_publish(output_dir: Path) -> None:
+    """Bring the previous folder back when a run died between the two renames."""
+    old = output_dir.with_name(output_dir.name + ".old")
+    if old.is_dir() and not output_dir.exists():
+        old.rename(output_dir)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

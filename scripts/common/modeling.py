@@ -1,0 +1,265 @@
+"""Find, load, fingerprint and adapt models: the only module that calls from_pretrained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from scripts.common.artifacts import read_manifest
+from scripts.common.config import ROOT
+from scripts.common.errors import UserError
+from scripts.common.rendering import PLAIN_TEMPLATE, template_sha256, tokenizer_sha256
+from scripts.common.runtime import Machine
+from scripts.common.schema import Config, Lora
+
+log = logging.getLogger(__name__)
+
+DEMO_MODEL = "models/smollm2-135m-instruct"
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+# Config entries that say how a copy was stored or called, not what the model computes.
+UNIMPORTANT = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "pad_token_id",
+}
+SAMPLES_PER_TENSOR = 16
+
+
+def find_model(model_id: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model, downloading it from the Hub when it is not here yet.
+
+    Raises: UserError when it is neither a folder, nor cached, nor reachable, or has no safetensors.
+    """
+    local = next((path for path in (Path(model_id), ROOT / model_id) if path.is_dir()), None)
+    folder = local or _hub_folder(model_id, revision)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{model_id}: is an adapter, wanted a base or merged model.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{model_id}: the folder holds no config.json, so it is no model. Correct base_model_id.")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{model_id}: the folder holds no *.safetensors; other weight files are never read. Convert it first."
+        )
+    return folder
+
+
+def _hub_folder(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or model_id.startswith((".", "models/")):
+        mend = " Run `python -m scripts.get_demo_model` first." if model_id == DEMO_MODEL else " Correct base_model_id."
+        raise UserError(f"{model_id}: no such model folder.{mend}")
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=MODEL_FILES))
+    except Exception as error:  # network, cache and access problems come as a dozen kinds
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        raise UserError(
+            f"base_model_id: {model_id} is not in the local cache and "
+            + ("HF_HUB_OFFLINE=1 forbids the Hub" if offline else f"the Hub did not give it ({type(error).__name__})")
+            + f".\nWithout a model hub use the demo model: `python -m scripts.get_demo_model`, then base_model_id: {DEMO_MODEL}."
+            + (
+                ""
+                if offline
+                else "\nIf it is cached, HF_HUB_OFFLINE=1 (or offline: true) uses the cache without asking the Hub."
+            )
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer, with a pad token and a chat template in any case."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder}: its tokenizer has no EOS token, so an answer could never end. Use another base model."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        log.info("the base brings no chat template; using the project's plain one, which is stored with the adapter")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_base(folder: Path, config: Config, machine: Machine) -> Any:
+    """Load the frozen base in the chosen dtype, quantised when the configuration asks for it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as logging_of_transformers
+
+    logging_of_transformers.disable_progress_bar()
+    quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=machine.dtype,
+        quantization_config=_quantization_config(config, machine) if quantized else None,
+        device_map={"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized and machine.device == "cuda" else None,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if quantized and machine.device == "cpu":
+        _keep_4bit_weights_unpacked(model)
+    if not quantized:
+        model.to(machine.device)
+    model.config.use_cache = False
+    return model
+
+
+def _quantization_config(config: Config, machine: Machine) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    key = "load_in_4bit" if config.quantization.load_in_4bit else "load_in_8bit"
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"quantization.{key}: bitsandbytes is not installed. `pip install -r requirements.gpu.txt`, or set it to false."
+        ) from None
+    if config.quantization.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=machine.dtype,
+    )
+
+
+def _keep_4bit_weights_unpacked(model: Any) -> None:
+    # On AVX512-BF16 an evaluation repacks 4-bit weights in place; afterwards gradients vanish and merges are garbage.
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def base_fingerprint(folder: Path) -> str:
+    """Identify a base by its configuration and sampled weights, whatever folder, id or float type it is stored in.
+
+    Samples are rounded to bf16, so that an fp32 and a bf16 copy of one model are the same base.
+    """
+    import torch
+    from safetensors import safe_open
+
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(
+        json.dumps({k: v for k, v in described.items() if k not in UNIMPORTANT}, sort_keys=True).encode()
+    )
+    owner: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            owner.update(dict.fromkeys(tensors.keys(), file))
+    for file in sorted(set(owner.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(name for name, where in owner.items() if where == file):
+                shape = tensors.get_slice(name).get_shape()
+                digest.update(f"{name}{shape}".encode())
+                digest.update(_samples(tensors, name, shape).to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _samples(tensors: Any, name: str, shape: list[int]) -> Any:
+    """Read a few values spread over a tensor without reading all of it."""
+    rows = shape[0] if shape else 1
+    picked = sorted({(rows * step) // SAMPLES_PER_TENSOR for step in range(SAMPLES_PER_TENSOR)})
+    import torch
+
+    if not shape:
+        return tensors.get_tensor(name).reshape(1)
+    part = tensors.get_slice(name)
+    values = [part[row : row + 1].reshape(-1) for row in picked]
+    return torch.cat([value[:: max(1, math.ceil(len(value) / SAMPLES_PER_TENSOR))] for value in values])
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Name the linear layers of the decoder blocks: what `lora.target_modules: auto` stands for."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and re.search(r"\.\d+\.", name)
+    }
+    if not names:
+        raise UserError("lora.target_modules: auto found no linear layer in this architecture; name the modules.")
+    return sorted(names)
+
+
+def add_lora(model: Any, lora: Lora, base_id: str) -> Any:
+    """Wrap a base with a fresh adapter whose weights stay fp32, and name the modules it adapts."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = linear_layers(model) if lora.target_modules == "auto" else lora.target_modules
+    log.info("adapter on %s", ", ".join(targets))
+    initial: Any = True if lora.init == "default" else lora.init
+    try:
+        wrapped = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(targets), use_rslora=lora.use_rslora,
+                use_dora=lora.use_dora, init_lora_weights=initial, task_type="CAUSAL_LM",
+            ),
+        )  # fmt: skip
+    except ValueError as error:
+        known = ", ".join(linear_layers(model))
+        raise UserError(f"lora: PEFT refuses this adapter: {error}\nLinear layers of this model: {known}.") from None
+    wrapped.peft_config["default"].base_model_name_or_path = base_id
+    return wrapped
+
+
+def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, name: str = "default") -> Any:
+    """Put a finished adapter on its base.
+
+    Raises: UserError when a weight is missing, not finite, or does not fit the base.
+    """
+    import torch
+    from peft import PeftModel
+
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
+    try:
+        wrapped = PeftModel.from_pretrained(
+            model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{adapter}: does not fit the base model: {str(error).splitlines()[0]}") from None
+    bad = [key for key, value in wrapped.named_parameters() if f".{name}." in key and not torch.isfinite(value).all()]
+    if bad:
+        raise UserError(
+            f"{adapter}: {len(bad)} tensors hold NaN or infinite values, the first is {bad[0]}. Train it again."
+        )
+    return wrapped
+
+
+def check_adapter_fits(
+    adapter: str | Path, base_folder: Path, tokenizer: Any, stages: tuple[str, ...] = ("sft", "dpo")
+) -> dict[str, Any]:
+    """Return an adapter's manifest after proving that it was made on this base, tokenizer and template."""
+    manifest = read_manifest(adapter, stages=stages)
+    facts = {
+        "base model": (manifest["base_model"]["fingerprint"], base_fingerprint(base_folder)),
+        "tokenizer": (manifest["tokenizer_sha256"], tokenizer_sha256(tokenizer)),
+        "chat template": (manifest["chat_template_sha256"], template_sha256(tokenizer)),
+    }
+    for what, (made_on, found) in facts.items():
+        if made_on != found:
+            raise UserError(
+                f"{adapter}: was trained on another {what} ({made_on[:12]}…) than {base_folder} has ({found[:12]}…). "
+                f"It was made on {manifest['base_model']['id']}; set base_model_id to it, or train the adapter again."
+            )
+    return manifest

@@ -1,0 +1,133 @@
+"""Write what is derived from the schema: configs/schema.json, configs/config.yaml and README's config reference.
+
+python -m scripts.common.reference
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from scripts.common.config import ROOT, SCHEMA_FILE, TRAINER_SECTIONS
+from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
+
+README_START, README_END = "<!-- config reference: generated -->", "<!-- end of config reference -->"
+
+
+def schema_json() -> str:
+    """Render the JSON schema for editors, with the argument names that TRL's trainers take."""
+    import trl
+
+    schema = Config.model_json_schema()
+    for section, class_name in TRAINER_SECTIONS.items():
+        names = {field.name for field in dataclasses.fields(getattr(trl, class_name)) if field.init}
+        names -= {*OWNED_TRAINER_ARGUMENTS, *REMOVED_TRAINER_ARGUMENTS}
+        schema["$defs"][class_name] = {
+            "type": "object",
+            "properties": {name: {} for name in sorted(names)},
+            "additionalProperties": False,
+        }
+        model = schema["$defs"].get(section.capitalize())
+        if model:
+            trainer = model["properties"]["trainer"]
+            model["properties"]["trainer"] = {
+                "$ref": f"#/$defs/{class_name}",
+                "description": trainer["description"],
+                "default": {},
+            }
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def default_of(field: FieldInfo) -> Any:
+    """Return the default of a field, or PydanticUndefined where it must be stated."""
+    return field.get_default(call_default_factory=True)
+
+
+def config_yaml(stated: dict[str, Any]) -> str:
+    """Render every key with its description; keys at their default are commented out."""
+    lines = [
+        "# One file describes the whole chain. Keys at their default are commented out; remove `# ` to change one.",
+        "# Generated from scripts/common/schema.py by `python -m scripts.common.reference`.",
+        "# yaml-language-server: $schema=schema.json",
+    ]
+    for name, field in Config.model_fields.items():
+        lines.append("")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines.append(f"{name}:")
+            for inner_name, inner in field.annotation.model_fields.items():
+                lines += _key_lines(f"{name}.{inner_name}", inner, "  ", stated)
+        else:
+            lines += _key_lines(name, field, "", stated)
+    return "\n".join(lines) + "\n"
+
+
+def _key_lines(key: str, field: FieldInfo, indent: str, stated: dict[str, Any]) -> list[str]:
+    value = stated.get(key, default_of(field))
+    mark = "" if key in stated else "# "
+    shown = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    comment = textwrap.wrap(field.description or "", 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    return [*comment, f"{indent}{mark}{key.rpartition('.')[2]}: {shown}"]
+
+
+def readme_reference() -> str:
+    """Render the table of keys that stands in README."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows += [_row(f"{name}.{inner}", details) for inner, details in field.annotation.model_fields.items()]
+        else:
+            rows.append(_row(name, field))
+    return "\n".join([README_START, *rows, README_END])
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    value = default_of(field)
+    default = "required" if value is PydanticUndefined else f"`{json.dumps(value, ensure_ascii=False)}`"
+    return f"| `{key}` | {default} | {field.description} |"
+
+
+# What configs/config.yaml states: the keys a reader looks for first.
+STATED: dict[str, Any] = {
+    "base_model_id": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "quantization.load_in_4bit": False,
+    "lora.r": 16,
+    "lora.alpha": 32,
+    "lora.dropout": 0.05,
+    "lora.target_modules": "auto",
+    "sft.dataset_path": "data/sft/sample_sft.jsonl",
+    "sft.num_train_epochs": 3,
+    "sft.learning_rate": 2e-4,
+    "tracking.mlflow_tracking_uri": "sqlite:///mlflow.db",
+}
+
+
+def updated_readme(text: str) -> str:
+    """Put the current table between README's markers."""
+    head, _, rest = text.partition(README_START)
+    _, _, tail = rest.partition(README_END)
+    return f"{head}{readme_reference()}{tail}"
+
+
+def main() -> int:
+    """Write the three files."""
+    SCHEMA_FILE.write_text(schema_json(), encoding="utf-8")
+    (ROOT / "configs" / "config.yaml").write_text(config_yaml(STATED), encoding="utf-8")
+    readme = ROOT / "README.md"
+    if readme.exists():
+        readme.write_text(updated_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

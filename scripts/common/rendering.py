@@ -1,0 +1,138 @@
+"""Turn conversations into token ids: the one function that training, comparison and serving share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.common.errors import UserError
+from scripts.common.records import Message, Record, with_system_prompt
+
+IGNORED = -100
+
+# For base models that bring no chat template, such as gpt2. Stored with the adapter like any other template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of a conversation and their labels; -100 where no loss is taken."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+def user_turn(prompt: str, system_prompt: str | None = None) -> list[Message]:
+    """Make a plain prompt the one user turn it stands for."""
+    return with_system_prompt([{"role": "user", "content": prompt}], system_prompt)
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the ids a model is asked to continue, up to where its answer begins.
+
+    Control tokens typed inside a message are encoded as ordinary text.
+    """
+    return _ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def render_completion(tokenizer: Any, prompt: Sequence[Message], prompt_ids: Sequence[int], answer: str) -> list[int]:
+    """Return the ids of an answer as they follow `prompt_ids`, ending exactly at the end-of-turn token.
+
+    Raises: UserError when the template cannot be split there.
+    """
+    whole = _ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    stops = stop_token_ids(tokenizer)
+    if whole[: len(prompt_ids)] == list(prompt_ids):
+        ids = whole[len(prompt_ids) :]
+    else:
+        # Tokens merge across the boundary; a model continues from the prompt's own ids, so the answer starts afresh.
+        shown, full = tokenizer.decode(prompt_ids), tokenizer.decode(whole)
+        if not full.startswith(shown):
+            raise UserError(
+                "the chat template renders a prompt differently once an answer follows, so what is trained would not be "
+                f"what is served. The prompt alone ends with {shown[-40:]!r}. Use a base model with another template."
+            )
+        ids = tokenizer.encode(full[len(shown) :], add_special_tokens=False)
+    last = max((index for index, token in enumerate(ids) if token in stops), default=None)
+    if last is None:
+        return [*ids, tokenizer.eos_token_id]
+    return ids[: last + 1]
+
+
+def render_record(tokenizer: Any, record: Record) -> Rendered:
+    """Render a record; each trained answer carries labels up to and with its end-of-turn token.
+
+    The sequence ends at the last trained token: what a template writes after it is never trained nor served.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for turn in record.trained:
+        prompt = record.messages[:turn]
+        prompt_ids = render_prompt(tokenizer, prompt)
+        if prompt_ids[: len(input_ids)] != input_ids:
+            raise UserError(
+                f"{record.source}: the chat template rewrites earlier turns, so the answers of one chat cannot be trained "
+                "together. Set data.train_on: last."
+            )
+        answer_ids = render_completion(tokenizer, prompt, prompt_ids, record.messages[turn]["content"])
+        labels += [IGNORED] * (len(prompt_ids) - len(labels)) + answer_ids
+        input_ids = prompt_ids + answer_ids
+    return Rendered(input_ids, labels)
+
+
+def stop_token_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's EOS, and the token its template closes an answer with."""
+    known = getattr(tokenizer, "_stop_token_ids", None)
+    if known is None:
+        prompt = _ids(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+        whole = _ids(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        special = set(tokenizer.all_special_ids)
+        closing = [token for token in whole[len(prompt) :] if token in special]
+        known = {tokenizer.eos_token_id, *closing[:1]}
+        tokenizer._stop_token_ids = known
+    return set(known)
+
+
+def check_rendered(tokenizer: Any, record: Record, rendered: Rendered) -> None:
+    """Prove on one record that the trained tokens are exactly the answers and their end-of-turn tokens."""
+    trained = [label for label in rendered.labels if label != IGNORED]
+    stops = stop_token_ids(tokenizer)
+    text = tokenizer.decode([token for token in trained if token not in stops], skip_special_tokens=False)
+    wanted = "".join(record.messages[turn]["content"] for turn in record.trained)
+    ends = sum(token in stops for token in trained)
+    if "".join(text.split()) != "".join(wanted.split()) or ends < len(record.trained) or trained[-1] not in stops:
+        raise UserError(
+            f"{record.source}: the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the "
+            f"answer {wanted[:200]!r} and one. The tokenizer or its chat template cannot be used for training."
+        )
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """Identify the chat template."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Identify the vocabulary, merges and special tokens, whatever folder they were read from."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
+    return list(
+        tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, sanitize_control_tokens=True, return_dict=True
+        )["input_ids"]
+    )

@@ -1,0 +1,172 @@
+"""What the machine offers and how this process uses it: device, dtype, threads, allocator, seed, log, signals."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from scripts.common.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, UserError
+from scripts.common.schema import Config
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+# glibc gives large blocks back to the kernel at once and faults them in again at the next step: 17 to 23 % of a
+# CPU training step. These are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
+MALLOC_SETTINGS = ((-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The choices of one run and the reason for each."""
+
+    device: str
+    dtype: torch.dtype
+    threads: int
+    reasons: tuple[str, ...]
+
+
+def prepare_environment(config: Config) -> None:
+    """Set what libraries read at import; call it before importing torch or transformers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if config.offline:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+def choose_machine(config: Config) -> Machine:
+    """Choose device, dtype and threads, and say why."""
+    import torch
+
+    wanted = config.performance
+    if wanted.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("performance.device: found cuda, but torch sees no GPU. Use auto or cpu.")
+    device = "cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu"
+    reasons = [
+        f"device {device}: "
+        + ("asked for" if wanted.device != "auto" else "a GPU is there" if device == "cuda" else "no GPU")
+    ]
+    fast, why = bf16_support(device)
+    if wanted.dtype == "auto":
+        dtype = torch.bfloat16 if fast else torch.float32
+        reasons.append(f"base weights in {str(dtype).removeprefix('torch.')}: {why}")
+    else:
+        dtype = torch.bfloat16 if wanted.dtype == "bf16" else torch.float32
+        reasons.append(f"base weights in {str(dtype).removeprefix('torch.')}: asked for")
+    threads = available_cores() if wanted.threads == "auto" else wanted.threads
+    return Machine(device, dtype, threads, tuple(reasons))
+
+
+def bf16_support(device: str) -> tuple[bool, str]:
+    """Say whether the device multiplies matrices in bf16, and how that was found."""
+    import torch
+
+    if device == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return supported, f"the GPU {'computes' if supported else 'does not compute'} in bf16"
+    if torch.cpu._is_amx_tile_supported():
+        return True, "the CPU has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "the CPU has AVX512-BF16"
+    return False, "the CPU has neither AMX nor AVX512-BF16"
+
+
+def available_cores() -> int:
+    """Count the cores this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def apply_machine(machine: Machine) -> None:
+    """Set threads and allocator for this process."""
+    import torch
+
+    torch.set_num_threads(machine.threads)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            for parameter, value in MALLOC_SETTINGS:
+                libc.mallopt(parameter, value)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator; call it before an adapter is created, whose weights start at random."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def is_main_process() -> bool:
+    """Tell whether this process tracks, saves and prints; launchers number the others from 1."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory this process has held so far (device memory on a GPU)."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset / 2**30)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def set_up_logging(log_file: Path | None = None) -> None:
+    """Send our log to the terminal and to a file; keep chatty libraries to warnings."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    level = logging.INFO if is_main_process() else logging.ERROR
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
+    for package in ("scripts", "eval", "serve", "__main__"):
+        logging.getLogger(package).setLevel(level)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class StopSignal:
+    """Remember a request to stop until the training loop reaches a step where it can."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self.deferred = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        if self.exit_code or not self.deferred:  # a second signal does not wait
+            raise Interrupted(code)
+        self.exit_code = code
+        log.warning("stopping after this step; a checkpoint will be written (send the signal again to stop now)")
+
+
+@contextmanager
+def trapped_signals() -> Iterator[StopSignal]:
+    """Turn SIGINT and SIGTERM into an orderly end for the length of the block."""
+    stop = StopSignal()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,191 @@
+"""Every configuration key: its type, its default, its unit and what it does. The only home of defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Quantization(Section):
+    load_in_4bit: bool = Field(
+        False, description="Load the base in 4-bit NF4 (QLoRA); needs requirements.gpu.txt. GPU and CPU."
+    )
+    load_in_8bit: bool = Field(False, description="Load the base in 8-bit; needs requirements.gpu.txt. GPU and CPU.")
+
+
+class Lora(Section):
+    r: Positive = Field(16, description="Rank of the adapter matrices.")
+    alpha: Positive = Field(32, description="Scale numerator: the update is multiplied by alpha / r.")
+    dropout: Ratio = Field(
+        0.0, description="Dropout on the adapter's input. Acts in SFT only: TRL's DPO turns dropout off."
+    )
+    target_modules: Literal["auto"] | list[str] = Field(
+        "auto", description="Module names that get an adapter; `auto` takes every linear layer of the decoder blocks."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
+    use_dora: bool = Field(
+        False, description="Train magnitude and direction apart (DoRA). Slower; cannot be served in mixed batches."
+    )
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
+        "default",
+        description="How A and B start. pissa and olora are saved as a plain adapter of rank 2r, so every consumer can load them.",
+    )
+
+
+class Data(Section):
+    validation_ratio: Ratio = Field(0.1, description="Share of prompts held out from all training, 0 to below 1.")
+    split_seed: int = Field(0, description="Changes which prompts are held out.")
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="`stop` refuses a file with a bad row; `skip` writes bad rows to rejects.jsonl and goes on."
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="Which assistant turns of a chat are trained: all of them or only the last."
+    )
+    system_prompt: str | None = Field(
+        None,
+        description="System message put before conversations that bring none; null leaves it to the model's template.",
+    )
+
+
+class WeightedDataset(Section):
+    path: str = Field(description="File (jsonl, json, csv, parquet) or Hub dataset id.")
+    weight: float = Field(1.0, gt=0, description="Times each record is seen per epoch; 0.5 takes a fixed random half.")
+
+
+class Training(Section):
+    """What SFT and DPO have in common."""
+
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training records.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of the adapter.")
+    per_device_train_batch_size: Positive = Field(8, description="Records per forward pass and device.")
+    gradient_accumulation_steps: Positive = Field(1, description="Forward passes per optimizer step.")
+    max_length: Positive = Field(1024, description="Longest record in tokens, prompt and answer together.")
+    early_stopping_patience: int = Field(
+        0, ge=0, description="Evaluations without a better held-out loss before training stops; 0 never stops early."
+    )
+    trainer: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Any other argument of TRL's trainer, by its own name (max_steps, eval_strategy, …).",
+    )
+
+
+class Sft(Training):
+    dataset_path: str | list[WeightedDataset] = Field(
+        "data/sft/sample_sft.jsonl", description="Instruction records: a file, a Hub dataset id, or a weighted list."
+    )
+    output_dir: str = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
+
+
+class Performance(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute; `auto` takes a GPU when there is one."
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="Type of the frozen base weights; `auto` takes bf16 where the hardware computes in it. Adapters are fp32.",
+    )
+    threads: Literal["auto"] | Positive = Field(
+        "auto", description="CPU threads; `auto` takes the cores this process may use."
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Recompute activations to save memory, 20 to 30 % slower; `auto` only when the estimate asks for it.",
+    )
+    fast_path: bool = Field(
+        True, description="Score only answer tokens in TRL's loss on devices without Triton; exact, much faster."
+    )
+    group_by_length: bool = Field(True, description="Put records of similar length into the same batch; less padding.")
+
+
+class Tracking(Section):
+    mlflow_tracking_uri: str = Field(
+        "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
+    )
+    experiment: str = Field("llm-finetune-sft-dpo", description="MLflow experiment.")
+    log_adapter: bool = Field(True, description="Copy the finished adapter into the MLflow run.")
+
+
+class Config(Section):
+    base_model_id: str = Field(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", description="Base model: Hub id or local folder with safetensors."
+    )
+    base_model_revision: str | None = Field(
+        None, description="Commit or tag of the base on the Hub; null takes the default branch."
+    )
+    seed: int = Field(0, ge=0, description="Seed of adapter initialisation, data order and dropout.")
+    offline: bool = Field(False, description="Never reach for the Hub; use local folders and the cache only.")
+    quantization: Quantization = Quantization()
+    lora: Lora = Lora()
+    data: Data = Data()
+    sft: Sft = Sft()
+    performance: Performance = Performance()
+    tracking: Tracking = Tracking()
+
+
+# Names that `sft.trainer` and `dpo.trainer` refuse because the project decides them, with the place to say it.
+OWNED_TRAINER_ARGUMENTS = {
+    "output_dir": "{section}.output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "performance.dtype",
+    "fp16": "performance.dtype",
+    "bf16_full_eval": "performance.dtype",
+    "fp16_full_eval": "performance.dtype",
+    "use_cpu": "performance.device",
+    "gradient_checkpointing": "performance.gradient_checkpointing",
+    "activation_checkpointing": "performance.gradient_checkpointing",
+    "train_sampling_strategy": "performance.group_by_length",
+    "report_to": "tracking.mlflow_tracking_uri",
+    "run_name": "tracking.experiment",
+    "resume_from_checkpoint": "the flag --resume",
+    "disable_tqdm": "nothing: progress goes to the terminal only",
+    "load_best_model_at_end": "nothing: on by itself when evaluation and saving go together",
+    "metric_for_best_model": "nothing: the held-out loss decides",
+    "greater_is_better": "nothing: the held-out loss decides",
+    "save_only_model": "nothing: a checkpoint must be resumable",
+    "remove_unused_columns": "nothing: the project hands in token ids",
+    "dataset_text_field": "nothing: the project hands in token ids",
+    "dataset_kwargs": "nothing: the project hands in token ids",
+    "completion_only_loss": "data.train_on",
+    "assistant_only_loss": "data.train_on",
+    "truncation_mode": "{section}.max_length (nothing is cut silently)",
+    "chat_template_path": "nothing: the template is the base model's",
+    "model_init_kwargs": "performance and quantization",
+    "pad_token": "nothing: the tokenizer's own",
+    "eos_token": "nothing: the tokenizer's own",
+    "packing": "performance.group_by_length (as little padding, no dense mask)",
+    "padding_free": "performance.group_by_length",
+    "push_to_hub": "nothing: publish from export_lora",
+    "trust_remote_code": "nothing: never switched on",
+    "ref_model_init_kwargs": "nothing: the reference shares the base",
+}
+
+# Names that transformers or TRL once had, with what replaced them.
+REMOVED_TRAINER_ARGUMENTS = {
+    "warmup_ratio": "warmup_steps (a number below 1 is a ratio)",
+    "max_seq_length": "{section}.max_length",
+    "max_prompt_length": "{section}.max_length",
+    "max_completion_length": "{section}.max_length",
+    "evaluation_strategy": "eval_strategy",
+    "overwrite_output_dir": "nothing: an output folder is replaced only when the new one is complete",
+    "logging_dir": "tracking.mlflow_tracking_uri",
+    "group_by_length": "performance.group_by_length",
+    "no_cuda": "performance.device",
+    "save_safetensors": "nothing: always safetensors",
+    "include_tokens_per_second": "nothing: always reported",
+    "reference_free": "dpo.reference",
+    "rpo_alpha": "dpo.sft_weight",
+    "label_pad_token_id": "nothing: always -100",
+    "ref_adapter_name": "dpo.reference",
+    "model_adapter_name": "dpo.init_from",
+    "force_use_ref_model": "dpo.reference",
+    "tokenizer": "base_model_id",
+}

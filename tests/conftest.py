@@ -1,0 +1,139 @@
+"""Real but tiny parts: architectures with two layers, a tokenizer trained in process, an MLflow store in a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = Path(__file__).parent / "offline"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false"
+)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+_spec = importlib.util.spec_from_file_location("offline_guard", OFFLINE / "sitecustomize.py")
+assert _spec is not None
+assert _spec.loader is not None
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
+    """Train a byte-level BPE tokenizer on the repository's own sample data."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train([str(ROOT / "data/sft/sample_sft.jsonl")], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+    """Save a randomly initialised two-layer model of a real architecture with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer(None if architecture == "gpt2" else CHAT_TEMPLATE)
+    common = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if architecture == "gpt2":
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    else:
+        shape = {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8,
+        }  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **common, **shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a two-layer Llama."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a two-layer GPT-2 without a chat template."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Return the demo model's folder, or skip where it was not brought."""
+    folder = ROOT / "models" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("needs the demo model: python -m scripts.get_demo_model")
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of public data beside the checkout, or skip where there is none."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs ../shared/data")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a YAML config whose outputs and MLflow store lie in the test's folder."""
+    import yaml
+
+    def write(**sections: object) -> Path:
+        tree: dict = {"offline": True, "tracking": {"mlflow_tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}}
+        for name, value in sections.items():
+            tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    """Write rows, one JSON object per line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_python(
+    *arguments: str | Path, timeout: float = 300, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project as a user would, in its own process, offline."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
