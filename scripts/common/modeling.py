@@ -92,7 +92,7 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_base(folder: Path, config: Config, machine: Machine) -> Any:
+def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: bool = False) -> Any:
     """Load the frozen base in the chosen dtype, quantised when the configuration asks for it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as logging_of_transformers
@@ -112,6 +112,10 @@ def load_base(folder: Path, config: Config, machine: Machine) -> Any:
         _keep_4bit_weights_unpacked(model)
     if not quantized:
         model.to(machine.device)
+    if quantized:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     model.config.use_cache = False
     return model
 
@@ -219,6 +223,23 @@ def add_lora(model: Any, lora: Lora, base_id: str) -> Any:
         raise UserError(f"lora: PEFT refuses this adapter: {error}\nLinear layers of this model: {known}.") from None
     wrapped.peft_config["default"].base_model_name_or_path = base_id
     return wrapped
+
+
+def merge_initialisation(model: Any, scratch: Path) -> dict[str, Any]:
+    """Return what save_pretrained needs to write a PiSSA or OLoRA adapter as one for the plain base.
+
+    Both move a part of the base weights into the adapter; the saved difference to the starting adapter is a plain LoRA.
+    """
+    start = scratch / "initial_adapter"
+    return {"path_initial_model_for_weight_conversion": str(start)} if start.is_dir() else {}
+
+
+def save_initialisation(model: Any, scratch: Path) -> None:
+    """Keep the starting adapter where `merge_initialisation` will need it."""
+    config = model.peft_config["default"]
+    if config.init_lora_weights in ("pissa", "olora"):
+        config.init_lora_weights = True  # what is saved is weights, not a recipe to make them again
+        model.save_pretrained(scratch / "initial_adapter", save_embedding_layers=False)
 
 
 def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, name: str = "default") -> Any:

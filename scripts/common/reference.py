@@ -103,7 +103,7 @@ STATED: dict[str, Any] = {
     "quantization.load_in_4bit": False,
     "lora.r": 16,
     "lora.alpha": 32,
-    "lora.dropout": 0.05,
+    "lora.dropout": 0.0,
     "lora.target_modules": "auto",
     "sft.dataset_path": "data/sft/sample_sft.jsonl",
     "sft.num_train_epochs": 3,

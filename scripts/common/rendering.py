@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from scripts.common.errors import UserError
@@ -33,6 +34,12 @@ class Rendered:
     @property
     def trained_tokens(self) -> int:
         return sum(label != IGNORED for label in self.labels)
+
+    def runs(self) -> list[tuple[bool, list[int]]]:
+        """Return the ids in runs of trained and untrained ones."""
+        pairs = zip(self.input_ids, self.labels, strict=True)
+        grouped = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+        return [(trained, [token for token, _ in run]) for trained, run in grouped]
 
 
 def user_turn(prompt: str, system_prompt: str | None = None) -> list[Message]:

@@ -35,6 +35,7 @@ class Machine:
     device: str
     dtype: torch.dtype
     threads: int
+    processes: int
     reasons: tuple[str, ...]
 
 
@@ -67,7 +68,7 @@ def choose_machine(config: Config) -> Machine:
         dtype = torch.bfloat16 if wanted.dtype == "bf16" else torch.float32
         reasons.append(f"base weights in {str(dtype).removeprefix('torch.')}: asked for")
     threads = available_cores() if wanted.threads == "auto" else wanted.threads
-    return Machine(device, dtype, threads, tuple(reasons))
+    return Machine(device, dtype, threads, int(os.environ.get("WORLD_SIZE", "1")), tuple(reasons))
 
 
 def bf16_support(device: str) -> tuple[bool, str]:

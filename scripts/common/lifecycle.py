@@ -1,0 +1,86 @@
+"""The course of a training run: start or resume, track, train, prove, save, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.common import finishing, resuming, training
+from scripts.common.memory import available_memory_gib
+from scripts.common.records import DatasetFile
+from scripts.common.runtime import choose_machine
+from scripts.common.stage import Origin, Stage
+from scripts.common.tracking import tracked_run
+
+log = logging.getLogger(__name__)
+
+
+def train_and_finish(
+    stage: Stage,
+    origin: Origin,
+    datasets: list[dict[str, Any]],
+    build_trainer: Callable[[], Any],
+    *,
+    before_training: Callable[[Any, Any], dict[str, Any]] = lambda trainer, tracker: {},
+    after_training: Callable[[Any], dict[str, Any]] = lambda trainer: {},
+    next_command: str,
+) -> None:
+    """Train from wherever the run stands, prove that it did something, save it and report."""
+    assert stage.run_dir is not None
+    config, section = stage.config, stage.section
+    identity = resuming.identity(
+        stage.name, config.values.model_dump(mode="json"), datasets, origin.fingerprint, origin.parent
+    )
+    if stage.resume and resuming.is_finished(section.output_dir, stage.name, identity):
+        log.info("%s is finished already; nothing to resume", section.output_dir)
+        return
+    resumption = resuming.find_resumption(stage.run_dir, identity, stage.resume)
+    with tracked_run(
+        config, stage.name, parent_run_id=origin.parent_run_id, earlier=resumption.mlflow_run_id, resume=stage.resume
+    ) as tracker:
+        finishing.log_inputs(tracker, config, stage.run_dir, datasets)
+        trainer = build_trainer()
+        for callback in training.training_callbacks(section, trainer.args, tracker, stage.stop):
+            trainer.add_callback(callback)
+        parameters = training.trainable_parameters(trainer.model)
+        started, first_weights = time.monotonic(), training.snapshot(parameters)
+        facts = before_training(trainer, tracker)
+        before = resumption.loss_before
+        if before is None and trainer.eval_dataset is not None:
+            before = trainer.evaluate()["eval_loss"]
+        resuming.write_state(stage.run_dir, identity, tracker.run_id, before)
+        progress = training.train(trainer, resumption, stage.stop)
+        training.check_changed(first_weights, parameters)
+        facts |= after_training(trainer)
+        metrics = finishing.summary_metrics(trainer, progress, time.monotonic() - started, before) | facts
+        finishing.finish(
+            trainer,
+            tracker,
+            stage.run_dir,
+            section.output_dir,
+            stage.name,
+            finishing.manifest_facts(config, origin, datasets, tracker.run_id, metrics),
+        )
+    finishing.print_summary(stage.name.upper(), section.output_dir, config, metrics, next_command)
+
+
+def show_plan(
+    stage: Stage,
+    base_folder: Path,
+    files: Sequence[DatasetFile],
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    sequences: int,
+) -> None:
+    """Print what a dry run can know: data, lengths, steps, machine and memory."""
+    machine = choose_machine(stage.config.values)
+    plan = training.plan_training(stage.config.values, stage.section, base_folder, machine, rows, sequences)
+    ordered = sorted(lengths)
+    log.info("datasets: %s", ", ".join(f"{file.path} (weight {file.weight})" for file in files))
+    log.info("tokens per sequence: median %d, longest %d; none would be cut", ordered[len(ordered) // 2], ordered[-1])
+    log.info("%d optimizer steps", training.total_steps(stage.section, len(rows), machine.processes))
+    log.info("%s", "; ".join(machine.reasons + plan.reasons))
+    log.info("memory: %s of %.1f GiB free", plan.estimate, available_memory_gib(machine.device))

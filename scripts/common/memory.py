@@ -1,0 +1,101 @@
+"""Estimate the peak memory of a LoRA training run before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.common.schema import Config
+
+GIB = 2**30
+LIBRARIES_GIB = 0.9  # torch, transformers, TRL and MLflow in one CPU process
+# Values kept for the backward pass, per token and layer: multiples of the hidden and the intermediate size.
+HIDDEN_VALUES, INTERMEDIATE_VALUES = 16, 5
+SAFETY_RATIO = 0.9  # of what is free
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Where the memory of a run goes, in GiB."""
+
+    weights: float
+    adapter: float
+    activations: float
+    logits: float
+    libraries: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapter + self.activations + self.logits + self.libraries
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in vars(self).items())
+        return f"about {self.total:.1f} GiB ({parts})"
+
+
+def parameter_count(folder: Path) -> int:
+    """Count a model's parameters from the headers of its safetensors, without reading the weights."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for size in entry["shape"]:
+                    count *= size
+                total += count
+    return total
+
+
+def estimate_memory(
+    folder: Path,
+    config: Config,
+    *,
+    batch_tokens: int,
+    answer_tokens: int,
+    bytes_per_value: int,
+    cpu: bool,
+    checkpointing: bool,
+) -> MemoryEstimate:
+    """Estimate a run's peak from the model's shape and its largest batch.
+
+    Units: batch_tokens and answer_tokens are those of the largest forward pass, padding included.
+    """
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    hidden = shape.get("hidden_size") or shape.get("n_embd", 0)
+    layers = shape.get("num_hidden_layers") or shape.get("n_layer", 0)
+    intermediate = shape.get("intermediate_size") or shape.get("n_inner") or 4 * hidden
+    weight_bytes = (
+        0.6 if config.quantization.load_in_4bit else 1.1 if config.quantization.load_in_8bit else bytes_per_value
+    )
+    adapter_parameters = layers * config.lora.r * (8 * hidden + 3 * (hidden + intermediate))
+    per_layer = HIDDEN_VALUES * hidden + INTERMEDIATE_VALUES * intermediate
+    kept = (layers * hidden + per_layer) if checkpointing else layers * per_layer
+    return MemoryEstimate(
+        weights=parameter_count(folder) * weight_bytes / GIB,
+        adapter=adapter_parameters * 16 / GIB,  # fp32 weight, gradient and two Adam moments
+        activations=batch_tokens * kept * bytes_per_value / GIB,
+        logits=answer_tokens * shape.get("vocab_size", 0) * 4 * 3 / GIB,  # logits, log-probs and their gradient in fp32
+        libraries=LIBRARIES_GIB if cpu else 0.0,
+    )
+
+
+def available_memory_gib(device: str) -> float:
+    """Return the free memory of the device, heeding a container's limit."""
+    import psutil
+    import torch
+
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0] / GIB)
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"),):
+        try:
+            bound = Path("/sys/fs/cgroup", limit).read_text(encoding="ascii").strip()
+            spent = Path("/sys/fs/cgroup", used).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if bound != "max":
+            free = min(free, int(bound) - int(spent))
+    return float(free / GIB)

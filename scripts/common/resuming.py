@@ -1,0 +1,89 @@
+"""Where a training run starts: afresh, from a checkpoint, or not at all because it is finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from scripts.common.artifacts import read_manifest, sha256_json, write_text_durably
+from scripts.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What decides a result; a run may resume with another tracking store or another number of threads.
+DECIDING_SECTIONS = ("base_model_id", "base_model_revision", "seed", "quantization", "lora", "data")
+
+
+@dataclass
+class Resumption:
+    """Where a run starts: from which checkpoint, in which MLflow run, with what measured before."""
+
+    checkpoint: str | None = None
+    mlflow_run_id: str | None = None
+    loss_before: float | None = None
+
+
+def identity(
+    stage: str, config: dict[str, Any], datasets: list[dict[str, Any]], base_fingerprint: str, parent: Any
+) -> dict[str, str]:
+    """Hash what decides a run's result, part by part, so that a difference can be named."""
+    decisive = {key: config[key] for key in DECIDING_SECTIONS} | {stage: config[stage]}
+    return {
+        "config": sha256_json(decisive),
+        "data": sha256_json([entry["sha256"] for entry in datasets]),
+        "base": base_fingerprint,
+        "parent": sha256_json(parent),
+    }
+
+
+def is_finished(output_dir: str, stage: str, wanted: dict[str, str]) -> bool:
+    """Tell whether the finished folder came from the very same run."""
+    if not Path(output_dir, "manifest.json").is_file():
+        return False
+    done = read_manifest(output_dir, stages=(stage,))
+    return (
+        identity(stage, done["config"], done["datasets"], done["base_model"]["fingerprint"], done["parent"]) == wanted
+    )
+
+
+def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool) -> Resumption:
+    """Decide where to start; a fresh start clears what an interrupted run left.
+
+    Raises: UserError when asked to resume a run whose data, config or base has changed.
+    """
+    state_file, checkpoints = run_dir / "state.json", run_dir / "checkpoints"
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else None
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if not resume:
+        if last:
+            log.warning("starting over; an interrupted run had reached %s (--resume goes on from it)", Path(last).name)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return Resumption(mlflow_run_id=state and state["mlflow_run_id"])
+    if state is None:
+        log.warning("--resume: nothing to resume in %s; starting at step 0", run_dir)
+        return Resumption()
+    changed = [
+        f"{part}: was {state['identity'][part][:16]}…, is {value[:16]}…"
+        for part, value in wanted.items()
+        if state["identity"][part] != value
+    ]
+    if changed:
+        raise UserError(
+            f"--resume: this is not the run that was interrupted ({'; '.join(changed)}). "
+            "Restore what was changed, or start over without --resume."
+        )
+    if last is None:
+        log.warning("--resume: no checkpoint in %s yet; starting at step 0", checkpoints)
+    return Resumption(last, state["mlflow_run_id"], state["loss_before"])
+
+
+def write_state(run_dir: Path, wanted: dict[str, str], mlflow_run_id: str | None, loss_before: float | None) -> None:
+    """Note what a later --resume needs to know."""
+    state = {"identity": wanted, "mlflow_run_id": mlflow_run_id, "loss_before": loss_before}
+    write_text_durably(run_dir / "state.json", json.dumps(state, indent=1) + "\n")

@@ -1,0 +1,65 @@
+"""Log-probabilities of given answers under a model: held-out loss, preference accuracy and KL all rest on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scripts.common.rendering import IGNORED, Rendered
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Summed log-probability of an answer in nats, and how many tokens it has."""
+
+    logps: float
+    tokens: int
+
+
+@torch.no_grad()
+def score_answers(model: Any, rows: Sequence[Rendered], pad_token_id: int, batch_size: int = 8) -> list[AnswerScore]:
+    """Score the trained tokens of each row, in the order given; independent of how rows fall into batches.
+
+    Rows are padded on the left, so that all answers end in the same column and only their logits are computed.
+    """
+    scores: dict[int, AnswerScore] = {}
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = [rows[index] for index in indices]
+        width = max(len(row.input_ids) for row in batch)
+        input_ids = torch.full((len(batch), width), pad_token_id)
+        labels = torch.full((len(batch), width), IGNORED)
+        attention_mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for place, row in enumerate(batch):
+            input_ids[place, width - len(row.input_ids) :] = torch.tensor(row.input_ids)
+            labels[place, width - len(row.labels) :] = torch.tensor(row.labels)
+            attention_mask[place, width - len(row.input_ids) :] = 1
+        first = int((labels != IGNORED).any(0).nonzero()[0])
+        kept = width - first + 1  # the logits before the first answer token predict it
+        logits = model(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0).to(device),
+            logits_to_keep=kept,
+            use_cache=False,
+        ).logits[:, :-1]
+        wanted = labels[:, first:].to(device)
+        mask = wanted != IGNORED
+        logps = torch.log_softmax(logits[mask].float(), -1).gather(-1, wanted[mask][:, None])[:, 0]
+        per_row = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter_(mask.cpu(), logps.double().cpu()).sum(1)
+        for index, total, count in zip(indices, per_row.tolist(), mask.sum(1).tolist(), strict=True):
+            scores[index] = AnswerScore(total, count)
+    model.train(was_training)
+    return [scores[index] for index in range(len(rows))]
+
+
+def mean_loss(scores: Sequence[AnswerScore]) -> float:
+    """Return the mean loss per answer token in nats."""
+    return -sum(score.logps for score in scores) / sum(score.tokens for score in scores)

@@ -1,0 +1,205 @@
+"""MLflow: one run per stage, closed as what it was, never in the way of training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scripts.common.artifacts import git_state
+from scripts.common.config import LoadedConfig
+from scripts.common.errors import Interrupted, UserError
+from scripts.common.runtime import is_main_process
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 60
+MAX_PARAMETER_LENGTH = 500  # long enough for any of ours but a list of datasets
+
+
+class Tracker:
+    """Send to one MLflow run; keep what cannot be delivered and try again later."""
+
+    def __init__(self, client: Any = None, run_id: str | None = None) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._undelivered: list[Callable[[], Any]] = []
+        self._failed_at = 0.0
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters; a long value is cut, as MLflow would refuse it."""
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)[:MAX_PARAMETER_LENGTH]) for key, value in params.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, params=entries))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, metrics=entries))
+
+    def log_dataset(self, path: str, sha256: str, context: str, records: int) -> None:
+        """Record a dataset by the hash of its file as an input of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            Path(path).name, sha256[:32], "local", f'{{"uri": "{path}"}}', profile=f'{{"num_rows": {records}}}'
+        )
+        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        self._send(lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file or a folder into the run."""
+        send = (
+            self._client.log_artifacts if self._client and path.is_dir() else self._client and self._client.log_artifact
+        )
+        self._send(lambda: send(self.run_id, str(path), folder))
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Set a tag."""
+        self._send(lambda: self._client.set_tag(self.run_id, key, value))
+
+    def _send(self, delivery: Callable[[], Any]) -> None:
+        if self._client is None:
+            return
+        self._undelivered.append(delivery)
+        if time.monotonic() - self._failed_at > RETRY_SECONDS or not self._failed_at:
+            self.flush()
+
+    def flush(self) -> None:
+        """Deliver what waits, in order; the first failure is told, the rest waits for a better time."""
+        while self._undelivered:
+            try:
+                self._undelivered[0]()
+            except Exception as error:  # whatever the store raises, training goes on
+                if not self._failed_at:
+                    log.warning(
+                        "MLflow store is not reachable (%s); training goes on, entries are kept", _first_line(error)
+                    )
+                self._failed_at = time.monotonic()
+                return
+            self._undelivered.pop(0)
+        if self._failed_at:
+            log.info("MLflow store is back; everything kept was delivered")
+            self._failed_at = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Count the entries that could not be delivered yet."""
+        return len(self._undelivered)
+
+
+def open_store(config: LoadedConfig) -> None:
+    """Point MLflow at the configured store and prove that it answers.
+
+    Raises: UserError when it does not, before any work was done.
+    """
+    uri = config.values.tracking.mlflow_tracking_uri
+    if uri.startswith("file:") or "://" not in uri:  # a folder, which MLflow gives up unless told otherwise
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        log.info(
+            "tracking in a folder; to move to a database: mlflow migrate-filestore --source %s --target sqlite:///mlflow.db",
+            uri,
+        )
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(config.values.tracking.experiment)
+    except Exception as error:  # the store decides what it raises
+        raise UserError(
+            f"tracking.mlflow_tracking_uri: cannot open {uri}: {_first_line(error)}\n"
+            "Start that store, or use sqlite:///mlflow.db, which needs no server."
+        ) from None
+
+
+@contextmanager
+def tracked_run(
+    config: LoadedConfig,
+    stage: str,
+    *,
+    parent_run_id: str | None = None,
+    earlier: str | None = None,
+    resume: bool = False,
+) -> Iterator[Tracker]:
+    """Open a run and close it as FINISHED, KILLED or FAILED with its traceback.
+
+    `earlier` is the run of an interrupted try: it is gone on with, or marked KILLED where its process died silently.
+    """
+    if not is_main_process():
+        yield Tracker()
+        return
+    open_store(config)
+    import mlflow
+
+    git = git_state()
+    tags = {
+        "stage": stage,
+        "config_sha256": config.digest(),
+        "git_commit": git["commit"] or "none",
+        "git_dirty": str(git["dirty"]),
+    }
+    status_before = _status(earlier)
+    if status_before == "RUNNING" and not resume:
+        mlflow.MlflowClient().set_terminated(earlier, "KILLED")
+    mlflow.start_run(
+        run_id=earlier if resume and status_before else None,
+        run_name=stage,
+        tags=tags,
+        parent_run_id=parent_run_id,
+        log_system_metrics=True,
+    )
+    active = mlflow.active_run()
+    tracker = Tracker(mlflow.MlflowClient(), active.info.run_id)
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    except BaseException:
+        text = traceback.format_exc()
+        tracker._send(lambda: tracker._client.log_text(tracker.run_id, text, "traceback.txt"))
+        raise
+    finally:
+        tracker.flush()
+        if tracker.waiting:
+            log.warning(
+                "%d entries could not be delivered to MLflow; manifest.json holds the final figures", tracker.waiting
+            )
+        _end_run(status)
+
+
+def _end_run(status: str) -> None:
+    import mlflow
+
+    try:
+        mlflow.end_run(status)
+    except Exception as error:  # the result on disk matters more than the mark in the store
+        log.warning("the MLflow run could not be marked %s: %s", status, _first_line(error))
+
+
+def _status(run_id: str | None) -> str | None:
+    import mlflow
+
+    try:
+        return str(mlflow.MlflowClient().get_run(run_id).info.status) if run_id else None
+    except mlflow.exceptions.MlflowException:  # another store than last time
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
