@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,26 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
             f"{adapter}: {len(bad)} tensors hold NaN or infinite values, the first is {bad[0]}. Train it again."
         )
     return wrapped
+
+
+@contextmanager
+def switched_to(model: Any, adapter: str | None) -> Iterator[None]:
+    """Compute with another adapter of the same model, or with none, and go back; what trains stays what trains."""
+    if adapter is None:
+        with model.disable_adapter():
+            yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    previous = model.active_adapter
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.set_adapter(previous)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def check_adapter_fits(

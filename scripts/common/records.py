@@ -41,6 +41,26 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """One prompt with a better and a worse answer."""
+
+    source: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Return everything that makes the pair what it is."""
+        return (*self.prompt, {"chosen": self.chosen, "rejected": self.rejected})
+
+    @property
+    def answer(self) -> str:
+        """Return the answer that training makes more likely."""
+        return self.chosen
+
+
+@dataclass(frozen=True)
 class BadRow:
     """Why a row cannot be used."""
 
@@ -286,9 +306,39 @@ def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:
     return Record(where, tuple(messages), tuple(answers if data.train_on == "all" else answers[-1:]))
 
 
+def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
+    """Map a preference row to a Preference.
+
+    Texts stand for one turn each. Without a prompt, chosen and rejected must be message lists: what they share from
+    the start is the prompt, and one assistant turn must follow on each side.
+    """
+    if format_of(row) != "prompt/chosen/rejected":
+        raise _RowError(
+            "fields", f"found {format_of(row)}, wanted prompt, chosen and rejected; set sft.dataset_path to this file"
+        )
+    chosen, rejected = _turns(row["chosen"], "chosen", "assistant"), _turns(row["rejected"], "rejected", "assistant")
+    if row.get("prompt") is not None:
+        prompt = _turns(row["prompt"], "prompt", "user")
+    elif isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
+        raise _RowError("prompt", "is missing; only message lists may carry it inside chosen and rejected")
+    else:
+        prompt = [left for left, right in zip(chosen[:-1], rejected[:-1], strict=False) if left == right]
+    answers = []
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+        if len(rest) != 1 or rest[0]["role"] != "assistant":
+            raise _RowError(name, "wanted exactly one assistant turn after the prompt")
+        answers.append(rest[0]["content"])
+    prompt = with_system_prompt(prompt, data.system_prompt)
+    _check_order(prompt, last="user")
+    if answers[0].strip() == answers[1].strip():
+        raise _RowError("rejected", "is the same as chosen, so there is nothing to prefer")
+    return Preference(where, tuple(prompt), answers[0], answers[1])
+
+
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
     """Put the configured system message in front of a conversation that has none."""
-    if system_prompt is None or messages[0]["role"] == "system":
+    if system_prompt is None or (messages and messages[0]["role"] == "system"):
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
 
@@ -324,7 +374,7 @@ def _turns(value: Any, name: str, role: str) -> list[Message]:
 
 def _check_order(messages: Sequence[Message], last: str) -> None:
     roles = [message["role"] for message in messages]
-    talk = roles[1:] if roles[0] == "system" else roles
+    talk = roles[1:] if roles[:1] == ["system"] else roles
     if not talk or talk[-1] != last or talk != [("user", "assistant")[i % 2] for i in range(len(talk))]:
         raise _RowError(
             "messages", f"found the turns {', '.join(roles)}; wanted [system,] user, assistant, … ending with {last}"
@@ -366,7 +416,7 @@ def split_records(files: Sequence[DatasetFile], data: Data, seed: int) -> Split:
 
 def count_duplicates(records: Sequence[Any]) -> int:
     """Count records that repeat an earlier one word for word."""
-    contents = {sha256_json([record.messages for record in [record]]) for record in records}
+    contents = {sha256_json(record.messages) for record in records}
     return len(records) - len(contents)
 
 

@@ -108,6 +108,11 @@ STATED: dict[str, Any] = {
     "sft.dataset_path": "data/sft/sample_sft.jsonl",
     "sft.num_train_epochs": 3,
     "sft.learning_rate": 2e-4,
+    "dpo.dataset_path": "data/dpo/sample_dpo.jsonl",
+    "dpo.init_from": "outputs/sft_adapter",
+    "dpo.reference": "sft",
+    "dpo.beta": 0.1,
+    "dpo.loss_type": "sigmoid",
     "tracking.mlflow_tracking_uri": "sqlite:///mlflow.db",
 }
 

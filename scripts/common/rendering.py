@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from scripts.common.errors import UserError
-from scripts.common.records import Message, Record, with_system_prompt
+from scripts.common.records import Message, Preference, Record, with_system_prompt
 
 IGNORED = -100
 
@@ -40,6 +40,28 @@ class Rendered:
         pairs = zip(self.input_ids, self.labels, strict=True)
         grouped = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
         return [(trained, [token for token, _ in run]) for trained, run in grouped]
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """Token ids of a prompt and of the two answers that may follow it."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Return the longer of the two sequences: what decides whether the pair fits."""
+        return self.prompt_ids + max(self.chosen_ids, self.rejected_ids, key=len)
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
+    def side(self, answer_ids: list[int]) -> Rendered:
+        """Return the prompt with one answer, whose tokens are scored."""
+        return Rendered(self.prompt_ids + answer_ids, [IGNORED] * len(self.prompt_ids) + answer_ids)
 
 
 def user_turn(prompt: str, system_prompt: str | None = None) -> list[Message]:
@@ -98,6 +120,19 @@ def render_record(tokenizer: Any, record: Record) -> Rendered:
         labels += [IGNORED] * (len(prompt_ids) - len(labels)) + answer_ids
         input_ids = prompt_ids + answer_ids
     return Rendered(input_ids, labels)
+
+
+def render_pair(tokenizer: Any, pair: Preference) -> RenderedPair:
+    """Render a preference; both answers follow the very prompt ids that are served."""
+    prompt_ids = render_prompt(tokenizer, pair.prompt)
+    chosen, rejected = (
+        render_completion(tokenizer, pair.prompt, prompt_ids, answer) for answer in (pair.chosen, pair.rejected)
+    )
+    if chosen == rejected:
+        raise UserError(
+            f"{pair.source}: chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
+        )
+    return RenderedPair(prompt_ids, chosen, rejected)
 
 
 def stop_token_ids(tokenizer: Any) -> set[int]:

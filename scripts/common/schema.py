@@ -87,6 +87,42 @@ class Sft(Training):
     output_dir: str = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
 
 
+DpoLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop",
+]  # fmt: skip
+
+
+class Dpo(Training):
+    dataset_path: str | list[WeightedDataset] = Field(
+        "data/dpo/sample_dpo.jsonl", description="Preference pairs: a file, a Hub dataset id, or a weighted list."
+    )
+    output_dir: str = Field("outputs/dpo_adapter", description="Folder of the finished adapter.")
+    num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training pairs.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of the adapter.")
+    per_device_train_batch_size: Positive = Field(
+        4, description="Pairs per forward pass and device; each holds two sequences."
+    )
+    init_from: str | None = Field(
+        "outputs/sft_adapter", description="Adapter that DPO goes on training; null starts a fresh one on the base."
+    )
+    reference: Literal["sft", "base"] = Field(
+        "sft", description="Frozen reference model: a copy of the adapter of init_from, or the bare base."
+    )
+    beta: float | None = Field(
+        None, gt=0, description="Strength of the pull towards the reference; must be stated. 0.1 is the usual start."
+    )
+    loss_type: DpoLoss = Field(
+        "sigmoid", description="TRL's preference loss; robust and exo_pair need dpo.trainer.label_smoothing."
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, description="Weight of an added SFT loss on the chosen answers; keeps their probability up."
+    )
+    stop_on_degeneration: bool = Field(
+        False, description="End training when answers to held-out prompts degenerate (repetition, length, missing end)."
+    )
+
+
 class Performance(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; `auto` takes a GPU when there is one."
@@ -130,6 +166,7 @@ class Config(Section):
     lora: Lora = Lora()
     data: Data = Data()
     sft: Sft = Sft()
+    dpo: Dpo = Dpo()
     performance: Performance = Performance()
     tracking: Tracking = Tracking()
 
@@ -169,6 +206,7 @@ OWNED_TRAINER_ARGUMENTS = {
     "padding_free": "performance.group_by_length",
     "push_to_hub": "nothing: publish from export_lora",
     "trust_remote_code": "nothing: never switched on",
+    "loss_weights": "dpo.sft_weight",
     "ref_model_init_kwargs": "nothing: the reference shares the base",
 }
 

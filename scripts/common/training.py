@@ -68,9 +68,9 @@ def plan_training(
     sequences_per_row: int = 1,
 ) -> Plan:
     """Estimate memory for the largest batch and decide on gradient checkpointing."""
-    batch = section.per_device_train_batch_size * sequences_per_row
+    batch = section.per_device_train_batch_size
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
-    tokens = batch * max(len(row.input_ids) for row in largest)
+    tokens = batch * sequences_per_row * len(largest[-1].input_ids)
     answers = sum(row.trained_tokens for row in largest)
 
     def estimate(checkpointing: bool) -> MemoryEstimate:
