@@ -42,16 +42,16 @@ def number(value: float | None, unit: str = "", signed: bool = False) -> str:
     """Write a figure with the digits a reader needs; a share becomes percent, its difference points."""
     if value is None or not math.isfinite(value):
         return NOTHING
-    if unit == "share":
-        text = f"{100 * value:.1f}"
-    elif isinstance(value, int) or abs(value) >= 1000:
-        text = f"{value:,.0f}"
-    elif abs(value) >= 100:
-        text = f"{value:.1f}"
+    size = 100 * abs(value) if unit == "share" else abs(value)
+    if isinstance(value, int) or size >= 1000:
+        text = f"{size:,.0f}"
+    elif unit == "share" or size >= 10:
+        text = f"{size:.1f}"
     else:
-        text = f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
-    text = text.replace("-", MINUS)
-    return f"+{text}" if signed and value > 0 else text
+        text = f"{size:.3f}" if size == 0 or size >= 0.01 else f"{size:.2g}"
+    if not re.search("[1-9]", text):  # what rounds to nothing has no sign
+        return text
+    return (MINUS if value < 0 else "+" if signed else "") + text
 
 
 def p_value(value: float | None) -> str:

@@ -176,6 +176,9 @@ def test_figures_are_written_for_readers():
     assert number(-0.05, "share", signed=True) == "−5.0"
     assert number(0.0123, signed=True) == "+0.012"
     assert number(0.00071) == "0.00071"
+    assert number(-2e-9, "share", signed=True) == "0.0"
+    assert number(-7.1e-5) == "−7.1e-05"
+    assert (number(41.52), number(1234.5), number(0.0)) == ("41.5", "1,234", "0.000")
     assert number(182_400) == "182,400"
     assert number(None) == number(float("nan")) == "–"
     assert (p_value(0.0001), p_value(0.04), p_value(1.0), p_value(None)) == ("< 0.001", "0.040", "1.000", "–")
