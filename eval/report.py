@@ -119,7 +119,8 @@ def marked_answers(sample: dict[str, Any], compared: list[str]) -> dict[str, Seg
 def word_differences(first: str, second: str) -> tuple[Segments, Segments]:
     """Split two texts into pieces and say of each whether only its own text has it; the pieces join to the text."""
     left, right = (re.findall(r"\s*\S+|\s+$", text) for text in (first, second))
-    matcher = SequenceMatcher(None, [word.strip() for word in left], [word.strip() for word in right], autojunk=False)
+    # Without autojunk one answer that repeats a word hundreds of times would take minutes.
+    matcher = SequenceMatcher(None, [word.strip() for word in left], [word.strip() for word in right])
     pieces: tuple[Segments, Segments] = ([], [])
     for kind, left_start, left_end, right_start, right_end in matcher.get_opcodes():
         for side, words in ((0, left[left_start:left_end]), (1, right[right_start:right_end])):

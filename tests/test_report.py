@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -210,6 +211,14 @@ def test_pieces_join_to_the_texts_and_unmarked_words_are_common(first, second):
     assert "".join(text for _, text in right) == second
     common = [" ".join(text for marked, text in side if not marked).split() for side in (left, right)]
     assert common[0] == common[1]
+
+
+def test_an_answer_that_repeats_itself_is_compared_in_good_time():
+    start = time.monotonic()
+    left, _ = word_differences("the " * 1000, "the cat " * 500)
+    assert time.monotonic() - start < 5
+    assert "".join(text for _, text in left) == "the " * 1000
+    assert not any(changed for changed, _ in word_differences("the " * 1000, "the " * 1000)[0])
 
 
 def test_only_the_changed_words_of_the_compared_models_are_marked(report):
