@@ -47,7 +47,7 @@ def ratio_interval(
     """Return sum(sums) / sum(counts), such as loss per token, with its bootstrap interval over items.
 
     The expanded percentile interval: quantiles widened by t and by sqrt(n / (n - 1)). The plain percentile interval is
-    too short below about 100 items, and BCa, which mends skew but not size, covered no more often at n = 30 and 100.
+    too short below about 100 items, and BCa mends skew but not that shortness.
     Where no item differs from the others the interval is the value itself.
     Source: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015), arXiv:1411.5279.
     """
