@@ -245,7 +245,7 @@ def save_initialisation(model: Any, scratch: Path) -> None:
 
 
 def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, name: str = "default") -> Any:
-    """Put a finished adapter on its base.
+    """Put a finished adapter on its base, or beside those that are on it already.
 
     Raises: UserError when a weight is missing, not finite, or does not fit the base.
     """
@@ -256,9 +256,13 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     if not weights.is_file():
         raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
     try:
-        wrapped = PeftModel.from_pretrained(
-            model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
-        )
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True)
+            wrapped = model
+        else:
+            wrapped = PeftModel.from_pretrained(
+                model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
+            )
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{adapter}: does not fit the base model: {str(error).splitlines()[0]}") from None
     bad = [key for key, value in wrapped.named_parameters() if f".{name}." in key and not torch.isfinite(value).all()]

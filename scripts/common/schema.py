@@ -145,6 +145,33 @@ class Performance(Section):
     group_by_length: bool = Field(True, description="Put records of similar length into the same batch; less padding.")
 
 
+class Check(Section):
+    """A rule that an answer keeps or breaks; every condition given must hold."""
+
+    name: str = Field(description="What the rule asks for, as the report shall call it.")
+    regex: str | None = Field(
+        None, description="Python regular expression that must be found; . also matches line breaks."
+    )
+    must_contain: list[str] = Field(default_factory=list, description="Texts that must all occur, case aside.")
+    must_not_contain: list[str] = Field(
+        default_factory=list, description="Whole words or texts of which none may occur, case aside."
+    )
+    min_words: Annotated[int, Field(ge=0)] = Field(0, description="Fewest words.")
+    max_words: Positive | None = Field(None, description="Most words.")
+    max_sentences: Positive | None = Field(None, description="Most sentences.")
+    json_parses: bool = Field(False, description="The answer must be valid JSON.")
+    exact_match: bool = Field(False, description="The answer must equal the reference, white space at the ends aside.")
+    numbers_from_prompt: bool = Field(False, description="Every number written in digits must stand in the prompt too.")
+
+
+class Eval(Section):
+    output_dir: str = Field("outputs/comparison", description="Folder of the comparison report.")
+    max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
+    batch_size: Positive = Field(16, description="Prompts answered at once.")
+    max_prompts: Positive | None = Field(None, description="Most held-out prompts that are answered; null takes all.")
+    checks: list[Check] = Field(default_factory=list, description="Rules that answers are held against.")
+
+
 class Tracking(Section):
     mlflow_tracking_uri: str = Field(
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
@@ -168,6 +195,7 @@ class Config(Section):
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
     performance: Performance = Performance()
+    eval: Eval = Eval()
     tracking: Tracking = Tracking()
 
 
