@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: setup demo test check smoke bench drill docs
+.PHONY: setup demo test check smoke docs
 
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
@@ -24,6 +24,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+smoke: setup
+	$(RUN) -m scripts.demo --smoke
 
 docs: setup
 	$(RUN) -m scripts.common.reference

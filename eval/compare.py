@@ -77,17 +77,21 @@ def find_adapters(config: LoadedConfig) -> dict[str, tuple[Path, dict[str, Any]]
     return found
 
 
-def read_held_out(config: LoadedConfig) -> Any:
-    """Read the validation side of both datasets."""
+def read_held_out(config: LoadedConfig, adapters: dict[str, Any]) -> Any:
+    """Read the validation side of the datasets that were trained on."""
     from eval.measuring import HeldOut
 
     values = config.values
-    sides = []
-    for path, parse, key in (
-        (values.sft.dataset_path, parse_record, "sft.dataset_path"),
-        (values.dpo.dataset_path, parse_preference, "dpo.dataset_path"),
-    ):
-        records = [r for file in load_datasets(path, parse, values.data, key) for r in file.records]
+    sides: list[tuple[Any, ...]] = []
+    for name, section, parse in (("sft", values.sft, parse_record), ("dpo", values.dpo, parse_preference)):
+        if name not in adapters:
+            sides.append(())
+            continue
+        records = [
+            r
+            for file in load_datasets(section.dataset_path, parse, values.data, f"{name}.dataset_path")
+            for r in file.records
+        ]
         sides.append(tuple(record for record in records if is_validation(record.prompt, values.data)))
     if not any(sides):
         raise UserError(
@@ -160,7 +164,7 @@ def compare(
     from scripts.common.modeling import find_model, load_tokenizer
 
     values = config.values
-    held_out = read_held_out(config)
+    held_out = read_held_out(config, adapters)
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     prepared = Prepared(tokenizer, held_out, values)

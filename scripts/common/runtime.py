@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
     for package in ("scripts", "eval", "serve", "__main__"):
         logging.getLogger(package).setLevel(level)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # for their authors
 
 
 class StopSignal:

@@ -1,0 +1,94 @@
+"""Run the whole chain on the sample data: demo model, SFT, DPO, comparison.
+
+Reads configs/demo.yaml; writes outputs/ (with --smoke: a tiny random model, outputs/smoke, under two minutes).
+Needs requirements.txt.
+
+    python -m scripts.demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.common.config import ROOT
+from scripts.common.errors import UserError, entry_point
+from scripts.common.runtime import set_up_logging
+
+log = logging.getLogger(__name__)
+
+CONFIG = "configs/demo.yaml"
+SMOKE = "outputs/smoke"
+SMOKE_SETTINGS = {
+    "base_model_id": f"{SMOKE}/model",
+    "sft.output_dir": f"{SMOKE}/sft_adapter",
+    "sft.trainer.max_steps": "4",
+    "dpo.output_dir": f"{SMOKE}/dpo_adapter",
+    "dpo.init_from": f"{SMOKE}/sft_adapter",
+    "dpo.trainer.max_steps": "4",
+    "eval.output_dir": f"{SMOKE}/comparison",
+    "eval.max_new_tokens": "24",
+    "eval.max_prompts": "16",
+    "tracking.mlflow_tracking_uri": f"sqlite:///{SMOKE}/mlflow.db",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--smoke", action="store_true", help="use a tiny random model: proves the chain, teaches nothing"
+    )
+    return parser
+
+
+def make_smoke_model() -> None:
+    """Save the tiny model that the smoke run trains."""
+    from scripts.common.tiny_model import save_tiny_model
+
+    (ROOT / SMOKE).mkdir(parents=True, exist_ok=True)
+    save_tiny_model(ROOT / SMOKE / "model")
+
+
+def run_module(name: str, arguments: Sequence[str], position: str) -> None:
+    """Run one stage as a user would, its progress going straight to the terminal."""
+    log.info("[%s] python -m %s %s", position, name, " ".join(arguments))
+    done = subprocess.run([sys.executable, "-m", name, *arguments], cwd=ROOT, check=False)
+    if done.returncode:
+        raise UserError(f"{name} ended with exit code {done.returncode}; its message stands above.")
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages one after the other and say where to look."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging()
+    started = time.monotonic()
+    if arguments.smoke:
+        make_smoke_model()
+    else:
+        run_module("scripts.get_demo_model", [], "1/4")
+    settings = [part for key, value in SMOKE_SETTINGS.items() for part in ("--set", f"{key}={value}")]
+    common = ["--config", CONFIG, *(settings if arguments.smoke else [])]
+    for position, name in (("2/4", "scripts.train_sft"), ("3/4", "scripts.train_dpo"), ("4/4", "eval.compare")):
+        run_module(name, common, position)
+    outputs = Path(SMOKE if arguments.smoke else "outputs")
+    log.info(
+        "done in %.0f minutes\n  look at   %s (open it in a browser)\n  runs      mlflow ui --port 5000\n  serve     %s",
+        (time.monotonic() - started) / 60,
+        outputs / "comparison" / "report.html",
+        f"LLM_CONFIG={CONFIG} uvicorn serve.fastapi_server:app --port 8000",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
