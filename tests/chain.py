@@ -1,0 +1,77 @@
+"""A whole chain on a tiny model, run once per test module that asks for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import save_tiny_model, write_jsonl
+
+COLOURS = ("red", "blue", "green", "gold", "grey")
+
+
+def sft_rows(count: int = 8) -> list[dict]:
+    """Return short instruction records."""
+    return [
+        {"instruction": f"say {colour} {number}", "input": "", "output": f"{colour} it is, {number}"}
+        for number in range(count)
+        for colour in COLOURS
+    ]
+
+
+def dpo_rows(count: int = 8) -> list[dict]:
+    """Return short preference pairs whose sides are equally long."""
+    return [
+        {
+            "prompt": f"tell {colour} {number}",
+            "chosen": f"{colour} it is, {number}",
+            "rejected": f"not {colour}, {number}",
+        }
+        for number in range(count)
+        for colour in COLOURS
+    ]
+
+
+def write_chain(folder: Path, **changes: dict) -> Path:
+    """Save a tiny model, its data and a configuration whose outputs lie in the folder."""
+    if not (folder / "model").is_dir():
+        save_tiny_model(folder / "model")
+    write_jsonl(folder / "sft.jsonl", sft_rows())
+    write_jsonl(folder / "dpo.jsonl", dpo_rows())
+    common = {"max_length": 200, "per_device_train_batch_size": 4}
+    tree: dict = {
+        "base_model_id": str(folder / "model"),
+        "offline": True,
+        "data": {"validation_ratio": 0.25},
+        "sft": {
+            **common,
+            "dataset_path": str(folder / "sft.jsonl"),
+            "output_dir": str(folder / "out/sft_adapter"),
+            "learning_rate": 5e-3,
+            "trainer": {"max_steps": 6},
+        },
+        "dpo": {
+            **common,
+            "dataset_path": str(folder / "dpo.jsonl"),
+            "output_dir": str(folder / "out/dpo_adapter"),
+            "init_from": str(folder / "out/sft_adapter"),
+            "beta": 0.1,
+            "learning_rate": 2e-3,
+            "trainer": {"max_steps": 6},
+        },
+        "eval": {"output_dir": str(folder / "out/comparison"), "max_new_tokens": 12},
+        "performance": {"dtype": "fp32", "threads": 1},
+        "tracking": {"mlflow_tracking_uri": f"sqlite:///{folder}/mlflow.db"},
+    }
+    for section, values in changes.items():
+        tree[section] = {**tree[section], **values}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def manifest(folder: Path) -> dict:
+    """Read the manifest of a finished folder."""
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
