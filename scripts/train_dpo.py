@@ -99,7 +99,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
 
     from scripts.common.fast_path import multiply_adapters_in_base_dtype, score_answers_only
     from scripts.common.preferences import PreferenceTrainer
-    from scripts.common.training import plan_training, total_steps, trainer_arguments
+    from scripts.common.training import EVALUATIONS_PER_RUN, plan_training, total_steps, trainer_arguments
 
     values = stage.config.values
     plan = plan_training(values, values.dpo, origin.base_folder, machine, train, sequences_per_row=2)
@@ -108,15 +108,18 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     policy = load_policy(stage, machine, origin, plan.checkpointing)
     if values.performance.fast_path:
         score_answers_only(machine.device)
+    steps = total_steps(values.dpo, len(train), machine.processes)
     arguments = trainer_arguments(
         stage,
         machine,
-        steps=total_steps(values.dpo, len(train), machine.processes),
+        steps=steps,
         validation=bool(validation),
         checkpointing=plan.checkpointing,
     )
-    # The reference never changes, so over more than one epoch it is cheaper to ask it once.
-    arguments.setdefault("precompute_ref_log_probs", values.dpo.num_train_epochs > 1 and "max_steps" not in arguments)
+    # The reference never changes: ask it once per pair where training and evaluation would ask more often.
+    seen = steps * values.dpo.per_device_train_batch_size * values.dpo.gradient_accumulation_steps * machine.processes
+    asked = seen + (EVALUATIONS_PER_RUN + 1) * len(validation)
+    arguments.setdefault("precompute_ref_log_probs", asked > len(train) + len(validation))
     mixed = values.dpo.sft_weight > 0
     by_length = [sorted(side, key=lambda pair: len(pair.input_ids)) for side in (train, validation)]
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)

@@ -119,7 +119,9 @@ def finish(trainer: Any, tracker: Tracker, run_dir: Path, output_dir: str, stage
     )
     (part / "README.md").unlink(missing_ok=True)  # PEFT's stub of a card says nothing true
     trainer.processing_class.save_pretrained(part)
-    draw_curves(trainer.state.log_history, part / "curves.png", stage)
+    before = facts["metrics"]["held_out_loss_before"]
+    start = [] if before is None else [{"step": 0, "eval_loss": before}]
+    draw_curves(start + trainer.state.log_history, part / "curves.png", stage)
     manifest = write_manifest(part, stage, **facts)
     publish(part, output_dir)
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
