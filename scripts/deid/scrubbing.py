@@ -61,6 +61,7 @@ class Leaf:
     text: str
     label: str
     whole: str | None
+    is_key: bool = False
     spans: list[Span] = field(default_factory=list)
 
     def view(self) -> tuple[str, list[tuple[int, int, int]]]:
@@ -91,8 +92,10 @@ class Outcome:
     source: str
     row: Any = None
     reason: str = ""
-    spans: list[tuple[str, str, float]] = field(default_factory=list)
+    found: list[tuple[str, str, float]] = field(default_factory=list)  # field, entity, score
+    spans_of_text: list[Span] = field(default_factory=list)  # of a row that holds nothing but `text`
     characters: int = 0
+    id: str | int | None = None
 
 
 class HeldBackError(Exception):
@@ -101,7 +104,7 @@ class HeldBackError(Exception):
 
 def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, replacer: Replacer) -> list[Outcome]:
     """Scrub rows given as (number, file:line, row); every row comes back, scrubbed or held back."""
-    outcomes = [Outcome(source) for _, source, _ in chunk]
+    outcomes = [Outcome(source, id=_id_of(row, detector.settings)) for _, source, row in chunk]
     leaves: dict[int, list[Leaf]] = {}
     for index, (_, _, row) in enumerate(chunk):
         try:
@@ -114,7 +117,7 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
     for index, found in leaves.items():
         number, _, row = chunk[index]
         try:
-            outcomes[index] = _finish(number, outcomes[index].source, row, found, replacer)
+            _finish(number, outcomes[index], row, found, replacer)
         except Exception as error:  # whatever goes wrong, the row must not pass
             outcomes[index].reason = str(error) if isinstance(error, HeldBackError) else _named(error)
     return outcomes
@@ -130,7 +133,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
     settings = detector.settings
     for path in missing_fields(row, settings.fields or ()):
         raise HeldBackError(f"the field {path} is missing")
-    leaves = []
+    leaves = [Leaf(path, path[-1], "", None, is_key=True) for path in _odd_keys(row, ())]
     for path, value in _scalars(row, (), settings):
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
         text = _as_text(value)
@@ -159,6 +162,18 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
         dotted = ".".join(part for part in path if isinstance(part, str))
         if settings.fields is None or any(dotted == f or dotted.startswith(f + ".") for f in settings.fields):
             yield path, value
+
+
+def _odd_keys(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[Any, ...]]:
+    """List the keys that are no plain names of fields: a person may be hidden in them."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z_.-]*\d{0,3}", key):
+                yield (*path, key)
+            yield from _odd_keys(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _odd_keys(inner, (*path, index))
 
 
 def missing_fields(row: Any, fields: Sequence[str]) -> list[str]:
@@ -262,8 +277,16 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
     return changed
 
 
-def _finish(number: int, source: str, row: Any, leaves: Sequence[Leaf], replacer: Replacer) -> Outcome:
+def _id_of(row: Any, settings: Deid) -> str | int | None:
+    """Return the record's own id where it is declared safe; it names a record in the quarantine list."""
+    value = row.get("id") if isinstance(row, dict) and "id" in settings.safe_fields else None
+    return value if isinstance(value, str | int) else None
+
+
+def _finish(number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], replacer: Replacer) -> None:
     """Replace what was found, and check that no original value is left anywhere in the row."""
+    if any(leaf.spans for leaf in leaves if leaf.is_key):
+        raise HeldBackError("the name of a field holds personal data; rename it")
     scrubbed = copy.deepcopy(row)
     replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
     surfaces = Counter()
@@ -279,8 +302,11 @@ def _finish(number: int, source: str, row: Any, leaves: Sequence[Leaf], replacer
         inside = re.escape(json.dumps(surface, ensure_ascii=False)[1:-1])
         if len(surface) >= 5 and re.search(rf"(?<!\w){inside}(?!\w)", TAG.sub("", plain)):
             raise HeldBackError("a value that was replaced stands in a field or key that is not scrubbed")
-    spans = [(_dotted(leaf.path), span.entity, span.score) for leaf in leaves for span in leaf.spans]
-    return Outcome(source, scrubbed, "", spans, sum(len(leaf.text) for leaf in leaves))
+    outcome.row = scrubbed
+    outcome.found = [(_dotted(leaf.path), span.entity, span.score) for leaf in leaves for span in leaf.spans]
+    outcome.characters = sum(len(leaf.text) for leaf in leaves)
+    if row.keys() == {"text"}:
+        outcome.spans_of_text = leaves[0].spans
 
 
 def _put(row: Any, path: tuple[str | int, ...], text: str) -> None:

@@ -32,7 +32,14 @@ TAG = re.compile(rf"<(?:{'|'.join(PRIORITY)}|CUSTOM)(?:_\d{{1,6}}|:[0-9a-f]{{16}
 _SPECIAL = str.maketrans(dict.fromkeys("‐‑‒–−﹣－", "-") | dict.fromkeys("‘’‛´", "'") | dict.fromkeys("“”„", '"'))
 _INVISIBLE = frozenset("\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
-_ADDRESS_TAIL = re.compile(r"(?:[\s,]+(?:[A-Z]{2}\b|nan\b|\d{4,6}(?:-\d{4})?\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,|\d)))){1,4}")
+_JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
+# What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
+_TAIL = re.compile(
+    r"(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|-]{1,8}\d{4,6}(?:-\d{4})?\b"
+    r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
+)
+_HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")
+_OWNER = re.compile(r"(?:^|\n)[^\w\n]{0,5}((?:[^\W\d_a-z][\w'’.-]*[ ]){0,3}[^\W\d_a-z][\w'’.-]*)\s*\n(?=\W*$|[^\n]*\n\W*$)")
 
 
 def normalise(text: str) -> tuple[str, Sequence[int]]:
@@ -108,31 +115,31 @@ def _around(span: Span, protected: Sequence[tuple[int, int]]) -> list[Span]:
 
 
 def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
-    """Join a street with the places, numbers and countries that follow it into one address."""
+    """Join a street with the places and numbers around it into one address, and take the lines above it for its owner."""
     merged: list[Span] = []
     index = 0
     while index < len(spans):
-        span = spans[index]
+        block = [spans[index]]
         index += 1
-        if span.entity not in ADDRESS_PARTS:
-            merged.append(span)
-            continue
-        block = [span]
-        while index < len(spans) and spans[index].entity in ADDRESS_PARTS:
-            gap = text[block[-1].end : spans[index].start]
-            if len(gap) > 40 or re.search(r"[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b|<", gap):
+        while index < len(spans) and {block[-1].entity, spans[index].entity} <= ADDRESS_PARTS:
+            if not _JOINT.fullmatch(text, block[-1].end, spans[index].start):
                 break
             block.append(spans[index])
             index += 1
-        if not any(part.entity == "STREET_ADDRESS" for part in block):
+        street = next((span for span in block if span.entity == "STREET_ADDRESS"), None)
+        if street is None:
             merged += block
             continue
-        first = next(n for n, part in enumerate(block) if part.entity == "STREET_ADDRESS")
-        merged += [part for part in block[:first] if part.entity == "ORGANIZATION"]
-        start = min(part.start for part in block if part not in merged)
+        if block[0].entity == "ORGANIZATION":
+            merged.append(block.pop(0))
+        low = merged[-1].end if merged else 0
+        high = spans[index].start if index < len(spans) else len(text)
         end = block[-1].end
-        tail = _ADDRESS_TAIL.match(text, end)
-        if tail and (index == len(spans) or tail.end() <= spans[index].start):
-            end = tail.end()
+        tail = _TAIL.match(text, end, min(high, end + 120))
+        end = tail.end() if tail else end
+        start = block[0].start
+        number = _HOUSE_NUMBER.search(text, max(low, start - 8), start)
+        start = number.start() if number else start
+        merged += [Span(low + m.start(1), low + m.end(1), "PERSON", 0.6) for m in _OWNER.finditer(text[low:start])]
         merged.append(Span(start, end, "STREET_ADDRESS", max(part.score for part in block)))
     return merged
