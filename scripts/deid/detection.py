@@ -23,7 +23,7 @@ import yaml
 from scripts.common.artifacts import sha256_file
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
-from scripts.deid.spans import Span, normalise, to_original
+from scripts.deid.spans import ADDRESS_PARTS, Span, normalise, to_original
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
@@ -66,11 +66,12 @@ THRESHOLDS = {"default": 0.4, "DATE_TIME": 0.5, "URL": 0.5}
 STRICT_THRESHOLDS = {"default": 0.3}
 # A dotted name counts as URL without a scheme only when it looks like a host, not like a missing blank after a stop.
 _DATE_LIKE = re.compile(
-    r"\d\s?[/.-]\s?\d|\d{4}-|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
+    r"\d\s?[/.]\s?\d|\d-\d{1,2}-\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
     r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?\s+(?:of\s+)?"
     r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))"
 )
 _PHONE_LIKE = re.compile(r"(?<!\d)\d(?:[\s().x/+-]{0,3}\d){6,14}(?!\d)")
+_HEADING = re.compile(r":\s")
 _WINDOW, _OVERLAP = 20_000, 400
 _RAMPART_TOKENS, _RAMPART_OVERLAP = 192, 32
 
@@ -125,6 +126,8 @@ class Detector:
         if span.entity not in self.entities:
             return False
         if span.score < self.thresholds.get(span.entity, self.thresholds["default"]):
+            return False
+        if span.entity == "ORGANIZATION" and _HEADING.match(text, span.end) and text[: span.start][-1:] in ("", "\n"):
             return False
         # spaCy calls "45 minutes", "2023" and "next week" dates; only strict treats those as personal.
         if span.entity == "DATE_TIME" and self.settings.profile != "strict":
@@ -391,8 +394,8 @@ class Rampart:
                 pieces.append((number, encoding.ids[start:stop], encoding.offsets[start:stop]))
         first, last = self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
         pieces.sort(key=lambda piece: len(piece[1]))
-        for begin in range(0, len(pieces), 16):
-            batch = pieces[begin : begin + 16]
+        for begin in range(0, len(pieces), 4):
+            batch = pieces[begin : begin + 4]
             width = len(batch[-1][1]) + 2
             ids = np.zeros((len(batch), width), dtype=np.int64)
             mask = np.zeros((len(batch), width), dtype=np.int64)
@@ -409,7 +412,21 @@ class Rampart:
                     name = self.labels[label]
                     if name != "O" and end > start:
                         found[number].append(Span(start, end, RAMPART_LABELS[name[2:]], float(score)))
-        return found
+        return [_with_company(text, sorted(spans)) for text, spans in zip(texts, found, strict=True)]
+
+
+def _with_company(text: str, spans: list[Span]) -> list[Span]:
+    """Drop lone numbers and words that Rampart takes for parts of an address; in an address they stand together."""
+    kept = []
+    for index, span in enumerate(spans):
+        if span.entity == "STREET_ADDRESS":
+            near = [other for other in spans[max(0, index - 1) : index + 2] if other is not span]
+            gaps = [max(other.start - span.end, span.start - other.end) for other in near if other.entity in ADDRESS_PARTS]
+            joined = span.start and text[span.start - 1].isalnum()
+            if not any(gap <= 2 for gap in gaps) and not joined:
+                continue
+        kept.append(span)
+    return kept
 
 
 def load_rampart(settings: Deid) -> Rampart | None:

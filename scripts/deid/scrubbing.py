@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -259,7 +258,7 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
                 tokens |= {name: "PERSON" for name in names if name not in COMMON_WORDS and not name.isupper()}
                 if len(surface.split()) > 1:
                     values[surface.casefold()] = "PERSON"
-            elif span.entity not in NER_ENTITIES and len(surface) >= 5 and not surface.isalpha():
+            elif span.entity not in NER_ENTITIES and _is_telling(surface):
                 values[surface.casefold()] = span.entity
     changed = set()
     for forms, flags in ((tokens, 0), (values, re.IGNORECASE)):
@@ -283,24 +282,29 @@ def _id_of(row: Any, settings: Deid) -> str | int | None:
     return value if isinstance(value, str | int) else None
 
 
+def _is_telling(surface: str) -> bool:
+    """Tell a number or address, which means the same everywhere, from a word such as the name of a street."""
+    return len(surface) >= 5 and not all(character.isalpha() or character.isspace() for character in surface)
+
+
 def _finish(number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], replacer: Replacer) -> None:
     """Replace what was found, and check that no original value is left anywhere in the row."""
     if any(leaf.spans for leaf in leaves if leaf.is_key):
         raise HeldBackError("the name of a field holds personal data; rename it")
     scrubbed = copy.deepcopy(row)
     replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
-    surfaces = Counter()
+    surfaces: set[str] = set()
     for leaf, text in zip(leaves, replaced, strict=True):
         if leaf.spans:
             _put(scrubbed, leaf.path, text)
         for span in leaf.spans:
             if span.entity not in NER_ENTITIES and replacer.removes(span.entity):
-                surfaces[leaf.text[span.start : span.end]] += 1
+                surfaces.add(leaf.text[span.start : span.end])
     plain = json.dumps(scrubbed, ensure_ascii=False, default=str)
     plain.encode()  # half a surrogate pair cannot be written
     for surface in surfaces:
         inside = re.escape(json.dumps(surface, ensure_ascii=False)[1:-1])
-        if len(surface) >= 5 and re.search(rf"(?<!\w){inside}(?!\w)", TAG.sub("", plain)):
+        if _is_telling(surface) and re.search(rf"(?<!\w){inside}(?!\w)", TAG.sub("", plain)):
             raise HeldBackError("a value that was replaced stands in a field or key that is not scrubbed")
     outcome.row = scrubbed
     outcome.found = [(_dotted(leaf.path), span.entity, span.score) for leaf in leaves for span in leaf.spans]
