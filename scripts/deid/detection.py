@@ -47,10 +47,10 @@ RAMPART_LABELS = {
     "ZIP_CODE": "ZIP_CODE",
 }  # fmt: skip
 # Presidio's own recognizers in use. UsLicense and UsBank are left out: they take any short or long number for an
-# identifier; ours wants a label beside it.
+# identifier; ours wants a label beside it. Url is replaced by ours as well.
 PRESIDIO_RECOGNIZERS = (
     "CreditCardRecognizer", "CryptoRecognizer", "DateRecognizer", "EmailRecognizer", "IbanRecognizer", "IpRecognizer",
-    "MacAddressRecognizer", "MedicalLicenseRecognizer", "NhsRecognizer", "UrlRecognizer", "UsItinRecognizer",
+    "MacAddressRecognizer", "MedicalLicenseRecognizer", "NhsRecognizer", "UsItinRecognizer",
     "UsMbiRecognizer", "UsNpiRecognizer", "UsPassportRecognizer", "UsSsnRecognizer", "UuidRecognizer",
 )  # fmt: skip
 PHONE_REGIONS = (
@@ -62,9 +62,13 @@ DIGIT_ENTITIES = frozenset({
     "STREET_ADDRESS", "UK_NHS", "US_ITIN", "US_MBI", "US_NPI", "US_PASSPORT", "US_SSN", "VEHICLE_ID", "ZIP_CODE",
 })  # fmt: skip
 # Lowest scores that count. Below them Presidio guesses: any nine digits are an SSN at 0.05, any word a passport at 0.1.
-THRESHOLDS = {"default": 0.4, "DATE_TIME": 0.5, "URL": 0.5}
+THRESHOLDS = {"default": 0.4, "DATE_TIME": 0.5}
 STRICT_THRESHOLDS = {"default": 0.3}
-# A dotted name counts as URL without a scheme only when it looks like a host, not like a missing blank after a stop.
+# Words that the language model takes for organisations and people, and that never are.
+NO_NAMES = frozenset(
+    """API ATM CSV DOB FAQ HTML HTTP ID IBAN IP JSON MRN PDF PIN SQL SSN URL VAT VIN XML ZIP C Java JavaScript Python
+    Dear Hello Hi Regards Sir Madam""".split()
+)
 _DATE_LIKE = re.compile(
     r"\d\s?[/.]\s?\d|\d-\d{1,2}-\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
     r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?\s+(?:of\s+)?"
@@ -126,6 +130,8 @@ class Detector:
         if span.entity not in self.entities:
             return False
         if span.score < self.thresholds.get(span.entity, self.thresholds["default"]):
+            return False
+        if span.entity in NER_ENTITIES and text[span.start : span.end].strip(" ()[]:.,") in NO_NAMES:
             return False
         if span.entity == "ORGANIZATION" and _HEADING.match(text, span.end) and text[: span.start][-1:] in ("", "\n"):
             return False

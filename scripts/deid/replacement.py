@@ -150,6 +150,8 @@ def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Rando
     }  # fmt: skip
     if entity in made and not value.isdigit():
         return str(made[entity]())
+    if entity == "AGE":
+        return re.sub(r"\d+", lambda _: str(rng.randrange(18, 90)), value)
     return "".join(_same_kind(character, rng, first=not index) for index, character in enumerate(value))
 
 
