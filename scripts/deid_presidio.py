@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,11 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> 
     tally = Tally()
     interval = 0.5 if sys.stderr.isatty() else 15
     outcomes = tqdm(
-        workers.scrub(read_input(source)), total=count_rows(source), unit=" records", mininterval=interval, desc="scrubbing"
+        workers.scrub(read_input(source)),
+        total=count_rows(source),
+        unit=" records",
+        mininterval=interval,
+        desc="scrubbing",
     )
     with open_output(part, source) as write, quarantine.open("w", encoding="utf-8") as held_back:
         for outcome in outcomes:
@@ -110,7 +114,9 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> 
                 except ValueError as error:
                     outcome.reason = str(error)
             if outcome.reason:
-                held_back.write(json.dumps({"record": outcome.source, "id": outcome.id, "reason": outcome.reason}) + "\n")
+                held_back.write(
+                    json.dumps({"record": outcome.source, "id": outcome.id, "reason": outcome.reason}) + "\n"
+                )
             tally.add(outcome)
     return tally
 
@@ -126,7 +132,10 @@ def measure(gold: Path, workers: Workers) -> dict[str, Any]:
     """Measure the recognizers as configured on labelled texts."""
     first, second = itertools.tee(read_gold(gold))
     rows = ((f"{gold.name}:{n}", {"text": row["text"]}) for n, row in enumerate(first, 1))
-    pairs = ((row, None if found.reason else found.spans_of_text) for row, found in zip(second, workers.scrub(rows), strict=True))
+    pairs = (
+        (row, None if found.reason else found.spans_of_text)
+        for row, found in zip(second, workers.scrub(rows), strict=True)
+    )
     return {"gold": {"name": gold.name, "sha256": sha256_file(gold)}, **evaluate(pairs)}
 
 

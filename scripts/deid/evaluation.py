@@ -29,7 +29,12 @@ def wilson(hits: int, total: int) -> list[float] | None:
 
 def share(hits: int, total: int) -> dict[str, Any]:
     """Return a share with its counts and interval."""
-    return {"hits": hits, "total": total, "share": round(hits / total, 4) if total else None, "wilson95": wilson(hits, total)}
+    return {
+        "hits": hits,
+        "total": total,
+        "share": round(hits / total, 4) if total else None,
+        "wilson95": wilson(hits, total),
+    }
 
 
 def read_gold(path: Path) -> Iterator[dict[str, Any]]:

@@ -85,9 +85,7 @@ class Replacer:
     def _encrypt(self, entity: str, value: str) -> str:
         return base64.urlsafe_b64encode(_cipher(self.key).encrypt(value.encode(), [entity.encode()])).decode()
 
-    def _surrogate(
-        self, number: int, entity: str, value: str, identity: str, place: int, originals: set[str]
-    ) -> str:
+    def _surrogate(self, number: int, entity: str, value: str, identity: str, place: int, originals: set[str]) -> str:
         """Invent a value of the same kind: from the place in the record, or keyed for the whole file."""
         import faker
 
@@ -137,9 +135,9 @@ def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Rando
     if entity == "PERSON":
         first, last = fake.first_name(), fake.last_name()
         words, whole = _words(fold(value)), _words(identity)
-        if len(words) > 1 or len(whole) == 1 and words == whole:
-            return f"{first} {last}" if len(words) > 1 else first
-        return first if words and words[0] == whole[0] else last
+        if len(words) > 1 or words == whole:
+            return f"{first} {last}" if len(words) > 1 else str(first)
+        return str(first if words and words[0] == whole[0] else last)
     made = {
         "EMAIL_ADDRESS": fake.safe_email, "LOCATION": fake.city, "ORGANIZATION": fake.company, "URL": lambda: f"https://{fake.domain_word()}.example",
         "STREET_ADDRESS": lambda: f"{fake.street_address()}, {fake.city()}", "IP_ADDRESS": lambda: f"203.0.113.{rng.randrange(1, 255)}",
@@ -170,7 +168,9 @@ def check_operators(settings: Deid) -> bytes | None:
     used = {settings.operator, *settings.operators.values()}
     if settings.consistency == "file" and "tag-index" in used:
         raise UserError("deid.consistency: found file, but tag-index counts within a record. Use hash or surrogate.")
-    derived = sorted(used & set(KEYED)) + (["surrogate with consistency file"] if settings.consistency == "file" else [])
+    derived = sorted(used & set(KEYED)) + (
+        ["surrogate with consistency file"] if settings.consistency == "file" else []
+    )
     if settings.profile == "hipaa-safe-harbor" and derived:
         raise UserError(
             f"deid.operator: found {', '.join(derived)}, but Safe Harbor forbids codes derived from the person "
@@ -186,7 +186,9 @@ def read_key() -> bytes:
     name = os.environ.get(KEY_VARIABLE)
     how = "head -c 32 /dev/urandom > deid.key && export DEID_KEY_FILE=deid.key"
     if not name:
-        raise UserError(f"{KEY_VARIABLE} is not set; hash, encrypt and file-wide surrogates need a key. For a new one: {how}")
+        raise UserError(
+            f"{KEY_VARIABLE} is not set; hash, encrypt and file-wide surrogates need a key. For a new one: {how}"
+        )
     try:
         key = Path(name).read_bytes()
     except OSError as error:

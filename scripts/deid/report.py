@@ -120,9 +120,13 @@ def render_html(report: dict[str, Any]) -> str:
         blocks.append(_table(f"Measured recall on {name}", ("label", "covered whole", "95 % interval", "spans"), shown))
     else:
         blocks.append("<h2>Measured recall</h2><p>Not measured in this run; see --evaluate.</p>")
-    blocks.append("<h2>Limits</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in report["limits"]) + "</ul>")
+    blocks.append(
+        "<h2>Limits</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in report["limits"]) + "</ul>"
+    )
     tools = json.dumps({k: report[k] for k in ("recognizers", "config", "git")}, indent=1, ensure_ascii=False)
-    blocks.append(f"<details><summary>Configuration, versions, hashes</summary><pre>{html.escape(tools)}</pre></details>")
+    blocks.append(
+        f"<details><summary>Configuration, versions, hashes</summary><pre>{html.escape(tools)}</pre></details>"
+    )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>De-identification report</title><style>"
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"

@@ -21,7 +21,19 @@ from scripts.deid.spans import TAG, Span, merge_addresses, tidy
 
 # Prose needs no label; every other field is read as "name of the field: value", which tells an SSN from a number.
 PROSE_FIELDS = frozenset(
-    ["instruction", "input", "output", "prompt", "completion", "chosen", "rejected", "content", "text", "system", "response"]
+    [
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "content",
+        "text",
+        "system",
+        "response",
+    ]
 )
 FIELD_ENTITIES = {
     "PERSON": r"(?:full|first|last|middle|maiden|given|family|patient|customer|client|user|contact|employee)?name|surname",
@@ -44,7 +56,7 @@ COMMON_WORDS = frozenset(
     """And Art Best Bill Black Blue Brook Brown Car Case Christian Church Cook Dale Day Dean Dear Don Drew Earth Faith Field
     Ford Frank Gene Grace Grant Gray Green Guy Hall Hill Home Hope House Jack Joy King Lane Law Little Long Lord Love Mark
     Max May Miles Miss North Page Park Pat Paul Price Ray Rich Rob Rose Sale Short Sir Small South Stone Street Summer Sue
-    The Van Von Wall Walker Way Wells West White Will Wood Young Star Major Nick Sky Dawn Eve April June August You""".split()
+    The Van Von Wall Walker Way Wells West White Will Wood Young Star Major Nick Sky Dawn Eve April June August You""".split()  # noqa: SIM905 - a list of words reads better so
 )
 _NAME_TOKEN = re.compile(r"[^\W\d_][\w'’-]*[^\W_]")
 _BLOB = re.compile(r"data:[\w/+.-]+;base64,|(?<![\w+/])(?=[\w+/]*\d)(?=[\w+/]*[a-z])(?=[\w+/]*[A-Z])[\w+/]{400,}={0,2}")
@@ -130,9 +142,9 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
     if isinstance(row, BadRow):
         raise HeldBackError(f"unreadable: {row.field}")
     settings = detector.settings
-    for path in missing_fields(row, settings.fields or ()):
-        raise HeldBackError(f"the field {path} is missing")
-    leaves = [Leaf(path, path[-1], "", None, is_key=True) for path in _odd_keys(row, ())]
+    if missing := missing_fields(row, settings.fields or ()):
+        raise HeldBackError(f"the field {missing[0]} is missing")
+    leaves = [Leaf(path, str(path[-1]), "", None, is_key=True) for path in _odd_keys(row, ())]
     for path, value in _scalars(row, (), settings):
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
         text = _as_text(value)
@@ -163,7 +175,7 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
             yield path, value
 
 
-def _odd_keys(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[Any, ...]]:
+def _odd_keys(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
     """List the keys that are no plain names of fields: a person may be hidden in them."""
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -225,8 +237,8 @@ def search_until_stable(records: dict[int, list[Leaf]], detector: Detector) -> d
         for index, leaves in pending.items():
             if index not in failed:
                 changed = {id(leaf) for leaf in leaves if leaf.add(_to_leaf(found, *views[id(leaf)]))}
+                changed |= spread(records[index], detector)
                 if changed:
-                    changed |= spread(records[index], detector)
                     again[index] = [leaf for leaf in records[index] if id(leaf) in changed]
         pending = again
         if not pending:
@@ -265,7 +277,9 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
         forms = {form: entity for form, entity in forms.items() if form.casefold() not in allowed}
         if not forms:
             continue
-        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})(?!\w)", flags)
+        pattern = re.compile(
+            rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})(?!\w)", flags
+        )
         for leaf in leaves:
             hits = [
                 Span(m.start(), m.end(), forms.get(m[0]) or forms.get(m[0].casefold(), "PERSON"), 0.6)

@@ -39,7 +39,9 @@ _TAIL = re.compile(
     r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
 )
 _HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")
-_OWNER = re.compile(r"(?:^|\n)[^\w\n]{0,5}((?:[^\W\d_a-z][\w'’.-]*[ ]){0,3}[^\W\d_a-z][\w'’.-]*)\s*\n(?=\W*$|[^\n]*\n\W*$)")
+_OWNER = re.compile(
+    r"(?:^|\n)[^\w\n]{0,5}((?:[^\W\d_a-z][\w'’.-]*[ ]){0,3}[^\W\d_a-z][\w'’.-]*)\s*\n(?=\W*$|[^\n]*\n\W*$)"
+)
 
 
 def normalise(text: str) -> tuple[str, Sequence[int]]:

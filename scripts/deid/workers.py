@@ -14,7 +14,8 @@ from typing import Any
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
-from scripts.deid.detection import Detector, describe, load_detector
+from scripts.deid.detection import Detector
+from scripts.deid.recognizers import describe, load_detector
 from scripts.deid.replacement import Replacer
 from scripts.deid.scrubbing import Outcome, scrub_chunk
 
