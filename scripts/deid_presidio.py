@@ -36,7 +36,7 @@ from scripts.deid.files import check_paths, count_rows, open_output, read_input
 from scripts.deid.replacement import Replacer, check_operators, decrypt, read_key
 from scripts.deid.report import LIMITS, Tally, hipaa_table, render_html, settings_for_report
 from scripts.deid.scrubbing import missing_fields
-from scripts.deid.workers import Workers
+from scripts.deid.workers import Workers, peak_memory_gib
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "limits": list(LIMITS),
             "timing": {
                 "seconds": round(time.monotonic() - started, 2), "workers": count,
-                "characters": tally.characters, "characters_per_second": round(tally.characters / max(seconds, 1e-9)),
+                "peak_memory_gib": round(peak_memory_gib(), 3), "characters": tally.characters, "characters_per_second": round(tally.characters / max(seconds, 1e-9)),
             },
             "git": git_state(),
         }  # fmt: skip

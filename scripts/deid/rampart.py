@@ -51,7 +51,7 @@ class Rampart:
             for start in range(0, max(len(encoding.ids) - _OVERLAP, 1), step):
                 stop = start + _TOKENS
                 pieces.append((number, encoding.ids[start:stop], encoding.offsets[start:stop]))
-        first, last = self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
+        first, last = (self.tokenizer.token_to_id(name) or 0 for name in ("[CLS]", "[SEP]"))
         pieces.sort(key=lambda piece: len(piece[1]))
         for begin in range(0, len(pieces), 4):
             batch = pieces[begin : begin + 4]
