@@ -9,6 +9,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,13 +145,18 @@ def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Rando
         "CREDIT_CARD": fake.credit_card_number, "IBAN_CODE": fake.iban, "HANDLE": lambda: f"@{fake.user_name()}",
         "PHONE_NUMBER": lambda: f"({rng.randrange(201, 990)}) 555-01{rng.randrange(100):02}",
         "US_SSN": lambda: f"9{rng.randrange(100):02}-{rng.randrange(10, 50)}-{rng.randrange(1000, 10000)}",
-        "DATE_TIME": lambda: fake.date(), "MAC_ADDRESS": fake.mac_address, "UUID": lambda: str(fake.uuid4()),
+        "DATE_TIME": lambda: _date(rng), "MAC_ADDRESS": fake.mac_address, "UUID": lambda: str(fake.uuid4()),
     }  # fmt: skip
     if entity in made and not value.isdigit():
         return str(made[entity]())
     if entity == "AGE":
         return re.sub(r"\d+", lambda _: str(rng.randrange(18, 90)), value)
     return "".join(_same_kind(character, rng, first=not index) for index, character in enumerate(value))
+
+
+def _date(rng: random.Random) -> str:
+    """Draw a date between fixed bounds; Faker's own end today, so the same seed would give another one tomorrow."""
+    return date.fromordinal(rng.randrange(date(1950, 1, 1).toordinal(), date(2025, 1, 1).toordinal())).isoformat()
 
 
 def _same_kind(character: str, rng: random.Random, *, first: bool) -> str:
