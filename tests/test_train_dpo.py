@@ -33,7 +33,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(folder: Path, run_dir: Path, *overrides: str):
     """Build the trainer of a DPO run without training it."""
     config = load_config(folder / "config.yaml", overrides)
-    stage = Stage("dpo", config, config.values.dpo, run_dir, StopSignal(), False)
+    stage = Stage("dpo", config, config.values.dpo, run_dir, StopSignal())
     _, split = train_dpo.read_data(stage, train_dpo.parse_preference)
     origin = train_dpo.find_origin(stage)
     train, validation = train_dpo.render(stage, origin.tokenizer, split)

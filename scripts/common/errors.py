@@ -50,7 +50,7 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             message, code = "interrupted", EXIT_SIGINT
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EDQUOT):
                 raise
             where = f" at {error.filename}" if error.filename else ""
             message = f"error: cannot write{where}: {error.strerror}. Free some space or choose another folder."

@@ -10,6 +10,7 @@ from typing import Any
 
 from scripts.common.artifacts import MANIFEST, artifact_sha256, portable_path, publish, write_manifest
 from scripts.common.config import LoadedConfig
+from scripts.common.deid_report import report_path
 from scripts.common.modeling import merge_initialisation
 from scripts.common.records import DatasetFile, Split
 from scripts.common.rendering import template_sha256, tokenizer_sha256
@@ -94,6 +95,8 @@ def log_inputs(tracker: Tracker, config: LoadedConfig, run_dir: Path, datasets: 
     tracker.log_params(flatten(config.values.model_dump(mode="json")))
     tracker.log_artifact(run_dir / "config.resolved.yaml")
     for entry in datasets:
+        if report_path(entry["path"]).is_file():
+            tracker.log_artifact(report_path(entry["path"]), "deid")
         for side in ("train", "validation"):
             tracker.log_dataset(entry["path"], entry["sha256"], side, entry[side])
 

@@ -231,24 +231,28 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(_read_text(path).split("\n"), strict=True)
     line = 2
-    try:
-        for row in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if None in row or None in row.values():
-                yield (
-                    where,
-                    BadRow(
+    # Line ends stay in, since a cell may hold some; the file is streamed.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if None in row or None in row.values():
+                    yield (
                         where,
-                        "columns",
-                        f"found another number of cells than the {len(reader.fieldnames or [])} of the header",
-                    ),
-                )
-            else:
-                yield where, {key: value for key, value in row.items()}
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
+                        BadRow(
+                            where,
+                            "columns",
+                            f"found another number of cells than the {len(reader.fieldnames or [])} of the header",
+                        ),
+                    )
+                else:
+                    yield where, {key: value for key, value in row.items()}
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 after line {line - 1}. Save the file as UTF-8.") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -256,11 +260,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}: record {number}", row
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a Parquet file ({error}).") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: record {number}", row
 
 
 FORMATS = {

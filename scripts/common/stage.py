@@ -11,6 +11,7 @@ from typing import Any
 
 from scripts.common.artifacts import locked_run_dir, write_text_durably
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
+from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError, listing
 from scripts.common.records import (
     DatasetFile,
@@ -39,6 +40,13 @@ log = logging.getLogger(__name__)
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags both training scripts have."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--require-deid-report",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="refuse data without a de-identification report (default: the one beside the data); see deid.required",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="check config and data and show what would be trained")
 
@@ -52,7 +60,8 @@ class Stage:
     section: Training
     run_dir: Path | None
     stop: StopSignal
-    resume: bool
+    resume: bool = False
+    deid_report: str | None = None
 
     @property
     def skip_bad_rows(self) -> bool:
@@ -68,12 +77,12 @@ def run_stage(
     prepare_environment(config.values)
     if arguments.dry_run:
         set_up_logging()
-        dry_run(Stage(name, config, section, None, StopSignal(), False))
+        dry_run(Stage(name, config, section, None, StopSignal(), deid_report=arguments.require_deid_report))
         return 0
     with trapped_signals() as stop, locked_run_dir(section.output_dir) as run_dir:
         set_up_logging(run_dir / "log.txt")
         write_text_durably(run_dir / "config.resolved.yaml", config.to_yaml())
-        steps(Stage(name, config, section, run_dir, stop, arguments.resume))
+        steps(Stage(name, config, section, run_dir, stop, arguments.resume, arguments.require_deid_report))
     return 0
 
 
@@ -81,6 +90,9 @@ def read_data(stage: Stage, parse: Parser) -> tuple[list[DatasetFile], Split]:
     """Read, check and split the records, and say what stands out in them."""
     values = stage.config.values
     files = load_datasets(stage.section.dataset_path, parse, values.data, f"{stage.name}.dataset_path")
+    if values.deid.required or stage.deid_report is not None:
+        for file in files:
+            check_deid_report(file.path, file.sha256, stage.deid_report or None)
     split = split_records(files, values.data, values.seed)
     records = [record for file in files for record in file.records]
     log.info("%d records: %d to train on, %d held out", len(records), len(split.train), len(split.validation))

@@ -1,0 +1,175 @@
+"""Measure the de-identification stage: recall, precision, leaking records, over-flagging, speed and memory.
+
+Reads labelled or clean JSONL files; writes a table to the terminal and, with --out, the figures as JSON. Runs the command
+line of the stage, so it measures what a user gets. Needs requirements.extra.txt.
+
+    python -m eval.benchmarks.deid --gold ../shared/data/pii_presidio_generated_large/data.jsonl --gold ../shared/data/ner_wikigold/data.jsonl --clean ../shared/data/sft_banking77/train.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from scripts.common.config import ROOT
+from scripts.common.deid_report import report_path
+from scripts.common.errors import UserError, entry_point
+from scripts.common.records import BadRow, read_rows
+from scripts.common.runtime import set_up_logging
+
+log = logging.getLogger(__name__)
+
+TEXT_FIELDS = ("text", "input", "instruction", "prompt", "output", "completion", "chosen", "rejected")
+EXIT_QUARANTINE = 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--gold", action="append", default=[], type=Path, metavar="FILE", help="labelled texts; repeatable"
+    )
+    parser.add_argument(
+        "--clean",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="records without personal data; repeatable",
+    )
+    parser.add_argument(
+        "--speed-mb", type=float, default=1.0, metavar="MB", help="size of the speed run; 0 leaves it out"
+    )
+    parser.add_argument("--workers", default="auto", help="processes of the speed run (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="passed on")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    return parser
+
+
+def texts_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield labelled rows; the first text field of a row without labels is a text without personal data."""
+    for where, row in read_rows(path):
+        if isinstance(row, BadRow):
+            raise UserError(f"{where}: {row.reason}")
+        if "spans" in row:
+            yield {"text": row["text"], "spans": row["spans"]}
+            continue
+        text = next((row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str) and row[name]), None)
+        if text:
+            yield {"text": text, "spans": []}
+
+
+def run_stage(source: Path, out: Path, *flags: str) -> dict[str, Any]:
+    """Run the stage as a user would and return its report."""
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.deid_presidio",
+        "--in",
+        str(source),
+        "--out",
+        str(out),
+        "--overwrite",
+        *flags,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, EXIT_QUARANTINE):
+        raise UserError(f"the stage failed with {done.returncode}: {done.stderr.strip()[-600:]}")
+    return dict(json.loads(report_path(out).read_text(encoding="utf-8")))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def measure(path: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
+    """Measure one file."""
+    gold = write_rows(folder / "gold.jsonl", list(texts_of(path)))
+    one = write_rows(folder / "one.jsonl", [{"text": "x"}])  # the stage wants an input; the gold file is what counts
+    return dict(run_stage(one, folder / "one.deid.jsonl", "--evaluate", str(gold), *flags)["evaluation"])
+
+
+def measure_speed(paths: Sequence[Path], megabytes: float, folder: Path, flags: list[str]) -> dict[str, Any]:
+    """Scrub about so many megabytes of all the files' texts and return characters per second and the peak memory."""
+    texts = [row["text"] for path in paths for row in texts_of(path)]
+    rows: list[dict[str, Any]] = []
+    size = 0
+    while texts and size < megabytes * 1e6:
+        text = texts[len(rows) % len(texts)]
+        rows.append({"id": len(rows), "text": text})
+        size += len(text)
+    source = write_rows(folder / "speed.jsonl", rows)
+    report = run_stage(source, folder / "speed.deid.jsonl", *flags)
+    return {**report["timing"], "records": len(rows), "held_back": report["counts"]["quarantined"]}
+
+
+def say(line: str) -> None:
+    """Write a line of the table."""
+    sys.stdout.write(line + "\n")
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Print the figures of one file."""
+
+    def line(title: str, share: dict[str, Any]) -> None:
+        if share["total"]:
+            low, high = share["wilson95"]
+            say(f"  {title:<44}{share['share']:>8.3f}  [{low:.3f}, {high:.3f}]  {share['hits']}/{share['total']}")
+
+    say(f"{name}: {result['records']} records, {result['held_back']} held back")
+    line("recall, span covered whole", result["recall"])
+    for label, share in result["recall_by_label"].items():
+        line(f"  {label}", share)
+    line("precision, found span touches a labelled one", result["precision"])
+    line("records that leak", result["leaking_records"])
+    line("other letters and digits flagged", result["flagged_characters_without_personal_data"])
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every file, then the speed over all of them."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging()
+    paths = [*arguments.gold, *arguments.clean]
+    if not paths:
+        raise UserError("nothing to measure: give --gold FILE or --clean FILE.")
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file.")
+    flags = [part for item in arguments.overrides for part in ("--set", item)]
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for path in paths:
+            log.info("measuring on %s", path)
+            figures[f"{path.parent.name}/{path.name}"] = measure(path, folder, flags)
+            show(f"{path.parent.name}/{path.name}", figures[f"{path.parent.name}/{path.name}"])
+        if arguments.speed_mb:
+            log.info("measuring the speed")
+            figures["speed"] = measure_speed(
+                paths, arguments.speed_mb, folder, [*flags, "--workers", arguments.workers]
+            )
+            speed = figures["speed"]
+            say(
+                f"speed: {speed['characters_per_second']:,} characters/s with {speed['workers']} workers, "
+                f"largest process {speed['peak_memory_gib']:.2f} GiB"
+            )
+    if arguments.out:
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

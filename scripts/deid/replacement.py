@@ -1,0 +1,228 @@
+"""Put something in the place of personal data: the same value gets the same replacement throughout its record."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import random
+import re
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.common.errors import UserError
+from scripts.common.schema import Deid
+from scripts.deid.spans import Span
+
+if TYPE_CHECKING:
+    from faker import Faker
+
+KEY_VARIABLE = "DEID_KEY_FILE"
+KEYED = ("hash", "encrypt")
+_ENCRYPTED = re.compile(r"<[A-Z_]+:([\w-]{20,}={0,2})>")
+
+
+class Replacer:
+    """The operators of one configuration."""
+
+    def __init__(self, settings: Deid, seed: int, key: bytes | None) -> None:
+        self.settings, self.seed, self.key = settings, seed, key
+        self.operators: dict[str, Callable[[str, str, str], str]] = {
+            "mask": lambda entity, value, identity: re.sub(r"\w", "*", value),
+            "redact": lambda entity, value, identity: "",
+            "keep": lambda entity, value, identity: value,
+            "tag": lambda entity, value, identity: f"<{entity}>",
+            "hash": lambda entity, value, identity: f"<{entity}:{self._digest(entity, identity).hex()[:16]}>",
+            "encrypt": lambda entity, value, identity: f"<{entity}:{self._encrypt(entity, value)}>",
+        }
+        self._faker: Faker | None = None
+
+    def operator_of(self, entity: str) -> str:
+        """Return the name of the operator for an entity."""
+        return self.settings.operators.get(entity, self.settings.operator)
+
+    def removes(self, entity: str) -> bool:
+        """Tell whether the original may not stand in the output."""
+        return self.operator_of(entity) != "keep"
+
+    def replace(self, number: int, texts: Sequence[tuple[str, Sequence[Span]]]) -> list[str]:
+        """Replace the spans of all texts of one record; `number` is the record's place in the file."""
+        found = [(span.entity, text[span.start : span.end]) for text, spans in texts for span in spans]
+        identities = identify(found)
+        places: dict[str, list[str]] = {}
+        for entity, value in found:
+            known = places.setdefault(entity, [])
+            if identities[entity, value] not in known:
+                known.append(identities[entity, value])
+        originals = {fold(value) for _, value in found}
+        chosen: dict[tuple[str, str], str] = {}
+        for entity, value in found:
+            if (entity, value) in chosen:
+                continue
+            identity = identities[entity, value]
+            operator = self.operator_of(entity)
+            if operator == "tag-index":
+                new = f"<{entity}_{places[entity].index(identity) + 1}>"
+            elif operator == "surrogate":
+                place = places[entity].index(identity)
+                new = self._surrogate(number, entity, value, identity, place, originals)
+            else:
+                new = self.operators[operator](entity, value, identity)
+            chosen[entity, value] = new
+        result = []
+        for text, spans in texts:
+            for span in reversed(spans):
+                text = text[: span.start] + chosen[span.entity, text[span.start : span.end]] + text[span.end :]
+            result.append(text)
+        return result
+
+    def _digest(self, entity: str, identity: str) -> bytes:
+        assert self.key is not None
+        return hmac.digest(self.key, f"{entity}\n{identity}".encode(), "sha256")
+
+    def _encrypt(self, entity: str, value: str) -> str:
+        return base64.urlsafe_b64encode(_cipher(self.key).encrypt(value.encode(), [entity.encode()])).decode()
+
+    def _surrogate(self, number: int, entity: str, value: str, identity: str, place: int, originals: set[str]) -> str:
+        """Invent a value of the same kind: from the place in the record, or keyed for the whole file."""
+        import faker
+
+        if self._faker is None:
+            self._faker = faker.Faker("en_US")
+        if self.settings.consistency == "file":
+            seed = int.from_bytes(self._digest(entity, identity)[:8], "big")
+        else:  # the place in the file, not the value: a code must not be derived from the person
+            origin = f"{self.seed}\n{number}\n{entity}\n{place}".encode()
+            seed = int.from_bytes(hashlib.sha256(origin).digest()[:8], "big")
+        for attempt in range(100):
+            self._faker.seed_instance(seed + attempt)
+            # The whole identity is drawn first, so that "Maria" becomes the first name of what "Maria Diaz" became.
+            new = _invent(self._faker, entity, value, identity, random.Random(seed + attempt))
+            if not {fold(new), *fold(new).split()} & originals:
+                return new
+        raise ValueError("no surrogate found that differs from every original")
+
+
+def fold(value: str) -> str:
+    """Write a value so that case and spacing do not tell two mentions apart."""
+    return " ".join(value.casefold().split())
+
+
+def identify(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Say who or what each mention is: a part of exactly one longer name of the record is that person."""
+    names = {fold(value) for entity, value in found if entity == "PERSON"}
+    identities = {}
+    for entity, value in found:
+        identity = fold(value)
+        if entity == "PERSON":
+            parts = set(_words(identity))
+            longer = [name for name in names if parts < set(_words(name))]
+            # Several longer forms of one name count once: only the longest ones can differ.
+            longest = [name for name in longer if not any(set(_words(name)) < set(_words(other)) for other in longer)]
+            if len(longest) == 1:
+                identity = longest[0]
+        identities[entity, value] = identity
+    return identities
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"\w+", name)
+
+
+def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Random) -> str:
+    if entity == "PERSON":
+        first, last = fake.first_name(), fake.last_name()
+        words, whole = _words(fold(value)), _words(identity)
+        if len(words) > 1 or words == whole:
+            return f"{first} {last}" if len(words) > 1 else str(first)
+        return str(first if words and words[0] == whole[0] else last)
+    made = {
+        "EMAIL_ADDRESS": fake.safe_email, "LOCATION": fake.city, "ORGANIZATION": fake.company, "URL": lambda: f"https://{fake.domain_word()}.example",
+        "STREET_ADDRESS": lambda: f"{fake.street_address()}, {fake.city()}", "IP_ADDRESS": lambda: f"203.0.113.{rng.randrange(1, 255)}",
+        "CREDIT_CARD": fake.credit_card_number, "IBAN_CODE": fake.iban, "HANDLE": lambda: f"@{fake.user_name()}",
+        "PHONE_NUMBER": lambda: f"({rng.randrange(201, 990)}) 555-01{rng.randrange(100):02}",
+        "US_SSN": lambda: f"9{rng.randrange(100):02}-{rng.randrange(10, 50)}-{rng.randrange(1000, 10000)}",
+        "DATE_TIME": lambda: _date(rng), "MAC_ADDRESS": fake.mac_address, "UUID": lambda: str(fake.uuid4()),
+    }  # fmt: skip
+    if entity in made and not value.isdigit():
+        return str(made[entity]())
+    if entity == "AGE":
+        return re.sub(r"\d+", lambda _: str(rng.randrange(18, 90)), value)
+    return "".join(_same_kind(character, rng, first=not index) for index, character in enumerate(value))
+
+
+def _date(rng: random.Random) -> str:
+    """Draw a date between fixed bounds; Faker's own end today, so the same seed would give another one tomorrow."""
+    return date.fromordinal(rng.randrange(date(1950, 1, 1).toordinal(), date(2025, 1, 1).toordinal())).isoformat()
+
+
+def _same_kind(character: str, rng: random.Random, *, first: bool) -> str:
+    """Draw a digit for a digit and a letter for a letter; the first digit is no zero, so that numbers keep their length."""
+    if character.isdigit():
+        return str(rng.randrange(1 if first else 0, 10))
+    if character.isalpha():
+        letter = rng.choice("abcdefghjkmnpqrstuvwxyz")
+        return letter.upper() if character.isupper() else letter
+    return character
+
+
+def check_operators(settings: Deid) -> bytes | None:
+    """Refuse combinations that would not do what they promise, and read the key where one is needed."""
+    used = {settings.operator, *settings.operators.values()}
+    if settings.consistency == "file" and "tag-index" in used:
+        raise UserError("deid.consistency: found file, but tag-index counts within a record. Use hash or surrogate.")
+    derived = sorted(used & set(KEYED)) + (
+        ["surrogate with consistency file"] if settings.consistency == "file" else []
+    )
+    if settings.profile == "hipaa-safe-harbor" and derived:
+        raise UserError(
+            f"deid.operator: found {', '.join(derived)}, but Safe Harbor forbids codes derived from the person "
+            "(45 CFR 164.514(c)). Use tag, tag-index, mask, redact or surrogate within a record."
+        )
+    if not used & set(KEYED) and not (settings.consistency == "file" and "surrogate" in used):
+        return None
+    return read_key()
+
+
+def read_key() -> bytes:
+    """Read the secret key from the file that DEID_KEY_FILE names."""
+    name = os.environ.get(KEY_VARIABLE)
+    how = "head -c 32 /dev/urandom > deid.key && export DEID_KEY_FILE=deid.key"
+    if not name:
+        raise UserError(
+            f"{KEY_VARIABLE} is not set; hash, encrypt and file-wide surrogates need a key. For a new one: {how}"
+        )
+    try:
+        key = Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{KEY_VARIABLE}: cannot read {name}: {error.strerror}. For a new one: {how}") from None
+    if len(key) < 32:
+        raise UserError(f"{KEY_VARIABLE}: {name} holds {len(key)} bytes, wanted at least 32. For a new one: {how}")
+    return key
+
+
+def _cipher(key: bytes | None) -> Any:
+    from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+
+    assert key is not None
+    return AESSIV(hashlib.sha512(b"encrypt" + key).digest())
+
+
+def decrypt(text: str, key: bytes) -> str:
+    """Put the originals back into a text whose values were replaced by `encrypt`.
+
+    Raises: UserError when the key is not the one that encrypted, or a value was changed.
+    """
+    from cryptography.exceptions import InvalidTag
+
+    def original(match: re.Match[str]) -> str:
+        entity = match[0][1:].partition(":")[0]
+        try:
+            return str(_cipher(key).decrypt(base64.urlsafe_b64decode(match[1]), [entity.encode()]).decode())
+        except (InvalidTag, ValueError):
+            raise UserError(f"cannot decrypt a value of {entity}: wrong key, or the value was changed.") from None
+
+    return _ENCRYPTED.sub(original, text)

@@ -1,0 +1,342 @@
+"""Scrub whole records: which fields are read, how findings spread within a record, and when a record is held back.
+
+A record is searched again with its findings replaced by tags until nothing new turns up. So scrubbing twice gives what
+scrubbing once gives, and the last search is the proof that the recognizers find nothing any more.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripts.common.records import BadRow
+from scripts.common.schema import Deid
+from scripts.deid.detection import NER_ENTITIES, Detector
+from scripts.deid.replacement import Replacer
+from scripts.deid.spans import TAG, Span, merge_addresses, tidy
+
+# Prose needs no label; every other field is read as "name of the field: value", which tells an SSN from a number.
+PROSE_FIELDS = frozenset(
+    [
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "content",
+        "text",
+        "system",
+        "response",
+    ]
+)
+FIELD_ENTITIES = {
+    "PERSON": r"(?:full|first|last|middle|maiden|given|family|patient|customer|client|user|contact|employee)?name|surname",
+    "EMAIL_ADDRESS": r"e?mail(?:address)?",
+    "PHONE_NUMBER": r"(?:tele|cell|mobile|home|work)?phone(?:number|no)?|tel|mobile|fax(?:number)?",
+    "US_SSN": r"ssn|socialsecurity(?:number|no)?",
+    "STREET_ADDRESS": r"(?:street|home|billing|shipping|mailing|postal)?address|street",
+    "ZIP_CODE": r"zip(?:code)?|post(?:al)?code",
+    "DATE_TIME": r"dob|birthda(?:y|te)|dateofbirth|birthdate",
+    "AGE": r"age",
+    "ID_NUMBER": r"mrn|(?:account|acct|policy|passport|member|licen[cs]e|patient)(?:number|no|id)",
+    "CREDIT_CARD": r"(?:credit)?card(?:number|no)",
+    "HANDLE": r"username|handle|login",
+    "SECRET": r"password|passwd|secret|api_?key|token",
+    "IP_ADDRESS": r"ip(?:address)?",
+}
+_FIELD_PATTERNS = {entity: re.compile(pattern) for entity, pattern in FIELD_ENTITIES.items()}
+# Names that are everyday words as well: found as a name once, they are not taken for it elsewhere.
+COMMON_WORDS = frozenset(
+    """And Art Best Bill Black Blue Brook Brown Car Case Christian Church Cook Dale Day Dean Dear Don Drew Earth Faith Field
+    Ford Frank Gene Grace Grant Gray Green Guy Hall Hill Home Hope House Jack Joy King Lane Law Little Long Lord Love Mark
+    Max May Miles Miss North Page Park Pat Paul Price Ray Rich Rob Rose Sale Short Sir Small South Stone Street Summer Sue
+    The Van Von Wall Walker Way Wells West White Will Wood Young Star Major Nick Sky Dawn Eve April June August You""".split()  # noqa: SIM905 - a list of words reads better so
+)
+_NAME_TOKEN = re.compile(r"[^\W\d_][\w'’-]*[^\W_]")
+_BLOB = re.compile(r"data:[\w/+.-]+;base64,|(?<![\w+/])(?=[\w+/]*\d)(?=[\w+/]*[a-z])(?=[\w+/]*[A-Z])[\w+/]{400,}={0,2}")
+MAX_ROUNDS = 8
+MAX_CHARACTERS = 1_000_000
+
+
+@dataclass
+class Leaf:
+    """One scalar of a record and what was found in it."""
+
+    path: tuple[str | int, ...]
+    text: str
+    label: str
+    whole: str | None
+    is_key: bool = False
+    spans: list[Span] = field(default_factory=list)
+
+    def view(self) -> tuple[str, list[tuple[int, int, int]]]:
+        """Return the text as it is searched next, and (start there, start here, length) of its untouched pieces."""
+        parts, pieces, position, length = [self.label], [], 0, len(self.label)
+        for span in [*self.spans, Span(len(self.text), len(self.text), "", 0)]:
+            piece = self.text[position : span.start]
+            pieces.append((length, position, len(piece)))
+            tag = f"<{span.entity}>" if span.entity else ""
+            parts += [piece, tag]
+            length += len(piece) + len(tag)
+            position = span.end
+        return "".join(parts), pieces
+
+    def add(self, found: Sequence[Span]) -> bool:
+        """Take in spans of this text; return whether they cover more than before."""
+        before = [span[:3] for span in self.spans]
+        kept = [(match.start(), match.end()) for match in TAG.finditer(self.text)]
+        fresh = tidy(self.text, found, sorted([*kept, *((span.start, span.end) for span in self.spans)]))
+        self.spans = merge_addresses(self.text, sorted([*self.spans, *fresh]))
+        return [span[:3] for span in self.spans] != before
+
+
+@dataclass
+class Outcome:
+    """A scrubbed row, or the reason why it is held back."""
+
+    source: str
+    row: Any = None
+    reason: str = ""
+    found: list[tuple[str, str, float]] = field(default_factory=list)  # field, entity, score
+    spans_of_text: list[Span] = field(default_factory=list)  # of a row that holds nothing but `text`
+    characters: int = 0
+    id: str | int | None = None
+
+
+class HeldBackError(Exception):
+    """A record cannot be vouched for; the reason holds no text of it."""
+
+
+def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, replacer: Replacer) -> list[Outcome]:
+    """Scrub rows given as (number, file:line, row); every row comes back, scrubbed or held back."""
+    outcomes = [Outcome(source, id=_id_of(row, detector.settings)) for _, source, row in chunk]
+    leaves: dict[int, list[Leaf]] = {}
+    for index, (_, _, row) in enumerate(chunk):
+        try:
+            leaves[index] = read_leaves(row, detector)
+        except HeldBackError as error:
+            outcomes[index].reason = str(error)
+    for index, reason in search_until_stable(leaves, detector).items():
+        outcomes[index].reason = reason
+        del leaves[index]
+    for index, found in leaves.items():
+        number, _, row = chunk[index]
+        try:
+            _finish(number, outcomes[index], row, found, replacer)
+        except Exception as error:  # whatever goes wrong, the row must not pass
+            outcomes[index].reason = str(error) if isinstance(error, HeldBackError) else _named(error)
+    return outcomes
+
+
+def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
+    """List the scalars of a row that are to be searched.
+
+    Raises: HeldBackError for content that cannot be searched.
+    """
+    if isinstance(row, BadRow):
+        raise HeldBackError(f"unreadable: {row.field}")
+    settings = detector.settings
+    if missing := missing_fields(row, settings.fields or ()):
+        raise HeldBackError(f"the field {missing[0]} is missing")
+    leaves = [Leaf(path, str(path[-1]), "", None, is_key=True) for path in _odd_keys(row, ())]
+    for path, value in _scalars(row, (), settings):
+        name = next((part for part in reversed(path) if isinstance(part, str)), "")
+        text = _as_text(value)
+        if text is None:
+            raise HeldBackError(f"a value of type {type(value).__name__} cannot be searched")
+        if len(text) > MAX_CHARACTERS:
+            raise HeldBackError(f"a text of more than {MAX_CHARACTERS:,} characters")
+        if _BLOB.search(text):
+            raise HeldBackError("binary content (base64), which may be an image or a fingerprint")
+        whole = _entity_of_field(name, detector.entities)
+        if isinstance(value, str) or whole or len(text) >= 5:
+            label = "" if name in PROSE_FIELDS or not name else f"{name.replace('_', ' ')}: "
+            leaves.append(Leaf(path, text, label, whole))
+    return leaves
+
+
+def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if settings.fields is not None or key not in settings.safe_fields:
+                yield from _scalars(inner, (*path, key), settings)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _scalars(inner, (*path, index), settings)
+    elif value is not None and not isinstance(value, bool):
+        dotted = ".".join(part for part in path if isinstance(part, str))
+        if settings.fields is None or any(dotted == f or dotted.startswith(f + ".") for f in settings.fields):
+            yield path, value
+
+
+def _odd_keys(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+    """List the keys that are no plain names of fields: a person may be hidden in them."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z_.-]*\d{0,3}", key):
+                yield (*path, key)
+            yield from _odd_keys(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _odd_keys(inner, (*path, index))
+
+
+def missing_fields(row: Any, fields: Sequence[str]) -> list[str]:
+    """Return those of the dotted paths that a row does not have."""
+
+    def has(value: Any, parts: list[str]) -> bool:
+        if isinstance(value, list):
+            return any(has(inner, parts) for inner in value)
+        return not parts or (isinstance(value, dict) and parts[0] in value and has(value[parts[0]], parts[1:]))
+
+    return [path for path in fields if not has(row, path.split("."))]
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return format(value, ".0f") if value.is_integer() else repr(value)
+    return None
+
+
+def _entity_of_field(name: str, entities: Sequence[str]) -> str | None:
+    plain = re.sub(r"[\W_]", "", name.casefold())
+    return next((e for e, pattern in _FIELD_PATTERNS.items() if e in entities and pattern.fullmatch(plain)), None)
+
+
+def search_until_stable(records: dict[int, list[Leaf]], detector: Detector) -> dict[int, str]:
+    """Fill in the spans of every leaf; return the records that could not be searched, with the reason."""
+    failed: dict[int, str] = {}
+    for leaf in (leaf for leaves in records.values() for leaf in leaves):
+        if leaf.whole and any(character.isalnum() for character in TAG.sub("", leaf.text)):
+            leaf.add([Span(0, len(leaf.text), leaf.whole, 1.0)])
+    pending = {index: list(leaves) for index, leaves in records.items()}
+    for _ in range(MAX_ROUNDS):
+        views = {id(leaf): leaf.view() for leaves in pending.values() for leaf in leaves}
+        found: dict[str, list[Span]] = {}
+        try:
+            texts = list(dict.fromkeys(text for text, _ in views.values()))
+            found = dict(zip(texts, detector.detect(texts), strict=True))
+        except Exception:  # find out which records it is; the others go on
+            for index, leaves in pending.items():
+                try:
+                    texts = [views[id(leaf)][0] for leaf in leaves]
+                    found.update(zip(texts, detector.detect(texts), strict=True))
+                except Exception as error:
+                    failed[index] = _named(error)
+        again: dict[int, list[Leaf]] = {}
+        for index, leaves in pending.items():
+            if index not in failed:
+                changed = {id(leaf) for leaf in leaves if leaf.add(_to_leaf(found, *views[id(leaf)]))}
+                changed |= spread(records[index], detector)
+                if changed:
+                    again[index] = [leaf for leaf in records[index] if id(leaf) in changed]
+        pending = again
+        if not pending:
+            return failed
+    return {**failed, **dict.fromkeys(pending, "the search did not come to an end")}
+
+
+def _to_leaf(found: dict[str, list[Span]], text: str, pieces: Sequence[tuple[int, int, int]]) -> list[Span]:
+    """Bring findings in a view back to the offsets of the leaf; what lies in a tag or label falls away."""
+    spans = []
+    for span in found[text]:
+        for start, origin, length in pieces:
+            low, high = max(span.start, start), min(span.end, start + length)
+            if low < high:
+                spans.append(span._replace(start=low - start + origin, end=high - start + origin))
+    return spans
+
+
+def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
+    """Cover every further mention, in any field, of the names and numbers found in a record."""
+    tokens: dict[str, str] = {}
+    values: dict[str, str] = {}
+    allowed = {word.casefold() for word in detector.settings.allow_list}
+    for leaf in leaves:
+        for span in leaf.spans:
+            surface = leaf.text[span.start : span.end]
+            if span.entity == "PERSON":
+                names = [name for name in _NAME_TOKEN.findall(surface) if len(name) >= 3 and name[0].isupper()]
+                tokens |= {name: "PERSON" for name in names if name not in COMMON_WORDS and not name.isupper()}
+                if len(surface.split()) > 1:
+                    values[surface.casefold()] = "PERSON"
+            elif span.entity not in NER_ENTITIES and _is_telling(surface):
+                values[surface.casefold()] = span.entity
+    changed = set()
+    for forms, flags in ((tokens, 0), (values, re.IGNORECASE)):
+        forms = {form: entity for form, entity in forms.items() if form.casefold() not in allowed}
+        if not forms:
+            continue
+        pattern = re.compile(
+            rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})(?!\w)", flags
+        )
+        for leaf in leaves:
+            hits = [
+                Span(m.start(), m.end(), forms.get(m[0]) or forms.get(m[0].casefold(), "PERSON"), 0.6)
+                for m in pattern.finditer(leaf.text)
+            ]
+            if hits and leaf.add(hits):
+                changed.add(id(leaf))
+    return changed
+
+
+def _id_of(row: Any, settings: Deid) -> str | int | None:
+    """Return the record's own id where it is declared safe; it names a record in the quarantine list."""
+    value = row.get("id") if isinstance(row, dict) and "id" in settings.safe_fields else None
+    return value if isinstance(value, str | int) else None
+
+
+def _is_telling(surface: str) -> bool:
+    """Tell a number or address, which means the same everywhere, from a word such as the name of a street."""
+    return len(surface) >= 5 and not all(character.isalpha() or character.isspace() for character in surface)
+
+
+def _finish(number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], replacer: Replacer) -> None:
+    """Replace what was found, and check that no original value is left anywhere in the row."""
+    if any(leaf.spans for leaf in leaves if leaf.is_key):
+        raise HeldBackError("the name of a field holds personal data; rename it")
+    scrubbed = copy.deepcopy(row)
+    replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
+    surfaces: set[str] = set()
+    for leaf, text in zip(leaves, replaced, strict=True):
+        if leaf.spans:
+            _put(scrubbed, leaf.path, text)
+        for span in leaf.spans:
+            if span.entity not in NER_ENTITIES and replacer.removes(span.entity):
+                surfaces.add(leaf.text[span.start : span.end])
+    plain = json.dumps(scrubbed, ensure_ascii=False, default=str)
+    plain.encode()  # half a surrogate pair cannot be written
+    for surface in surfaces:
+        inside = re.escape(json.dumps(surface, ensure_ascii=False)[1:-1])
+        if _is_telling(surface) and re.search(rf"(?<!\w){inside}(?!\w)", TAG.sub("", plain)):
+            raise HeldBackError("a value that was replaced stands in a field or key that is not scrubbed")
+    outcome.row = scrubbed
+    outcome.found = [(_dotted(leaf.path), span.entity, span.score) for leaf in leaves for span in leaf.spans]
+    outcome.characters = sum(len(leaf.text) for leaf in leaves)
+    if row.keys() == {"text"}:
+        outcome.spans_of_text = leaves[0].spans
+
+
+def _put(row: Any, path: tuple[str | int, ...], text: str) -> None:
+    for part in path[:-1]:
+        row = row[part]
+    number = isinstance(row[path[-1]], int) and re.fullmatch(r"-?[1-9]\d*", text)
+    row[path[-1]] = int(text) if number else text
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(part for part in path if isinstance(part, str))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__} while scrubbing"

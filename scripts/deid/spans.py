@@ -1,0 +1,147 @@
+"""Spans of personal data in a text: what they are, and how overlapping and ragged findings become clean ones."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """One finding; `end` is exclusive, offsets count characters of the original text."""
+
+    start: int
+    end: int
+    entity: str
+    score: float
+
+
+# Where findings overlap, the entity that stands first here names the whole.
+PRIORITY = (
+    "SECRET", "EMAIL_ADDRESS", "CREDIT_CARD", "IBAN_CODE", "US_SSN", "CRYPTO", "IP_ADDRESS", "MAC_ADDRESS", "UUID", "US_ITIN",
+    "US_MBI", "US_NPI", "UK_NHS", "MEDICAL_LICENSE", "US_PASSPORT", "VEHICLE_ID", "DEVICE_ID", "ID_NUMBER", "PHONE_NUMBER",
+    "URL", "STREET_ADDRESS", "HANDLE", "ZIP_CODE", "PERSON", "DATE_TIME", "AGE", "LOCATION", "ORGANIZATION", "NRP",
+)  # fmt: skip
+_RANK = {entity: rank for rank, entity in enumerate(PRIORITY)}
+
+# <PERSON>, <PERSON_2>, <PERSON:1f2e…> are our own replacements: never touched again. Only names of entities count, so
+# that a user's <DIV_1> is no hiding place.
+TAG = re.compile(rf"<(?:{'|'.join(PRIORITY)}|CUSTOM)(?:_\d{{1,6}}|:[0-9a-f]{{16}}|:[\w-]{{20,}}={{0,2}})?>")
+
+_SPECIAL = str.maketrans(dict.fromkeys("‐‑‒–−﹣－", "-") | dict.fromkeys("‘’‛´", "'") | dict.fromkeys("“”„", '"'))
+_INVISIBLE = frozenset("\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
+ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
+_JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
+# What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
+_TAIL = re.compile(
+    r"(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|-]{1,8}\d{4,6}(?:-\d{4})?\b"
+    r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
+)
+_HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")
+_OWNER = re.compile(
+    r"(?:^|\n)[^\w\n]{0,5}((?:[^\W\d_a-z][\w'’.-]*[ ]){0,3}[^\W\d_a-z][\w'’.-]*)\s*\n(?=\W*$|[^\n]*\n\W*$)"
+)
+
+
+def normalise(text: str) -> tuple[str, Sequence[int]]:
+    """Return the text as detection reads it and, for each of its characters, the offset in the original.
+
+    Full-width letters, unusual dashes, quotes and spaces become plain; invisible characters go. One entry more marks
+    the end.
+    """
+    if text.isascii():
+        return text, range(len(text) + 1)
+    characters: list[str] = []
+    offsets: list[int] = []
+    for offset, character in enumerate(text):
+        if character in _INVISIBLE:
+            continue
+        plain = unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+        characters.append(plain)
+        offsets.extend([offset] * len(plain))
+    return "".join(characters), [*offsets, len(text)]
+
+
+def to_original(span: Span, offsets: Sequence[int]) -> Span:
+    """Move a span from the normalised text to the original."""
+    return span._replace(start=offsets[span.start], end=offsets[span.end - 1] + 1)
+
+
+def tidy(text: str, spans: Iterable[Span], protected: Sequence[tuple[int, int]] = ()) -> list[Span]:
+    """Snap to whole words, leave out our own tags, and join what overlaps; the result is sorted and disjoint."""
+    pieces = [piece for span in spans for piece in _around(_snap(text, span), protected)]
+    return union(piece for piece in (_trim(text, piece) for piece in pieces) if piece.start < piece.end)
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """Join overlapping spans; the most telling entity names the whole."""
+    joined: list[Span] = []
+    for span in sorted(spans):
+        if joined and span.start < joined[-1].end:
+            last = joined[-1]
+            best = min(last, span, key=lambda one: _RANK.get(one.entity, -1))
+            joined[-1] = Span(last.start, max(last.end, span.end), best.entity, max(last.score, span.score))
+        else:
+            joined.append(span)
+    return joined
+
+
+def _snap(text: str, span: Span) -> Span:
+    start, end = span.start, span.end
+    while start > 0 and text[start].isalnum() and text[start - 1].isalnum():
+        start -= 1
+    while end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
+        end += 1
+    return span._replace(start=start, end=end)
+
+
+def _trim(text: str, span: Span) -> Span:
+    start, end = span.start, span.end
+    while start < end and (text[start].isspace() or text[start] in ",;:.!?)]}>\"'"):
+        start += 1
+    while start < end and (text[end - 1].isspace() or text[end - 1] in ",;:!?([{<\"'"):
+        end -= 1
+    if not any(character.isalnum() for character in text[start:end]):
+        end = start
+    return span._replace(start=start, end=end)
+
+
+def _around(span: Span, protected: Sequence[tuple[int, int]]) -> list[Span]:
+    pieces = [span]
+    for start, end in protected:
+        last = pieces[-1]
+        if last.start < end and start < last.end:
+            pieces[-1:] = [last._replace(end=start), last._replace(start=end)]
+    return [piece for piece in pieces if piece.start < piece.end]
+
+
+def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Join a street with the places and numbers around it into one address, and take the lines above it for its owner."""
+    merged: list[Span] = []
+    index = 0
+    while index < len(spans):
+        block = [spans[index]]
+        index += 1
+        while index < len(spans) and {block[-1].entity, spans[index].entity} <= ADDRESS_PARTS:
+            if not _JOINT.fullmatch(text, block[-1].end, spans[index].start):
+                break
+            block.append(spans[index])
+            index += 1
+        street = next((span for span in block if span.entity == "STREET_ADDRESS"), None)
+        if street is None:
+            merged += block
+            continue
+        if block[0].entity == "ORGANIZATION":
+            merged.append(block.pop(0))
+        low = merged[-1].end if merged else 0
+        high = spans[index].start if index < len(spans) else len(text)
+        end = block[-1].end
+        tail = _TAIL.match(text, end, min(high, end + 120))
+        end = tail.end() if tail else end
+        start = block[0].start
+        number = _HOUSE_NUMBER.search(text, max(low, start - 8), start)
+        start = number.start() if number else start
+        merged += [Span(low + m.start(1), low + m.end(1), "PERSON", 0.6) for m in _OWNER.finditer(text[low:start])]
+        merged.append(Span(start, end, "STREET_ADDRESS", max(part.score for part in block)))
+    return merged

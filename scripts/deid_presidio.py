@@ -1,0 +1,250 @@
+"""Scrub personal data from training records with Presidio, and write down what was done.
+
+Reads JSONL, JSON, CSV, Parquet or plain text; writes the same format, <out>.deid_report.json and .html, and, when records
+are held back, <out>.quarantine.jsonl. Needs requirements.extra.txt; no network. Exit 3: too many records held back.
+
+    python scripts/deid_presidio.py --in data/sft/sample_sft.jsonl --out data/sft/sample_sft.deid.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.common.artifacts import git_state, locked_run_dir, sha256_file, write_text_durably
+from scripts.common.config import add_config_arguments, load_config
+from scripts.common.deid_report import REPORT_SCHEMA, report_path
+from scripts.common.errors import UserError, entry_point
+from scripts.common.records import BadRow
+from scripts.common.runtime import available_cores, set_up_logging, trapped_signals
+from scripts.common.schema import Config, Deid
+from scripts.deid.evaluation import evaluate, read_gold
+from scripts.deid.files import check_paths, count_rows, open_output, read_input
+from scripts.deid.replacement import Replacer, check_operators, decrypt, read_key
+from scripts.deid.report import LIMITS, Tally, hipaa_table, render_html, settings_for_report
+from scripts.deid.scrubbing import missing_fields
+from scripts.deid.workers import Workers, peak_memory_gib
+
+log = logging.getLogger(__name__)
+
+EXIT_QUARANTINE = 3
+SMALL_BYTES = 500_000
+# Flags that stand for a key of the section `deid`.
+FLAGS = {"profile": str, "operator": str, "fields": str, "workers": str, "max_quarantine": int}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--in", dest="source", required=True, type=Path, metavar="FILE", help="records to scrub")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="scrubbed records, same format")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--profile", help="default, strict, hipaa-safe-harbor or secrets-only")
+    parser.add_argument("--operator", help="tag, tag-index, surrogate, mask, redact, hash, encrypt or keep")
+    parser.add_argument("--fields", help="dotted paths of the fields to scrub, separated by commas")
+    parser.add_argument("--workers", help="processes; the output is the same for any number")
+    parser.add_argument("--max-quarantine", type=int, metavar="N", help="records that may be held back before exit 3")
+    parser.add_argument("--evaluate", type=Path, metavar="GOLD", help="also measure recall on labelled texts (JSONL)")
+    parser.add_argument("--decrypt", action="store_true", help="put back what `encrypt` replaced, with the same key")
+    add_config_arguments(parser)
+    return parser
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """Load the configuration; a flag overrides its key."""
+    overrides = list(arguments.overrides)
+    for name, kind in FLAGS.items():
+        value = getattr(arguments, name)
+        if value is not None:
+            value = [part.strip() for part in value.split(",")] if name == "fields" else value
+            overrides.append(f"deid.{name}={json.dumps(value) if kind is not str or name == 'fields' else value}")
+    return load_config(arguments.config, overrides).values
+
+
+def check_fields(source: Path, settings: Deid) -> None:
+    """Refuse an empty input, or fields that the first record does not have."""
+    first = next((row for _, row in read_input(source) if not isinstance(row, BadRow)), None)
+    if first is None:
+        if next(read_input(source), None) is None:
+            raise UserError(f"--in {source}: the file holds no record.")
+        return
+    missing = missing_fields(first, settings.fields or ())
+    if missing:
+        raise UserError(f"deid.fields: found {', '.join(missing)}, but the first record has: {', '.join(first)}.")
+
+
+def worker_count(settings: Deid, source: Path) -> int:
+    """Take the cores, but for a small file only one, since every process loads the models."""
+    if settings.workers != "auto":
+        return settings.workers
+    return 1 if source.stat().st_size < SMALL_BYTES else available_cores()
+
+
+def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> Tally:
+    """Write every scrubbed record, and the place and reason of every one held back."""
+    from tqdm import tqdm
+
+    tally = Tally()
+    interval = 0.5 if sys.stderr.isatty() else 15
+    outcomes = tqdm(
+        workers.scrub(read_input(source)),
+        total=count_rows(source),
+        unit=" records",
+        mininterval=interval,
+        desc="scrubbing",
+    )
+    with open_output(part, source) as write, quarantine.open("w", encoding="utf-8") as held_back:
+        for outcome in outcomes:
+            if not outcome.reason:
+                try:
+                    write(outcome.row)
+                except ValueError as error:
+                    outcome.reason = str(error)
+            if outcome.reason:
+                held_back.write(
+                    json.dumps({"record": outcome.source, "id": outcome.id, "reason": outcome.reason}) + "\n"
+                )
+            tally.add(outcome)
+    return tally
+
+
+def check_written(part: Path, tally: Tally) -> None:
+    """Read the output back before it gets its name: as many rows as were counted, each one readable."""
+    rows = [isinstance(row, BadRow) for _, row in read_input(part)]
+    if len(rows) != tally.written or any(rows):
+        raise UserError(f"{part}: reads back as {len(rows)} records, wanted {tally.written}. Nothing was published.")
+
+
+def measure(gold: Path, workers: Workers) -> dict[str, Any]:
+    """Measure the recognizers as configured on labelled texts."""
+    first, second = itertools.tee(read_gold(gold))
+    rows = ((f"{gold.name}:{n}", {"text": row["text"]}) for n, row in enumerate(first, 1))
+    pairs = (
+        (row, None if found.reason else found.spans_of_text)
+        for row, found in zip(second, workers.scrub(rows), strict=True)
+    )
+    return {"gold": {"name": gold.name, "sha256": sha256_file(gold)}, **evaluate(pairs)}
+
+
+def publish(run_dir: Path, part: Path, out: Path, quarantine: Path, report: dict[str, Any]) -> None:
+    """Put report and output in their places, the output last: what has its name is finished and vouched for."""
+    path = report_path(out)
+    write_text_durably(path.with_suffix(".html"), render_html(report))
+    write_text_durably(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    held_back = out.with_name(out.name + ".quarantine.jsonl")
+    if report["counts"]["quarantined"]:
+        quarantine.replace(held_back)
+    else:
+        held_back.unlink(missing_ok=True)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(out)
+    shutil.rmtree(run_dir)
+
+
+def restore(source: Path, part: Path) -> int:
+    """Write the records with every encrypted value put back; return how many there are."""
+    key, count = read_key(), 0
+
+    def put_back(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: put_back(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [put_back(inner) for inner in value]
+        return decrypt(value, key) if isinstance(value, str) else value
+
+    with open_output(part, source) as write:
+        for where, row in read_input(source):
+            if isinstance(row, BadRow):
+                raise UserError(f"--in {where}: {row.reason}.")
+            write(put_back(row))
+            count += 1
+    return count
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, scrub, read back, report, publish."""
+    arguments = build_parser().parse_args(argv)
+    config = config_of(arguments)
+    settings, source, out = config.deid, arguments.source, arguments.out
+    check_paths(source, out, overwrite=arguments.overwrite)
+    set_up_logging()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.decrypt:
+        with locked_run_dir(out) as run_dir:
+            log.info("%d records restored", restore(source, run_dir / out.name))
+            (run_dir / out.name).replace(out)
+            shutil.rmtree(run_dir)
+        return 0
+    key = check_operators(settings)
+    check_fields(source, settings)
+    if arguments.evaluate and not arguments.evaluate.is_file():
+        raise UserError(f"--evaluate {arguments.evaluate}: no such file.")
+    started, digest = time.monotonic(), sha256_file(source)
+    with trapped_signals(), locked_run_dir(out) as run_dir:
+        part, quarantine = run_dir / out.name, run_dir / "quarantine.jsonl"
+        count = worker_count(settings, source)
+        log.info("loading the recognizers in %d process%s", count, "es" if count > 1 else "")
+        with Workers(count, settings, config.seed, key) as workers:
+            scrubbing = time.monotonic()
+            tally = scrub_file(workers, source, part, quarantine)
+            seconds = time.monotonic() - scrubbing
+            check_written(part, tally)
+            evaluation = measure(arguments.evaluate, workers) if arguments.evaluate else None
+        if sha256_file(source) != digest:
+            raise UserError(f"--in {source}: changed while it was read. Run again when nothing writes it.")
+        replacer = Replacer(settings, config.seed, key)
+        report = {
+            "schema": REPORT_SCHEMA,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "input": {"name": source.name, "sha256": digest},
+            "output": {"name": out.name, "sha256": sha256_file(part)},
+            "counts": {
+                "input": tally.read, "output": tally.written, "quarantined": tally.quarantined,
+                "reasons": dict(sorted(tally.reasons.items())),
+            },
+            "entities": dict(sorted(tally.entities.items())),
+            "operators": {name: replacer.operator_of(name) for name in workers.facts["entities"]},
+            "fields": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.fields.items())},
+            "scores": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.scores.items())},
+            "recognizers": workers.facts,
+            "config": settings_for_report(settings),
+            "hipaa": hipaa_table(workers.facts, replacer),
+            "residual_scan": "every written record was searched again until nothing new was found",
+            "evaluation": evaluation,
+            "limits": list(LIMITS),
+            "timing": {
+                "seconds": round(time.monotonic() - started, 2), "workers": count,
+                "peak_memory_gib": round(peak_memory_gib(), 3), "characters": tally.characters, "characters_per_second": round(tally.characters / max(seconds, 1e-9)),
+            },
+            "git": git_state(),
+        }  # fmt: skip
+        publish(run_dir, part, out, quarantine, report)
+    log.info("%d records read, %d written, %d held back", tally.read, tally.written, tally.quarantined)
+    log.info("found: %s", ", ".join(f"{name} {n}" for name, n in tally.entities.most_common()) or "nothing")
+    log.info("the report is in %s", report_path(out))
+    if tally.quarantined > settings.max_quarantine:
+        log.warning(
+            "%d records were held back, more than deid.max_quarantine: %d; reasons in %s.quarantine.jsonl",
+            tally.quarantined, settings.max_quarantine, out,
+        )  # fmt: skip
+        return EXIT_QUARANTINE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""The scrubber's promises, on real recognizers: same person same name, twice is once, doubt holds a record back."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from scripts.common.errors import UserError
+from scripts.common.schema import Deid
+from scripts.deid import replacement
+
+pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
+
+from scripts.deid.evaluation import evaluate, wilson
+from scripts.deid.rampart import load_rampart
+from scripts.deid.recognizers import load_detector
+from scripts.deid.replacement import Replacer, check_operators, decrypt, identify
+from scripts.deid.scrubbing import scrub_chunk
+from scripts.deid.spans import TAG, Span
+
+KEY = b"k" * 32
+PEOPLE = ["Maria Gonzalez", "Peter Hansen", "Amelia Thompson", "Robert Mitchell", "Karen Sanderson"]
+
+
+@pytest.fixture(scope="session")
+def detector():
+    """Load the default profile once; Rampart is left out, so that results do not depend on what is installed."""
+    return load_detector(Deid(rampart="off"))
+
+
+@pytest.fixture
+def scrub(detector):
+    """Return a function that scrubs rows with any operator."""
+
+    def run(*rows, **settings):
+        replacer = Replacer(Deid(**settings), seed=0, key=KEY)
+        return scrub_chunk([(n, f"f:{n}", row) for n, row in enumerate(rows, 1)], detector, replacer)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "gone"),
+    [
+        ("My SSN is 536-90-4399.", "536-90-4399"),
+        ("ssn:536904399", "536904399"),
+        ("SSN 536‑90‑4399", "536‑90‑4399"),
+        ("Use 078-05-1120 as SSN", "078-05-1120"),
+        ("Mail bob [at] acme [dot] com", "bob [at] acme [dot] com"),
+        ("mail b\u200bob@acme.com", "acme"),
+        ("Name:Alice Jones\nSSN:536-90-4399", "Alice"),
+        ("MRN: 00482913 was seen", "00482913"),
+        ("his policy number is ZX-99812-7", "ZX-99812-7"),
+        ("VIN 1HGCM82633A004352", "1HGCM82633A004352"),
+        ("password: hunter2!x", "hunter2!x"),
+        ("key AKIAABCDEFGHIJKLMNOP leaked", "AKIAABCDEFGHIJKLMNOP"),
+        ("Ship to P.O. Box 552, Springfield, IL 62704", "62704"),
+        ("Ring +49 30 901820 after six", "901820"),
+        ("He is 93 years old.", "93"),
+        ("follow @maria_g", "maria_g"),
+        ("card 4111111111111111 expired", "4111111111111111"),
+    ],
+)
+def test_what_presidio_alone_lets_through_is_found(scrub, text, gone):
+    [outcome] = scrub({"text": text})
+    assert not outcome.reason
+    assert gone not in outcome.row["text"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Boil the pasta for 45 minutes and add 3 cups of water.",
+        "xs.append(4) adds to the list; obj.name reads it.",
+        "The method was published in 2017 and is used in public policy.",
+        "There are 1,234,567 ways and 98765 more.",
+        "What can I do if my card still has not arrived?",
+    ],
+)
+def test_plain_text_stays_as_it_is(scrub, text):
+    assert scrub({"text": text})[0].row == {"text": text}
+
+
+def test_a_person_gets_the_same_surrogate_in_every_field(scrub):
+    rng = random.Random(1)
+    rows = []
+    for number in range(12):
+        name = rng.choice(PEOPLE)
+        first = name.split()[0]
+        rows.append(
+            {
+                "id": f"r{number}",
+                "prompt": f"My name is {name}.",
+                "chosen": f"Hello {first}!",
+                "rejected": f"{name}, no.",
+            }
+        )
+    for outcome in scrub(*rows, operator="surrogate"):
+        row = outcome.row
+        new = re.fullmatch(r"My name is (.+)\.", row["prompt"])[1]
+        assert row["chosen"] == f"Hello {new.split()[0]}!"
+        assert row["rejected"] == f"{new}, no."
+        assert new not in PEOPLE
+        assert row["id"] in {source["id"] for source in rows}
+
+
+def test_two_people_of_a_record_stay_two(scrub):
+    text = "Maria Gonzalez wrote to Peter Hansen. Hansen answered Maria Gonzalez."
+    [outcome] = scrub({"text": text}, operator="tag-index")
+    assert outcome.row["text"] == "<PERSON_1> wrote to <PERSON_2>. <PERSON_2> answered <PERSON_1>."
+
+
+def test_a_name_that_fits_two_people_is_neither():
+    found = [("PERSON", "Maria Diaz"), ("PERSON", "Maria Lopez"), ("PERSON", "Maria")]
+    assert len(set(identify(found).values())) == 3
+
+
+def test_scrubbing_twice_is_scrubbing_once(scrub, repository_samples):
+    once = [outcome.row for outcome in scrub(*repository_samples) if not outcome.reason]
+    twice = scrub(*once)
+    assert [outcome.reason for outcome in twice] == [""] * len(once)
+    assert [outcome.row for outcome in twice] == once
+
+
+@pytest.fixture
+def repository_samples():
+    """Return sample records of every format, with and without personal data."""
+    from tests.conftest import ROOT
+
+    rows = []
+    for name in ("data/sft/sample_pii.jsonl", "data/sft/sample_sft.jsonl", "data/dpo/sample_dpo.jsonl"):
+        with (ROOT / name).open(encoding="utf-8", newline="\n") as file:
+            rows += [json.loads(line) for line in file][:25]
+    return rows
+
+
+def test_nothing_but_text_changes(scrub):
+    row = {
+        "id": "Maria Gonzalez", "n": 3, "x": 1.5, "none": None, "flag": True, "label": "PERSON of Berlin",
+        "messages": [{"role": "user", "content": "I am Maria Gonzalez"}, {"role": "assistant", "content": ""}], "list": [[], {}],
+    }  # fmt: skip
+    [outcome] = scrub(row)
+    expected = json.loads(json.dumps(row))
+    expected["messages"][0]["content"] = "I am <PERSON>"
+    assert outcome.row == expected
+    assert list(outcome.row) == list(row)
+    assert row["messages"][0]["content"] == "I am Maria Gonzalez"
+
+
+def test_numbers_are_searched_with_the_name_of_their_field(scrub):
+    row = {"ssn": 536904399, "phone": 4155552671.0, "zip": 94107, "count": 94108, "orders": 3}
+    [outcome] = scrub(row)
+    assert outcome.row == {
+        "ssn": "<US_SSN>",
+        "phone": "<PHONE_NUMBER>",
+        "zip": "<ZIP_CODE>",
+        "count": 94108,
+        "orders": 3,
+    }
+    [outcome] = scrub(row, operator="surrogate")
+    assert isinstance(outcome.row["ssn"], int)
+    assert outcome.row["ssn"] != 536904399
+
+
+def test_a_number_found_by_its_label_is_covered_where_it_stands_bare(scrub):
+    [outcome] = scrub({"prompt": "MRN: 00482913", "completion": "Yes, 00482913 was seen."})
+    assert outcome.row["completion"] == "Yes, <ID_NUMBER> was seen."
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": b"bytes"}, "type bytes"),
+        ({"text": "data:image/png;base64,iVBORw0KGgo"}, "binary"),
+        ({"maria.gonzalez@example.com": "hello"}, "name of a field"),
+        ({"text": "half a pair \ud800 of Maria Gonzalez"}, "UnicodeEncodeError"),
+        ({"text": "x" * 1_000_001}, "more than"),
+        ({"text": "MRN: 00482913", "label": "00482913"}, "not scrubbed"),
+    ],
+)
+def test_doubt_holds_a_record_back_and_the_others_pass(scrub, row, reason):
+    held, passed = scrub(row, {"text": "All is well."})
+    assert reason in held.reason
+    assert held.row is None
+    assert "Gonzalez" not in held.reason
+    assert passed.row == {"text": "All is well."}
+
+
+def test_a_recognizer_that_fails_holds_back_only_its_record(detector, scrub):
+    from presidio_analyzer import Pattern, PatternRecognizer
+
+    class Broken(PatternRecognizer):
+        def analyze(self, text, *arguments, **keywords):
+            if "poison" in text:
+                raise RuntimeError(text)
+            return []
+
+    broken = Broken("PERSON", name="broken", patterns=[Pattern("none", "never", 0.5)])
+    detector.analyzer.registry.add_recognizer(broken)
+    try:
+        outcomes = scrub({"text": "fine"}, {"text": "poison of Maria Gonzalez"}, {"text": "I am Peter Hansen"})
+    finally:
+        detector.analyzer.registry.remove_recognizer("broken")
+    assert [outcome.reason for outcome in outcomes] == ["", "RuntimeError while scrubbing", ""]
+    assert outcomes[2].row == {"text": "I am <PERSON>"}
+
+
+def test_a_field_that_is_missing_holds_the_record_back():
+    settings = Deid(profile="secrets-only", fields=["a.b"])
+    detector = load_detector(settings)
+    rows = [{"a": [{"b": "password: hunter2x"}], "c": "password: other1x"}, {"a": {}}]
+    outcomes = scrub_chunk([(n, "f", row) for n, row in enumerate(rows)], detector, Replacer(settings, 0, None))
+    assert outcomes[0].row == {"a": [{"b": "password: <SECRET>"}], "c": "password: other1x"}
+    assert "a.b is missing" in outcomes[1].reason
+
+
+@pytest.mark.parametrize(
+    ("operator", "expected"),
+    [
+        ("tag", "Ask <PERSON> now"),
+        ("tag-index", "Ask <PERSON_1> now"),
+        ("mask", "Ask ***** ******** now"),
+        ("redact", "Ask  now"),
+        ("keep", "Ask Maria Gonzalez now"),
+    ],
+)
+def test_operators(scrub, operator, expected):
+    assert scrub({"text": "Ask Maria Gonzalez now"}, operator=operator)[0].row["text"] == expected
+
+
+def test_an_entity_can_have_its_own_operator(scrub):
+    [outcome] = scrub({"text": "Ask Maria Gonzalez on 3 March 2024"}, operators={"DATE_TIME": "keep"})
+    assert outcome.row["text"] == "Ask <PERSON> on 3 March 2024"
+
+
+def test_a_keyed_hash_depends_on_the_person_and_the_key_only(scrub, detector):
+    one, two = scrub({"text": "Ask Maria Gonzalez"}, {"text": "MARIA  GONZALEZ? Ask Maria Gonzalez"}, operator="hash")
+    tag = TAG.search(one.row["text"])[0]
+    assert tag in two.row["text"]
+    other = scrub_chunk(
+        [(1, "f", {"text": "Ask Maria Gonzalez"})], detector, Replacer(Deid(operator="hash"), 0, b"x" * 32)
+    )
+    assert TAG.search(other[0].row["text"])[0] != tag
+
+
+def test_encrypted_values_come_back_with_the_key_and_with_no_other(scrub):
+    text = "Ask Maria Gonzalez at maria@example.com"
+    [outcome] = scrub({"text": text}, operator="encrypt")
+    assert "Maria" not in outcome.row["text"]
+    assert decrypt(outcome.row["text"], KEY) == text
+    with pytest.raises(UserError, match="wrong key"):
+        decrypt(outcome.row["text"], b"x" * 32)
+
+
+def test_file_wide_surrogates_do_not_depend_on_the_place(scrub):
+    rows = [{"text": "Ask Maria Gonzalez"}, {"text": "Ask Peter Hansen"}]
+    forward = [o.row for o in scrub(*rows, operator="surrogate", consistency="file")]
+    backward = [o.row for o in scrub(*rows[::-1], operator="surrogate", consistency="file")]
+    assert forward == backward[::-1]
+    assert forward[0] != forward[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"operator": "hash"}, "DEID_KEY_FILE"),
+        ({"operator": "hash", "profile": "hipaa-safe-harbor"}, "Safe Harbor"),
+        ({"operator": "tag-index", "consistency": "file"}, "within a record"),
+    ],
+)
+def test_operators_that_would_not_keep_their_promise_are_refused(settings, message, monkeypatch):
+    monkeypatch.delenv(replacement.KEY_VARIABLE, raising=False)
+    with pytest.raises(UserError, match=message):
+        check_operators(Deid(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"spacy_model": "en_core_web_none"}, "no installed spaCy model"),
+        ({"language": "de"}, "reads en"),
+        ({"entities": ["PERSONS"]}, "PERSONS"),
+        ({"operators": {"NAME": "keep"}}, "NAME"),
+        ({"thresholds": {"PERSON": 1.0}}, "self-test"),
+        ({"recognizers": "missing.yaml"}, "missing.yaml"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        load_detector(Deid(rampart="off", **settings))
+
+
+def test_allow_list_deny_list_and_own_recognizers(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "recognizers:\n- name: badge\n  supported_entity: BADGE\n  patterns: [{name: b, regex: 'B-[a-z]{4}', score: 0.9}]\n"
+    )
+    settings = Deid(profile="secrets-only", entities=["BADGE", "CUSTOM"], recognizers=str(own), deny_list=["Zephyr"],
+                    allow_list=["b-good"])  # fmt: skip
+    detector = load_detector(settings)
+    [outcome] = scrub_chunk([(1, "f", {"text": "B-evil, B-good and zephyr"})], detector, Replacer(settings, 0, None))
+    assert outcome.row["text"] == "<BADGE>, B-good and <CUSTOM>"
+
+
+def test_evaluation_counts_known_answers():
+    rows = [
+        ({"text": "ab cd", "spans": [{"start": 0, "end": 2, "label": "X"}]}, [Span(0, 2, "PERSON", 1.0)]),
+        ({"text": "ab cd", "spans": [{"start": 0, "end": 5, "label": "X"}]}, [Span(0, 2, "PERSON", 1.0)]),
+        ({"text": "ab cd", "spans": []}, [Span(3, 5, "PERSON", 1.0)]),
+        ({"text": "ab cd", "spans": [{"start": 0, "end": 2, "label": "X"}]}, None),
+    ]
+    result = evaluate(rows)
+    assert (result["recall"]["hits"], result["recall"]["total"]) == (1, 2)
+    assert (result["precision"]["hits"], result["precision"]["total"]) == (2, 3)
+    assert (result["leaking_records"]["hits"], result["leaking_records"]["total"]) == (1, 3)
+    assert result["flagged_characters_without_personal_data"]["hits"] == 2
+    assert result["held_back"] == 1
+
+
+def test_wilson_interval_of_a_worked_example():
+    assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert wilson(0, 0) is None
+
+
+def test_recall_on_the_development_set(detector, shared_data):
+    with (shared_data / "pii_presidio_generated_large/data.jsonl").open(encoding="utf-8", newline="\n") as file:
+        gold = [json.loads(line) for line in file][::15]
+    outcomes = scrub_chunk(
+        [(n, "f", {"text": row["text"]}) for n, row in enumerate(gold)], detector, Replacer(Deid(), 0, None)
+    )
+    result = evaluate((row, o.spans_of_text) for row, o in zip(gold, outcomes, strict=True))
+    assert result["recall"]["share"] >= 0.85
+    assert result["recall_by_label"]["PERSON"]["share"] >= 0.88
+    assert sum(bool(o.reason) for o in outcomes) <= 0.02 * len(gold)
+
+
+def test_rampart_finds_names_and_addresses():
+    if load_rampart(Deid()) is None:
+        pytest.skip("needs make setup-rampart")
+    rampart = load_rampart(Deid(rampart="on"))
+    texts = ["john lives at 12 oak lane", "", "word " * 600 + "My name is Maria Gonzalez."]
+    found = rampart.detect(texts)
+    assert {"PERSON", "STREET_ADDRESS"} <= {span.entity for span in found[0]}
+    assert found[1] == []
+    assert any(texts[2][span.start : span.end] in "Maria Gonzalez" for span in found[2])
