@@ -184,7 +184,8 @@ REFUSALS = {
     "beta is not stated": (["dpo.beta=null"], "dpo.beta: missing"),
     "no adapter yet reference sft": (["dpo.init_from=null"], "dpo.reference: found sft"),
     "missing adapter": (["dpo.init_from=nowhere/sft_adapter"], "no such folder"),
-    "another split of words": (["dpo.max_length=5"], "longer than dpo.max_length"),
+    "data without a report": (["deid.required=true"], "no such report"),
+    "too long": (["dpo.max_length=5"], "longer than dpo.max_length"),
 }
 
 
