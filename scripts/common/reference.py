@@ -108,6 +108,8 @@ STATED: dict[str, Any] = {
     "sft.dataset_path": "data/sft/sample_sft.jsonl",
     "sft.num_train_epochs": 3,
     "sft.learning_rate": 2e-4,
+    "serve.adapter_path": "outputs/dpo_adapter",
+    "serve.adapters": {"sft": "outputs/sft_adapter"},
     "tracking.mlflow_tracking_uri": "sqlite:///mlflow.db",
 }
 
