@@ -204,7 +204,9 @@ def _lora_weights(network: Any, path: Path, machine: Machine) -> tuple[Any, dict
             "Merge it with `python -m scripts.export_lora` and set serve.adapter_path to the merged folder."
         )
     if not any(layer.B.any() for layer in found.values()):
-        raise UserError(f"{path}: its B matrices are all zero, so it would answer as the base does. Was it trained at all?")
+        raise UserError(
+            f"{path}: its B matrices are all zero, so it would answer as the base does. Was it trained at all?"
+        )
     return wrapped.unload(), found
 
 

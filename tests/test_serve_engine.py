@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,9 @@ from scripts.common.modeling import load_tokenizer
 from scripts.common.runtime import choose_machine
 from serve import engine as engine_module
 from serve.adapters import Models, load_models
-from serve.engine import Engine, Job, ServingError, SlotCache
+from serve.engine import Engine
+from serve.jobs import Job, ServingError
 from serve.metrics import Metrics
-from serve.sampling import Sampler, Sampling, TextStream
-from tests.conftest import save_tiny_model
 from tests.serving import save_adapter
 
 NEW = 24
@@ -90,10 +87,9 @@ def models(tiny_llama: Path, adapters: dict[str, Path], write_config) -> Models:
 
 
 @pytest.fixture
-def short_prefill(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut prompts into pieces of 8 tokens, so that short prompts are chunked, too."""
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS_PER_STEP", 8)
-    yield
 
 
 def random_prompts(names: list[str], vocabulary: int) -> list[list[int]]:
@@ -108,11 +104,11 @@ def test_mixed_batches_give_the_tokens_of_plain_peft(tiny_llama, adapters, model
         Job(ids, name, NEW - 3 * (n % 3)) for n, (ids, name) in enumerate(zip(prompts, names, strict=True))
     ]  # different lengths make rows leave and move while others run
     asyncio.run(run_jobs(new_engine(models), jobs))
-    wanted = [
-        generate_with_peft(tiny_llama, adapters.get(job.model), job.ids, job.max_new_tokens) for job in jobs
-    ]
+    wanted = [generate_with_peft(tiny_llama, adapters.get(job.model), job.ids, job.max_new_tokens) for job in jobs]
     assert [job.out for job in jobs] == wanted
-    same_prompt = [generate_with_peft(tiny_llama, adapters.get(name), prompts[0], NEW) for name in ("base", "sft", "dpo")]
+    same_prompt = [
+        generate_with_peft(tiny_llama, adapters.get(name), prompts[0], NEW) for name in ("base", "sft", "dpo")
+    ]
     assert len({tuple(out) for out in same_prompt}) == 3, "adapters that agree would hide a mix-up"
 
 
