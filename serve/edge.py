@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 request_log = logging.getLogger("serve.requests")
 
 MAX_BODY_BYTES = 2 * 2**20
+MAX_HEADER_BYTES = 32 * 2**10
 BODY_SECONDS = 10.0
 WRITE_SECONDS = 60.0
 # Answered without a key: what probes ask, and the page's own files, which hold nothing secret.
@@ -164,6 +165,8 @@ class Exchange:
 
         Raises: ServingError when host, key or address do not let it in.
         """
+        if sum(len(key) + len(value) for key, value in self.scope["headers"]) > MAX_HEADER_BYTES:
+            raise ServingError(431, "headers_too_large", f"the headers are larger than {MAX_HEADER_BYTES} bytes")
         host = re.sub(r":\d+$", "", self.headers.get("host", "")).lower()
         if host not in self.service.config.serve.allowed_hosts:
             message = "this host name is not served; add it to serve.allowed_hosts"
