@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from scripts.common.config import DEFAULT_CONFIG, load_config
 from scripts.common.errors import UserError
 from scripts.common.rendering import render_prompt, user_turn
-from scripts.common.runtime import apply_machine, choose_machine, prepare_environment, set_up_logging
+from scripts.common.runtime import choose_machine, prepare_environment, set_up_logging
 from scripts.common.schema import Config, Serve
 from serve import openai_api
 from serve.edge import Edge, RequestLog, error_response, load_api_keys, request_log
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 router = APIRouter()
@@ -110,7 +110,10 @@ def load_service() -> Service:
     prepare_environment(config)
     keys = load_api_keys(config.serve)
     machine = choose_machine(config)
-    apply_machine(machine)
+    import torch
+
+    # Threads only: the allocator settings of training would keep the memory of the longest prompt for good.
+    torch.set_num_threads(machine.threads)
     for reason in machine.reasons:
         log.info(reason)
     return Service(config, machine, keys)

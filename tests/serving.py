@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -18,8 +19,11 @@ from typing import Any
 import httpx
 
 from eval.benchmarks.serving import save_random_adapter
+from scripts.common.artifacts import read_manifest, sha256_file
+from scripts.common.modeling import load_tokenizer
+from scripts.common.rendering import render_completion, render_prompt, user_turn
 from scripts.common.schema import Lora
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save_tiny_model
 
 
 def save_adapter(
@@ -27,6 +31,48 @@ def save_adapter(
 ) -> Path:
     """Save an adapter with random weights: a fresh LoRA has B = 0, which would hide every mix-up."""
     return save_random_adapter(folder, base, stage, Lora(**{"r": 4, "alpha": 8, **lora}), seed, scale, parent)
+
+
+def save_teachable_model(folder: Path) -> Path:
+    """Save the tiny Llama with an output layer large enough for an adapter to be certain of a token."""
+    from safetensors.torch import load_file, save_file
+
+    weights = save_tiny_model(folder) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] *= 40
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+def teach(folder: Path, base: Path, answer: str, prompts: tuple[str, ...], stage: str = "sft") -> Path:
+    """Save an adapter that gives one known answer to the prompts, so that a mix-up is seen at once."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    save_adapter(folder, base, stage, scale=0.05, r=16, alpha=32)
+    tokenizer = load_tokenizer(base)
+    rows = []
+    for prompt in prompts:
+        ids = render_prompt(tokenizer, user_turn(prompt))
+        completion = render_completion(tokenizer, user_turn(prompt), ids, answer)
+        rows.append((torch.tensor([ids + completion]), torch.tensor([[-100] * len(ids) + completion])))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(400):
+        loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in rows) / len(rows)
+        if loss.item() < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    else:
+        raise AssertionError(f"the answer was not learned: loss {loss.item():.2f}")
+    model.save_pretrained(folder)
+    manifest = read_manifest(folder, verify=False)
+    manifest["files"] = {name: sha256_file(folder / name) for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def free_port() -> int:
@@ -46,7 +92,7 @@ def running_server(config: Path, *arguments: str, stderr: Any = None, **environm
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr or log,
             env={**os.environ, "LLM_CONFIG": str(config), **environment},
         )  # fmt: skip
-        server = Running(process, f"http://127.0.0.1:{port}", port, log)
+        server = Running(process, f"http://127.0.0.1:{port}", port, log, config)
         try:
             server.wait_until_ready()
             yield server
@@ -64,6 +110,7 @@ class Running:
     url: str
     port: int
     log: Any
+    config: Path
 
     def wait_until_ready(self, seconds: float = 120) -> None:
         """Return once /health/ready answers 200; fail with the server's log when it ends instead."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,157 @@ def test_gpt2_is_served_too(tiny_gpt2, tmp_path, write_config, short_prefill):
     assert [job.out for job in jobs] == [
         generate_with_peft(tiny_gpt2, adapter if job.model == "sft" else None, job.ids, 12) for job in jobs
     ]
+
+
+def test_a_score_equals_the_libraries_log_probability_in_pieces(tiny_llama, models, short_prefill):
+    from transformers import AutoModelForCausalLM
+
+    ids, scored = random_prompts(["base"] * 3, len(models.tokenizer))[2], 9
+    job = Job(ids, "base", 1, scored=scored)
+    asyncio.run(run_jobs(new_engine(models), [job]))
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(tiny_llama)(torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = sum(float(logits[at - 1, ids[at]]) for at in range(len(ids) - scored, len(ids)))
+    assert job.logprob == pytest.approx(wanted, abs=1e-3)
+
+
+def test_clients_take_turns(models):
+    """One client's pile of requests does not keep another client waiting behind all of it."""
+    jobs = [Job([10 + n], "base", 8, client="greedy") for n in range(8)] + [Job([9], "base", 8, client="modest")]
+    asyncio.run(run_jobs(new_engine(models, slots=1), jobs))
+    order = [job.client for job in sorted(jobs, key=lambda job: job.scheduled)]
+    assert order.index("modest") <= 2
+
+
+def test_seats_are_bounded_and_come_back(models):
+    async def scenario() -> None:
+        engine = new_engine(models, slots=1, queue=1, queue_per_client=1)
+        engine.start()
+        seats = engine.reserve("a", 2)
+        with pytest.raises(ServingError) as refused:
+            engine.reserve("b")
+        assert (refused.value.status, refused.value.code) == (429, "queue_full")
+        seats[0].release()
+        seats[0].release()  # a second time changes nothing
+        engine.reserve("b")
+        assert engine.seats_taken == 2
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(scenario())
+
+
+class Failing:
+    """Stand between engine and network and fail where a fault of the machine would."""
+
+    def __init__(self, network: torch.nn.Module, fault) -> None:
+        self.network, self.fault, self.calls = network, fault, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.network, name)
+
+    def __call__(self, **inputs):
+        self.calls += 1
+        return self.fault(self.calls, inputs, self.network(**inputs))
+
+
+def with_fault(models: Models, fault) -> Models:
+    return replace(models, network=Failing(models.network, fault))
+
+
+def healthy(models: Models, job: Job) -> list[int]:
+    """Return the tokens the job gets when nothing fails."""
+    again = Job(job.ids, job.model, job.max_new_tokens)
+    asyncio.run(run_jobs(new_engine(models), [again]))
+    return again.out
+
+
+def three_jobs() -> list[Job]:
+    return [Job([20 + n, 30], name, 10) for n, name in enumerate(("base", "sft", "dpo"))]
+
+
+def test_nan_in_one_row_ends_that_row_alone(models):
+    def fault(call: int, inputs: dict, output):
+        if len(inputs["input_ids"]) == 3:
+            output.logits[1] = float("nan")
+        return output
+
+    jobs = three_jobs()
+    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    failed = [result for result in results if isinstance(result, ServingError)]
+    assert [(error.status, error.code) for error in failed] == [(500, "generation_failed")]
+    for job, result in zip(jobs, results, strict=True):
+        if not isinstance(result, ServingError):
+            assert job.out == healthy(models, job)
+
+
+def test_an_exception_in_a_prefill_ends_that_request_alone(models):
+    def fault(call: int, inputs: dict, output):
+        if call == 2 and inputs["input_ids"].shape[1] == 2:
+            raise RuntimeError("a kernel failed")
+        return output
+
+    jobs = three_jobs()
+    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    assert [isinstance(result, ServingError) for result in results].count(True) == 1
+    assert sum(job.out == healthy(models, job) for job in jobs) == 2
+
+
+def test_out_of_memory_in_decode_puts_the_newest_row_back(models):
+    def fault(call: int, inputs: dict, output):
+        if len(inputs["input_ids"]) == 3 and not hasattr(fault, "happened"):
+            fault.happened = True
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    jobs = three_jobs()
+    asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    assert fault.happened
+    assert [job.retries for job in jobs].count(1) == 1
+    assert all(job.out == healthy(models, job) for job in jobs), "a row that was put back goes on where it stopped"
+
+
+def test_lasting_lack_of_memory_is_told_and_the_engine_lives(models):
+    def fault(call: int, inputs: dict, output):
+        if inputs["input_ids"].shape[1] > 4:
+            raise MemoryError
+        return output
+
+    long, short = Job(list(range(10, 20)), "base", 4), Job([11, 12], "base", 4)
+    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), [long, short]))
+    assert (results[0].status, results[0].code) == (503, "insufficient_memory")
+    assert short.out == healthy(models, short)
+
+
+def test_a_dead_engine_fails_everybody_and_says_so(models, monkeypatch):
+    deaths: list[bool] = []
+    engine = new_engine(models, on_death=lambda: deaths.append(True))
+    monkeypatch.setattr(engine, "_decode", lambda: (_ for _ in ()).throw(SystemError("no way on")))
+    results = asyncio.run(run_jobs(engine, three_jobs()))
+    assert [result.code for result in results] == ["engine_stopped"] * 3
+    assert deaths == [True]
+    assert not engine.alive
+    with pytest.raises(ServingError):
+        engine.reserve("a")
+
+
+def test_health_answers_while_a_step_is_held_up(models):
+    """The event loop goes on while the engine computes."""
+
+    def fault(call: int, inputs: dict, output):
+        time.sleep(0.5)
+        return output
+
+    async def scenario() -> list[float]:
+        job = Job([5, 6], "base", 3)
+        running = asyncio.create_task(run_jobs(new_engine(with_fault(models, fault)), [job]))
+        lags = []
+        while not running.done():
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            lags.append(time.monotonic() - before)
+        assert len(job.out) == 3
+        return lags
+
+    lags = asyncio.run(scenario())
+    assert len(lags) > 50
+    assert max(lags) < 0.25
