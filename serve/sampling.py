@@ -50,7 +50,7 @@ class Sampler:
         s = self.sampling
         logits = logits.float()
         if s.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(context)), device=logits.device)
+            seen = torch.tensor(sorted(set(context)), dtype=torch.long, device=logits.device)
             score = logits[seen]
             logits = logits.index_put(
                 (seen,), torch.where(score > 0, score / s.repetition_penalty, score * s.repetition_penalty)
