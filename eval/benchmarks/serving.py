@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import re
 import socket
@@ -34,7 +35,10 @@ import psutil
 from scripts.common.artifacts import write_manifest
 from scripts.common.config import ROOT, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
+from scripts.common.runtime import set_up_logging
 from scripts.common.schema import Config, Lora
+
+log = logging.getLogger(__name__)
 
 MODELS = ("base", "sft", "dpo")
 START_SECONDS = 120
@@ -221,9 +225,12 @@ def measure(name: str, config: Path, count: int, max_new_tokens: int) -> dict[st
     """Start one server, warm it up, and measure it alone and under load."""
     bodies = bodies_of(count, max_new_tokens)
     with started(SERVERS[name], config) as (url, process, ready_seconds):
+        log.info("%s: ready after %.1f s; measuring single requests", name, ready_seconds)
         asyncio.run(drive(url, bodies[:3], False))
         alone = [asyncio.run(drive(url, [body], False)) for body in bodies[:6]]
+        log.info("%s: %d requests at once", name, count)
         load = asyncio.run(drive(url, bodies, name == "engine"))
+        log.info("%s: %.1f tokens/s", name, load.tokens_per_second)
         memory = process.memory_info().rss
         lag = event_loop_lag(url) if name == "engine" else None
     gaps = [b - a for answer in load.answers for a, b in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
@@ -275,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure both servers and show the table."""
     arguments = build_parser().parse_args(argv)
     config = load_config(arguments.config, arguments.overrides).values
+    set_up_logging()
     with tempfile.TemporaryDirectory() as folder:
         path = server_config(config, Path(folder), arguments.random_adapters)
         results = {name: measure(name, path, arguments.requests, arguments.max_new_tokens) for name in SERVERS}

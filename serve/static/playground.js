@@ -29,8 +29,7 @@ class Pane {
   // What the pane says about itself; in blind mode it does not say which model it is until the vote.
   show() {
     const hidden = byId("blind").checked && !voted;
-    const letter = String.fromCharCode(65 + panes.indexOf(this) + (panes.includes(this) ? 0 : panes.length + 1));
-    this.part("h2").textContent = hidden ? `Model ${letter}` : this.model;
+    this.part("h2").textContent = hidden ? `Model ${"ABC"[panes.indexOf(this)]}` : this.model;
     this.part("select").hidden = hidden;
     this.part("select").value = this.model;
     const idle = !this.running;
@@ -87,6 +86,7 @@ class Pane {
           first ||= performance.now();
           text += choice.delta.content;
           item.textContent = text;
+          item.parentElement.scrollTop = item.parentElement.scrollHeight;
         }
       }
     } catch (error) {
