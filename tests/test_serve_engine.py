@@ -162,6 +162,19 @@ def test_seats_are_bounded_and_come_back(models):
     asyncio.run(scenario())
 
 
+def test_one_client_cannot_take_all_seats(models):
+    async def scenario() -> None:
+        engine = new_engine(models, slots=1, queue=10, queue_per_client=1)
+        engine.start()
+        engine.reserve("a", 2)
+        with pytest.raises(ServingError, match="too many of your requests"):
+            engine.reserve("a")
+        assert len(engine.reserve("b", 2)) == 2
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(scenario())
+
+
 class Failing:
     """Stand between engine and network and fail where a fault of the machine would."""
 

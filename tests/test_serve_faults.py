@@ -309,6 +309,18 @@ def test_a_failed_start_is_one_message_and_an_exit_code(write_server_config):
     assert "Traceback" not in done.stderr
 
 
+def test_importing_the_server_and_refusing_a_config_loads_no_model_library(write_server_config):
+    code = (
+        "import sys\nfrom scripts.common.errors import UserError\nfrom serve.fastapi_server import load_service\n"
+        "try:\n    load_service()\nexcept UserError as error:\n    print(error)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    config = write_server_config("typo", max_context_token=4)
+    done = run_python("-c", code, LLM_CONFIG=str(config))
+    assert "did you mean `serve.max_context_tokens`?" in done.stdout
+    assert done.stdout.split()[-2:] == ["False", "False"], done.stderr
+
+
 def test_a_missing_adapter_names_the_stage_to_run(write_server_config, failed_start):
     text = failed_start(write_server_config("missing", adapter_path="outputs/none_dpo_adapter"))
     assert "python -m scripts.train_dpo" in text

@@ -130,9 +130,9 @@ def server_config(config: Config, folder: Path, random_adapters: bool) -> Path:
                 raise UserError(f"{path}: no {name} adapter is there. Train it, or measure with --random-adapters.")
     tree = config.model_dump(mode="json")
     tree["serve"] |= {"adapter_path": adapters["dpo"], "adapters": adapters}
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
-    return path
+    written = folder / "config.yaml"
+    written.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+    return written
 
 
 @contextmanager

@@ -246,7 +246,9 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     if wanted != found:
         first = min(wanted ^ found)
         where = "is missing from the file" if first in wanted else "has no place in the base"
-        raise UserError(f"{adapter}: does not fit the base model: {len(wanted ^ found)} tensors differ; {first} {where}.")
+        raise UserError(
+            f"{adapter}: does not fit the base model: {len(wanted ^ found)} tensors differ; {first} {where}."
+        )
     bad = [key for key, value in wrapped.named_parameters() if f".{name}." in key and not torch.isfinite(value).all()]
     if bad:
         raise UserError(

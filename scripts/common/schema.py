@@ -118,7 +118,8 @@ class Serve(Section):
     max_concurrent: Positive = Field(16, description="Requests that generate at once; each reserves a full context.")
     max_queue: Positive = Field(64, description="Requests that may wait; the next one is refused with 429.")
     max_queue_per_client: Positive = Field(
-        64, description="Requests one API key (or, without keys, one address) may have waiting and running."
+        64,
+        description="Requests that one API key (without keys, one address) may have waiting, beside max_concurrent running.",
     )
     default_max_new_tokens: Positive = Field(256, description="Longest answer when a request does not say, in tokens.")
     deadline_seconds: float = Field(300, gt=0, description="Longest time from a request's arrival to its last token.")
@@ -132,7 +133,8 @@ class Serve(Section):
         None, description="File with one API key per line, readable by its owner only; SERVE_API_KEYS adds to it."
     )
     votes_path: str | None = Field(
-        None, description="JSONL file to which the playground appends votes as preference records; null turns votes off."
+        None,
+        description="JSONL file to which the playground appends votes as preference records; null turns votes off.",
     )
 
 
