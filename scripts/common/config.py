@@ -86,8 +86,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read, override and validate a configuration file.
+def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "--set") -> LoadedConfig:
+    """Read, override and validate a configuration file; `origin` says where the overrides come from.
 
     Raises: UserError listing every mistake with file, line, what was found and what was wanted.
     """
@@ -97,7 +97,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         key, value = _parse_override(item)
         _put(tree, key, value)
         origins = {known: origin for known, origin in origins.items() if not known.startswith(".".join(key) + ".")}
-        origins[".".join(key)] = "--set"
+        origins[".".join(key)] = origin
     try:
         values = Config.model_validate(tree)
     except ValidationError as error:

@@ -250,7 +250,8 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     Raises: UserError when a weight is missing, not finite, or does not fit the base.
     """
     import torch
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
 
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -263,8 +264,18 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
             wrapped = PeftModel.from_pretrained(
                 model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
             )
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{adapter}: does not fit the base model: {str(error).splitlines()[0]}") from None
+        with safe_open(weights, framework="pt") as tensors:
+            found = set(tensors.keys())
+    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{adapter}: does not fit the base model: {' '.join(str(error).split())[:300]}") from None
+    # PEFT passes over what does not match; the base would then answer in the adapter's name.
+    wanted = set(get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False))
+    if wanted != found:
+        first = min(wanted ^ found)
+        where = "is missing from the file" if first in wanted else "has no place in the base"
+        raise UserError(
+            f"{adapter}: does not fit the base model: {len(wanted ^ found)} tensors differ; {first} {where}."
+        )
     bad = [key for key, value in wrapped.named_parameters() if f".{name}." in key and not torch.isfinite(value).all()]
     if bad:
         raise UserError(

@@ -113,6 +113,8 @@ STATED: dict[str, Any] = {
     "dpo.reference": "sft",
     "dpo.beta": 0.1,
     "dpo.loss_type": "sigmoid",
+    "serve.adapter_path": "outputs/dpo_adapter",
+    "serve.adapters": {"sft": "outputs/sft_adapter"},
     "tracking.mlflow_tracking_uri": "sqlite:///mlflow.db",
 }
 

@@ -219,6 +219,39 @@ class Deid(Section):
     max_quarantine: int = Field(0, ge=0, description="Records that may be held back before the run exits with 3.")
 
 
+class Serve(Section):
+    adapter_path: str | None = Field(
+        "outputs/dpo_adapter",
+        description="Adapter that answers when a request names none; a merged model folder also works; null serves the base alone.",
+    )
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further adapters to serve beside it: `name: folder`. `adapter_path` is named by its stage (sft, dpo).",
+    )
+    max_context_tokens: Positive = Field(2048, description="Longest prompt and answer together, in tokens.")
+    max_concurrent: Positive = Field(16, description="Requests that generate at once; each reserves a full context.")
+    max_queue: Positive = Field(64, description="Requests that may wait; the next one is refused with 429.")
+    max_queue_per_client: Positive = Field(
+        64,
+        description="Requests that one API key (without keys, one address) may have waiting, beside max_concurrent running.",
+    )
+    default_max_new_tokens: Positive = Field(256, description="Longest answer when a request does not say, in tokens.")
+    deadline_seconds: float = Field(300, gt=0, description="Longest time from a request's arrival to its last token.")
+    queue_timeout_seconds: float = Field(60, gt=0, description="Longest wait before generation starts; then 503.")
+    drain_seconds: float = Field(30, ge=0, description="Time that running requests get to finish after SIGTERM.")
+    allowed_hosts: list[str] = Field(
+        default_factory=lambda: ["localhost", "127.0.0.1", "[::1]"],
+        description="Host headers that are answered, without port; protects a local server from foreign web pages.",
+    )
+    api_keys_file: str | None = Field(
+        None, description="File with one API key per line, readable by its owner only; SERVE_API_KEYS adds to it."
+    )
+    votes_path: str | None = Field(
+        None,
+        description="JSONL file to which the playground appends votes as preference records; null turns votes off.",
+    )
+
+
 class Tracking(Section):
     mlflow_tracking_uri: str = Field(
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
@@ -244,6 +277,7 @@ class Config(Section):
     performance: Performance = Performance()
     eval: Eval = Eval()
     deid: Deid = Deid()
+    serve: Serve = Serve()
     tracking: Tracking = Tracking()
 
 

@@ -1,0 +1,296 @@
+"""Measure the server under load, and the plain server beside it: serial `generate` behind a lock.
+
+Starts both as a user would, one after the other, and drives them over loopback with the same requests to all models.
+Reads the configuration's `serve` section; writes a table to the terminal and, with --out, JSON. Needs requirements.txt.
+
+    python -m eval.benchmarks.serving --config configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import httpx
+import psutil
+
+from scripts.common.artifacts import write_manifest
+from scripts.common.config import ROOT, add_config_arguments, load_config
+from scripts.common.errors import UserError, entry_point
+from scripts.common.runtime import set_up_logging
+from scripts.common.schema import Config, Lora
+
+log = logging.getLogger(__name__)
+
+MODELS = ("base", "sft", "dpo")
+START_SECONDS = 120
+SERVERS = {"engine": "serve.fastapi_server:app", "plain": "eval.benchmarks.plain_server:app"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--requests", type=int, default=16, help="requests that arrive at once (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="length of the answers (default: %(default)s)")
+    parser.add_argument(
+        "--random-adapters", action="store_true",
+        help="use two adapters with random weights instead of trained ones; the speed is the same",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
+    return parser
+
+
+@dataclass
+class Answer:
+    """What the client saw of one request, in seconds since it was sent."""
+
+    arrivals: list[float] = field(default_factory=list)
+    tokens: int = 0
+    error: str = ""
+
+    @property
+    def first(self) -> float:
+        return self.arrivals[0] if self.arrivals else float("nan")
+
+
+@dataclass
+class Load:
+    """One round of requests."""
+
+    seconds: float
+    answers: list[Answer]
+    health: list[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+
+def save_random_adapter(
+    folder: Path, base: Path, stage: str, lora: Lora, seed: int, scale: float, parent: dict[str, Any] | None = None
+) -> Path:
+    """Save an adapter whose weights are random and not zero, with everything a trained one brings."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from scripts.common.modeling import add_lora, base_fingerprint, load_tokenizer
+    from scripts.common.rendering import template_sha256, tokenizer_sha256
+
+    torch.manual_seed(seed)
+    wrapped = add_lora(AutoModelForCausalLM.from_pretrained(base), lora, str(base))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, scale)
+    wrapped.save_pretrained(folder)
+    tokenizer = load_tokenizer(base)
+    tokenizer.save_pretrained(folder)
+    write_manifest(
+        folder, stage, base_model={"id": str(base), "revision": None, "fingerprint": base_fingerprint(base)},
+        tokenizer_sha256=tokenizer_sha256(tokenizer), chat_template_sha256=template_sha256(tokenizer), parent=parent,
+        datasets=[], split={"seed": 0, "ratio": 0.1}, config={"dpo": {"beta": 0.2}}, mlflow={"run_id": None}, metrics={},
+    )  # fmt: skip
+    return folder
+
+
+def server_config(config: Config, folder: Path, random_adapters: bool) -> Path:
+    """Write the configuration of both servers: base, sft and dpo under these names."""
+    from scripts.common.modeling import find_model
+
+    if random_adapters:
+        base = find_model(config.base_model_id, config.base_model_revision)
+        sft = save_random_adapter(folder / "sft", base, "sft", config.lora, 1, 0.01)
+        dpo = save_random_adapter(folder / "dpo", base, "dpo", config.lora, 2, 0.01)
+        adapters = {"sft": str(sft), "dpo": str(dpo)}
+    else:
+        adapters = {
+            "sft": config.serve.adapters.get("sft", config.sft.output_dir),
+            "dpo": config.serve.adapter_path or "",
+        }
+        for name, path in adapters.items():
+            if not Path(path).is_dir():
+                raise UserError(f"{path}: no {name} adapter is there. Train it, or measure with --random-adapters.")
+    tree = config.model_dump(mode="json")
+    tree["serve"] |= {"adapter_path": adapters["dpo"], "adapters": adapters}
+    written = folder / "config.yaml"
+    written.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+    return written
+
+
+@contextmanager
+def started(application: str, config: Path) -> Iterator[tuple[str, psutil.Process, float]]:
+    """Start a server and yield its address, process and the seconds until it was ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", application, "--port", str(port), "--log-level", "warning"]
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        environment = {**os.environ, "LLM_CONFIG": str(config), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while True:
+                with suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health/ready").status_code == 200:
+                        break
+                if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
+                    log.seek(0)
+                    raise UserError(f"{application} did not start:\n{log.read()[-2000:]}")
+                time.sleep(0.05)
+            yield url, psutil.Process(process.pid), time.monotonic() - begin
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    """Send one streaming request and note when each event came."""
+    answer, begin = Answer(), time.monotonic()
+    try:
+        async with client.stream("POST", "/v1/generate", json=body) as response:
+            if response.status_code != 200:
+                answer.error = f"status {response.status_code}"
+                return answer
+            async for line in response.aiter_lines():
+                if line.startswith('data: {"text"'):
+                    answer.arrivals.append(time.monotonic() - begin)
+                elif line.startswith("data: {"):
+                    last = json.loads(line.removeprefix("data: "))
+                    answer.error = str(last.get("error", ""))
+                    answer.tokens = last.get("usage", {}).get("completion_tokens", 0)
+    except httpx.HTTPError as error:
+        answer.error = type(error).__name__
+    return answer
+
+
+async def drive(url: str, bodies: Sequence[dict[str, Any]], watch_health: bool) -> Load:
+    """Send all requests at once; ask for /health twenty times a second meanwhile."""
+    limits, health = httpx.Limits(max_connections=None), []
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def watch() -> None:
+            while True:
+                begin = time.monotonic()
+                await client.get("/health")
+                health.append(time.monotonic() - begin)
+                await asyncio.sleep(0.05)
+
+        watcher = asyncio.create_task(watch()) if watch_health else None
+        begin = time.monotonic()
+        answers = await asyncio.gather(*(ask(client, body) for body in bodies))
+        seconds = time.monotonic() - begin
+        if watcher:
+            watcher.cancel()
+    return Load(seconds, list(answers), health)
+
+
+def bodies_of(count: int, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Take real prompts from the sample data, the models in turn."""
+    lines = (ROOT / "data/sft/sample_sft.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:count]]
+    prompts = [
+        f"{row.get('instruction', '')}\n{row.get('input', '') or ''}".strip() or "Tell me a story." for row in rows
+    ]
+    return [
+        {
+            "prompt": prompts[n % len(prompts)],
+            "adapter": MODELS[n % 3],
+            "max_new_tokens": max_new_tokens,
+            "stream": True,
+        }
+        for n in range(count)
+    ]
+
+
+def measure(name: str, config: Path, count: int, max_new_tokens: int) -> dict[str, Any]:
+    """Start one server, warm it up, and measure it alone and under load."""
+    bodies = bodies_of(count, max_new_tokens)
+    with started(SERVERS[name], config) as (url, process, ready_seconds):
+        log.info("%s: ready after %.1f s; measuring single requests", name, ready_seconds)
+        asyncio.run(drive(url, bodies[:3], False))
+        alone = [asyncio.run(drive(url, [body], False)) for body in bodies[:6]]
+        log.info("%s: %d requests at once", name, count)
+        load = asyncio.run(drive(url, bodies, name == "engine"))
+        log.info("%s: %.1f tokens/s", name, load.tokens_per_second)
+        memory = process.memory_info().rss
+        lag = event_loop_lag(url) if name == "engine" else None
+    gaps = [b - a for answer in load.answers for a, b in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
+    firsts = [answer.first for answer in load.answers if answer.arrivals]
+    return {
+        "ready_seconds": ready_seconds,
+        "tokens_per_second": load.tokens_per_second,
+        "tokens": sum(answer.tokens for answer in load.answers),
+        "alone_tokens_per_second": sum(a.tokens for r in alone for a in r.answers) / sum(r.seconds for r in alone),
+        "ttft_seconds": {f"p{p}": quantile(firsts, p) for p in (50, 95, 99)},
+        "inter_token_seconds": {f"p{p}": quantile(gaps, p) for p in (50, 95, 99)},
+        "errors": sum(bool(answer.error) for answer in load.answers),
+        "memory_gb": memory / 1e9,
+        "health_p99_seconds": quantile(load.health, 99) if load.health else None,
+        "event_loop_lag_p99_at_most_seconds": lag,
+    }
+
+
+def quantile(values: Sequence[float], percent: int) -> float:
+    """Return a percentile."""
+    if len(values) < 2:
+        return values[0] if values else float("nan")
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def event_loop_lag(url: str) -> float:
+    """Read the bucket that holds the 99th percentile of the event loop's lag since the start."""
+    pattern = re.compile(r'serve_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)')
+    buckets = [(float(le), float(count)) for le, count in pattern.findall(httpx.get(f"{url}/metrics").text)]
+    return next(le for le, count in buckets if count >= 0.99 * buckets[-1][1])
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Write the figures of both servers beside each other."""
+    rows = ["| | engine | plain | ratio |", "|---|---|---|---|"]
+    for key, value in results["engine"].items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, ours in parts:
+            theirs = results["plain"][key]
+            theirs = theirs[part] if part else theirs
+            ratio = f"{ours / theirs:.2f}" if ours and theirs else ""
+            shown = ["" if number is None else f"{number:.3g}" for number in (ours, theirs)]
+            rows.append(f"| {key} {part} | {shown[0]} | {shown[1]} | {ratio} |")
+    return "\n".join(rows)
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure both servers and show the table."""
+    arguments = build_parser().parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides).values
+    set_up_logging()
+    with tempfile.TemporaryDirectory() as folder:
+        path = server_config(config, Path(folder), arguments.random_adapters)
+        results = {name: measure(name, path, arguments.requests, arguments.max_new_tokens) for name in SERVERS}
+    sys.stdout.write(table(results) + "\n")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,467 @@
+"""Batched generation: requests join and leave while others run, and rows of different adapters share a batch.
+
+One thread owns the network. Each running request is a row with a slot of its own in a preallocated key-value cache;
+nothing in it is shared between requests, so no adapter ever reads keys that another one wrote. A step of the loop
+prefills a bounded piece of waiting prompts and then decodes one token for every row.
+This module is long because the scheduler, the cache and the failure handling decide about the same rows together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from scripts.common.errors import UserError
+from scripts.common.rendering import stop_token_ids
+from serve.adapters import Models
+from serve.jobs import Job, Seat, ServingError
+from serve.metrics import Metrics
+from serve.sampling import Sampler, TextStream
+
+log = logging.getLogger(__name__)
+
+# Between two tokens of a running request at most this much prompt of others is read, which bounds the pause.
+PREFILL_TOKENS_PER_STEP = 256
+MAX_RETRIES = 2
+
+
+class SlotCache:
+    """Keys and values of all rows: [slots, heads, context, dim] per layer, allocated once.
+
+    Running rows are kept together at the front, so that a step reads a view and gathers nothing.
+    """
+
+    def __init__(self, config: Any, slots: int, context: int, dtype: torch.dtype, device: str) -> None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (slots, heads, context, dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.slot_index = torch.arange(slots, device=device)
+        self.first = self.last = self.start = self.used = 0
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)
+
+    @staticmethod
+    def bytes_needed(config: Any, slots: int, context: int, dtype: torch.dtype) -> int:
+        """Return the memory that this cache would take."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * int(config.num_hidden_layers) * slots * int(heads) * context * int(dim) * dtype.itemsize
+
+    def select(self, first: int, positions: torch.Tensor, start: int, used: int) -> None:
+        """Choose the rows of the next forward pass, where it writes, and how far it reads."""
+        self.first, self.last = first, first + len(positions)
+        self.positions, self.start, self.used = positions, start, used
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store what a layer computed and return all it may look at; transformers calls this."""
+        K, V, rows = self.keys[layer], self.values[layer], slice(self.first, self.last)
+        width = keys.shape[2]
+        if width == 1:  # one token for each row, at the row's own position
+            K[self.slot_index[rows], :, self.positions] = keys[:, :, 0]
+            V[self.slot_index[rows], :, self.positions] = values[:, :, 0]
+        else:  # a piece of one row's prompt
+            K[rows, :, self.start : self.start + width] = keys
+            V[rows, :, self.start : self.start + width] = values
+        return K[rows, :, : self.used], V[rows, :, : self.used]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Return 0: positions and mask are always given by the caller."""
+        return 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row into another slot."""
+        for K, V in zip(self.keys, self.values, strict=True):
+            K[target, :, :length] = K[source, :, :length]
+            V[target, :, :length] = V[source, :, :length]
+
+
+def context_limit(models: Models, wanted: int) -> int:
+    """Return how many tokens a row may hold: the wanted number, or fewer where the model's positions or window end."""
+    config = models.network.config
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min([wanted, *(int(limit) for limit in limits if limit)])
+
+
+def check_cache_fits(models: Models, slots: int, context: int, dtype: torch.dtype, device: str) -> int:
+    """Return the bytes of the cache.
+
+    Raises: UserError when the machine has not that much memory free.
+    """
+    import psutil
+
+    needed = SlotCache.bytes_needed(models.network.config, slots, context, dtype)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"serve.max_concurrent: {slots} requests of {context} tokens need {needed / 2**30:.1f} GiB for keys and values, "
+            f"and {free / 2**30:.1f} GiB are free. Lower serve.max_concurrent or serve.max_context_tokens."
+        )
+    return needed
+
+
+class Engine:
+    """Run jobs on the models in a thread of its own; every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        models: Models,
+        metrics: Metrics,
+        *,
+        slots: int,
+        context: int,
+        queue: int,
+        queue_per_client: int,
+        deadline_seconds: float,
+        queue_timeout_seconds: float,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.models, self.metrics, self.slots, self.context = models, metrics, slots, context
+        self.queue, self.queue_per_client = queue, queue_per_client
+        self.deadline_seconds, self.queue_timeout_seconds = deadline_seconds, queue_timeout_seconds
+        self.on_death = on_death
+        parameter = next(models.network.parameters())
+        self.device = parameter.device
+        self.cache = SlotCache(models.network.config, slots, context, models.rows.table.dtype, str(self.device))
+        self.stop_ids = stop_token_ids(models.tokenizer)
+        self.rows: list[Job] = []  # decoding; row i stands in slot i
+        self.prefilling: Job | None = None  # stands in the slot after the last row
+        self.waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self.samplers: dict[Job, tuple[Sampler, TextStream]] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.dead: BaseException | None = None
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._outbox: list[tuple[Job, str | ServingError | None]] = []
+        self._seats: Counter[str] = Counter()
+        self._seats_lock = threading.Lock()
+        self._stopping = False
+        self._fail_all: ServingError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- for the event loop ---
+
+    def start(self) -> None:
+        """Start the thread; events go to the loop that runs now."""
+        self.loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its current step and fail what is left."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread.ident:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.dead is None
+
+    @property
+    def seats_taken(self) -> int:
+        return self._seats.total()
+
+    def reserve(self, client: str, count: int = 1) -> list[Seat]:
+        """Take seats for a request, all or none.
+
+        Raises: ServingError 429 when the queue is full.
+        """
+        if not self.alive:
+            raise ServingError(503, "engine_stopped", "the engine has stopped; the server is about to restart")
+        with self._seats_lock:
+            full = self.seats_taken + count > self.slots + self.queue
+            if full or self._seats[client] + count > self.queue_per_client + self.slots:
+                whose = "the queue is full" if full else "too many of your requests are waiting"
+                raise ServingError(429, "queue_full", f"{whose}; try again later", retry_after=1)
+            self._seats[client] += count
+        return [Seat(lambda: self._leave(client)) for _ in range(count)]
+
+    def _leave(self, client: str) -> None:
+        with self._seats_lock:
+            self._seats[client] -= 1
+            if not self._seats[client]:
+                del self._seats[client]
+
+    def submit(self, job: Job, seat: Seat) -> None:
+        """Hand a job over; its seat comes free when it ends."""
+        if len(job.ids) + (0 if job.scored else 1) > self.context:
+            raise ValueError("the caller checks the context")
+        job.seat = seat
+        self._inbox.put(job)
+        if not self.alive:  # it died in between: nobody will read the inbox
+            seat.release()
+            job.events.put_nowait(ServingError(503, "engine_stopped", "the engine has stopped"))
+
+    def fail_all(self, error: ServingError) -> None:
+        """End every job with an error, such as at the end of draining."""
+        self._fail_all = error
+        self._inbox.put(None)
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._step()
+        except BaseException as error:  # whatever ends the thread must end the waiting, too
+            self.dead = error
+            log.critical("the engine has died", exc_info=error)
+            self.on_death()
+        finally:
+            self._take_new(block=False)
+            self._end_all(ServingError(503, "engine_stopped", "the engine has stopped"))
+            self._deliver()
+
+    def _step(self) -> None:
+        idle = not (self.rows or self.prefilling or self.waiting)
+        self._take_new(block=idle)
+        started = time.monotonic()
+        self._drop_ended()
+        self._prefill(PREFILL_TOKENS_PER_STEP)
+        if self.rows:
+            self._decode()
+        self._deliver()
+        self.metrics.step(
+            time.monotonic() - started,
+            running=len(self.rows) + bool(self.prefilling),
+            waiting=sum(map(len, self.waiting.values())),
+            cached=sum(job.length for job in self._running()) / (self.slots * self.context),
+        )
+
+    def _running(self) -> list[Job]:
+        return [*self.rows, self.prefilling] if self.prefilling else self.rows
+
+    def _take_new(self, block: bool) -> None:
+        try:
+            job = self._inbox.get(timeout=None if block else 0)
+            while True:
+                if job:
+                    self.waiting.setdefault(job.client, deque()).append(job)
+                job = self._inbox.get_nowait()
+        except Empty:
+            pass
+
+    def _next_waiting(self) -> Job | None:
+        """Take the oldest job of the client whose turn it is; clients take turns."""
+        if not self.waiting:
+            return None
+        client, jobs = self.waiting.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self.waiting[client] = jobs
+        return job
+
+    def _drop_ended(self) -> None:
+        """Let go of jobs that were cancelled or ran out of time."""
+        if self._fail_all:
+            self._end_all(self._fail_all)
+            self._fail_all = None
+        now = time.monotonic()
+        for client, jobs in list(self.waiting.items()):
+            for job in [job for job in jobs if job.cancelled or now - job.arrival > self.queue_timeout_seconds]:
+                jobs.remove(job)
+                late = ServingError(503, "queue_timeout", "waited too long for a free place", retry_after=5)
+                self._end(job, None if job.cancelled else late, "cancelled")
+            if not jobs:
+                del self.waiting[client]
+        for job in list(self._running()):
+            if job.cancelled:
+                self._remove(job)
+                self._end(job, None, "cancelled")
+            elif now - job.arrival > self.deadline_seconds:
+                self._remove(job)
+                limit = f"the answer was not complete after {self.deadline_seconds:g} s"
+                self._end(job, ServingError(504, "deadline_exceeded", limit))
+
+    def _prefill(self, budget: int) -> None:
+        """Read waiting prompts into the cache, at most `budget` tokens."""
+        while budget > 0:
+            if self.prefilling is None:
+                job = self._next_waiting() if len(self.rows) < self.slots else None
+                if job is None:
+                    return
+                job.scheduled, job.length = job.scheduled or time.monotonic(), 0
+                self.prefilling = job
+            job = self.prefilling
+            prompt = job.ids + job.out  # a job that was put back has begun its answer already
+            end = min(len(prompt), job.length + budget)
+            budget -= end - job.length
+            logits = self._guarded([job], partial(self._prefill_piece, job, prompt, end))
+            if logits is None:
+                continue
+            job.length = end
+            if end == len(prompt):
+                self.prefilling = None
+                if job.scored:
+                    self._end(job, None, "stop")
+                    continue
+                self.rows.append(job)
+                self._emit([job], logits)
+
+    def _prefill_piece(self, job: Job, prompt: list[int], end: int) -> torch.Tensor:
+        start = job.length
+        positions = torch.arange(start, end, device=self.device)
+        mask = torch.arange(end, device=self.device)[None, :] <= positions[:, None]
+        self.cache.select(len(self.rows), positions[:1], start, end)
+        first_scored = len(job.ids) - job.scored
+        wanted = end - start if job.scored and end > first_scored - 1 else 1
+        logits = self._forward([job], [prompt[start:end]], positions[None], mask[None, None], wanted)[0]
+        if job.scored:
+            # The logits at position p measure the token at p + 1.
+            measured = range(max(start, first_scored - 1), min(end, len(prompt) - 1))
+            if measured:
+                rows = logits[measured.start - end + len(logits) : measured.stop - end + len(logits)].float()
+                targets = torch.tensor(prompt[measured.start + 1 : measured.stop + 1], device=self.device)
+                logps = torch.log_softmax(rows, -1).gather(-1, targets[:, None])
+                job.logprob += float(logps.double().sum())
+        return logits[-1:]
+
+    def _decode(self) -> None:
+        """Produce one token for every row."""
+        jobs = list(self.rows)
+        positions = torch.tensor([job.length for job in jobs], device=self.device)
+        used = max(job.length for job in jobs) + 1
+        mask = (torch.arange(used, device=self.device)[None, :] <= positions[:, None])[:, None, None, :]
+
+        def forward() -> torch.Tensor:
+            self.cache.select(0, positions, 0, used)
+            return self._forward(jobs, [[job.out[-1]] for job in jobs], positions[:, None], mask, 1)[:, -1]
+
+        logits = self._guarded(jobs, forward)
+        if logits is not None:
+            for job in jobs:
+                job.length += 1
+            self._emit(jobs, logits)
+
+    def _forward(
+        self, jobs: Sequence[Job], tokens: list[list[int]], positions: torch.Tensor, mask: torch.Tensor, wanted: int
+    ) -> torch.Tensor:
+        """Run the network. tokens: B x T; positions: (B, T); mask: (B, 1, T, used). Returns (B, wanted, V)."""
+        self.models.rows.set([job.model for job in jobs])
+        output = self.models.network(
+            input_ids=torch.tensor(tokens, device=self.device), attention_mask=mask, position_ids=positions,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=wanted,
+        )  # fmt: skip
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _guarded(self, jobs: list[Job], forward: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Run a forward pass; on failure end or put back the jobs concerned and return None."""
+        try:
+            return forward()
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                log.error("a forward pass of %d rows failed", len(jobs), exc_info=error)
+                for job in jobs:
+                    self._remove(job)
+                    self._end(job, _generation_failed())
+                return None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            newest = max(jobs, key=lambda job: job.scheduled)
+            self._remove(newest)
+            newest.retries += 1
+            # Alone it would run into the same wall again.
+            if newest.retries > MAX_RETRIES or not self.rows:
+                message = "not enough memory for this request now; try again later or send a shorter one"
+                self._end(newest, ServingError(503, "insufficient_memory", message, retry_after=5))
+            else:
+                newest.arrival = time.monotonic()
+                self.waiting.setdefault(newest.client, deque()).appendleft(newest)
+            return None
+
+    def _emit(self, jobs: list[Job], logits: torch.Tensor) -> None:
+        """Choose each row's token, hand its text on, and end the rows that are complete."""
+        best, tokens = logits.max(-1)
+        finite, greedy = torch.isfinite(best).tolist(), tokens.tolist()
+        now = time.monotonic()
+        for index, job in enumerate(jobs):
+            try:
+                if not finite[index]:
+                    raise FloatingPointError("the logits are not finite")
+                self._emit_one(job, logits[index], greedy[index], now)
+            except Exception as error:  # one row's trouble is not its neighbours'
+                log.error("a row failed", exc_info=error)
+                self._remove(job)
+                self._end(job, _generation_failed())
+
+    def _emit_one(self, job: Job, logits: torch.Tensor, greedy: int, now: float) -> None:
+        if job not in self.samplers:
+            self.samplers[job] = (Sampler(job.sampling), TextStream(self.models.tokenizer, job.stops))
+        sampler, stream = self.samplers[job]
+        token = greedy if sampler.takes_argmax else sampler.choose(logits, job.ids + job.out)
+        job.out.append(token)
+        if job.first_token:
+            self.metrics.inter_token(now - job.last_token)
+        else:
+            job.first_token = now
+        job.last_token = now
+        ended = token in self.stop_ids
+        piece = "" if ended else stream.add(token)
+        full = len(job.out) >= job.max_new_tokens
+        if stream.stopped or ended or full:
+            tail = "" if stream.stopped else stream.end()
+            if piece + tail:
+                self._outbox.append((job, piece + tail))
+            self._remove(job)
+            self._end(job, None, "stop" if ended or stream.stopped else "length")
+        elif piece:
+            self._outbox.append((job, piece))
+
+    def _remove(self, job: Job) -> None:
+        """Take a job out of its slot and close the gap, so that rows stay together at the front."""
+        if job is self.prefilling:
+            self.prefilling = None
+            return
+        index, last = self.rows.index(job), len(self.rows) - 1
+        if index != last:
+            self.cache.move(last, index, self.rows[last].length)
+            self.rows[index] = self.rows[last]
+        self.rows.pop()
+        if self.prefilling:
+            self.cache.move(last + 1, last, self.prefilling.length)
+
+    def _end(self, job: Job, error: ServingError | None, reason: str | None = None) -> None:
+        job.finish_reason = reason
+        self.samplers.pop(job, None)
+        if job.seat:
+            job.seat.release()
+        self.metrics.ended(job, error)
+        self._outbox.append((job, error))
+
+    def _end_all(self, error: ServingError) -> None:
+        jobs = [*self._running(), *(job for queue in self.waiting.values() for job in queue)]
+        self.rows, self.prefilling = [], None
+        self.waiting.clear()
+        for job in jobs:
+            self._end(job, error)
+
+    def _deliver(self) -> None:
+        """Hand a step's events to the event loop in one call."""
+        outbox, self._outbox = self._outbox, []
+        if outbox and self.loop and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(_put_events, outbox)
+
+
+def _put_events(events: Iterable[tuple[Job, str | ServingError | None]]) -> None:
+    for job, event in events:
+        job.events.put_nowait(event)
+
+
+def _generation_failed() -> ServingError:
+    return ServingError(500, "generation_failed", "the model could not generate an answer to this request")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,106 @@
+"""Tokens are drawn from the right distribution, and text comes out whole and in time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from serve.sampling import Sampler, Sampling, TextStream
+from tests.conftest import tiny_tokenizer
+
+PROBABILITIES = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+LOGITS = PROBABILITIES.log()
+
+
+def frequencies(count: int = 4000, **settings) -> dict[int, float]:
+    sampler = Sampler(Sampling(**{"temperature": 1.0, "seed": 0, **settings}))
+    drawn = Counter(sampler.choose(LOGITS, []) for _ in range(count))
+    return {token: number / count for token, number in drawn.items()}
+
+
+def test_tokens_are_drawn_by_their_probability():
+    found = frequencies()
+    assert all(found[token] == pytest.approx(float(p), abs=0.03) for token, p in enumerate(PROBABILITIES))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"top_k": 2}, {0: 2 / 3, 1: 1 / 3}),
+        ({"top_p": 0.6}, {0: 2 / 3, 1: 1 / 3}),  # 0.5 does not reach 0.6, so the second stays
+        ({"top_p": 0.5}, {0: 1.0}),
+        ({"top_k": 10**9, "top_p": 0.01}, {0: 1.0}),
+        (
+            {"temperature": 0.5},
+            {t: float(p) ** 2 / float((PROBABILITIES**2).sum()) for t, p in enumerate(PROBABILITIES)},
+        ),
+        ({"temperature": 1e-320}, {0: 1.0}),
+        ({"temperature": 2e-4}, {0: 1.0}),
+    ],
+)
+def test_settings_change_the_distribution_as_defined(settings, wanted):
+    found = frequencies(**settings)
+    for token in range(len(LOGITS)):
+        assert found.get(token, 0) == pytest.approx(wanted.get(token, 0), abs=0.03)
+
+
+def test_a_wide_nucleus_reaches_beyond_the_first_candidates():
+    logits = torch.zeros(5000)
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=0))
+    drawn = {sampler.choose(logits, []) for _ in range(2000)}
+    assert len(drawn) > 1000
+
+
+def test_repetition_penalty_makes_seen_tokens_less_likely():
+    penalised = Sampler(Sampling(repetition_penalty=2.0))
+    assert penalised.choose(torch.tensor([3.0, 2.0, -1.0]), [0]) == 1
+    assert penalised.choose(torch.tensor([-1.0, -1.5]), [0]) == 1, "a negative score falls, too"
+    assert penalised.choose(torch.tensor([3.0, 2.0]), []) == 0
+
+
+def test_the_same_seed_draws_the_same_tokens():
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
+        return [sampler.choose(LOGITS, []) for _ in range(50)]
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+def stream(text: str, *stops: str) -> tuple[list[str], bool]:
+    """Return the pieces that a stream gives for a text, token by token."""
+    tokenizer = tiny_tokenizer()
+    decoder = TextStream(tokenizer, stops)
+    pieces = []
+    for token in tokenizer.encode(text):
+        pieces.append(decoder.add(token))
+        if decoder.stopped:
+            break
+    else:
+        pieces.append(decoder.end())
+    return pieces, decoder.stopped
+
+
+@pytest.mark.parametrize("text", ["Hello world, this is it.", "häßlich 😀👩‍👩‍👧 שלום", "  spaces  ", "a\x00b"])
+def test_the_pieces_are_the_text_and_no_half_character_is_among_them(text):
+    pieces, _ = stream(text)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [
+        ("one STOP two", ["STOP"], "one "),
+        ("one STO two", ["STOP"], "one STO two"),
+        ("aaab", ["aab"], "a"),
+        ("smile 😀👩 end", ["👩"], "smile 😀"),
+        ("x yy zzz", ["zzz", "yy"], "x "),
+        ("ends with ST", ["STOP"], "ends with ST"),
+    ],
+)
+def test_a_stop_string_cuts_exactly_and_nothing_of_it_leaks(text, stops, wanted):
+    pieces, stopped = stream(text, *stops)
+    assert "".join(pieces) == wanted
+    assert stopped == any(stop in text for stop in stops)
