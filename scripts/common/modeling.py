@@ -248,7 +248,8 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     Raises: UserError when a weight is missing, not finite, or does not fit the base.
     """
     import torch
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -259,6 +260,14 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{adapter}: does not fit the base model: {str(error).splitlines()[0]}") from None
+    with safe_open(weights, framework="pt") as tensors:
+        missing = (
+            get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False).keys() - tensors.keys()
+        )
+    if missing:  # PEFT would go on with fresh ones
+        raise UserError(
+            f"{adapter}: {len(missing)} tensors are missing, the first is {min(missing)}. Restore the folder."
+        )
     bad = [key for key, value in wrapped.named_parameters() if f".{name}." in key and not torch.isfinite(value).all()]
     if bad:
         raise UserError(
