@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,10 +108,23 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an MLflow database with its tables made, which takes seconds; tests work on copies."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def write_config(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a YAML config whose outputs and MLflow store lie in the test's folder."""
+def write_config(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that writes a YAML config; outputs and MLflow store lie in the test's folder, the working folder."""
     import yaml
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
 
     def write(**sections: object) -> Path:
         tree: dict = {"offline": True, "tracking": {"mlflow_tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}}
