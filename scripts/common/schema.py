@@ -169,7 +169,6 @@ OWNED_TRAINER_ARGUMENTS = {
     "padding_free": "performance.group_by_length",
     "push_to_hub": "nothing: publish from export_lora",
     "trust_remote_code": "nothing: never switched on",
-    "ref_model_init_kwargs": "nothing: the reference shares the base",
 }
 
 # Names that transformers or TRL once had, with what replaced them.
@@ -192,4 +191,5 @@ REMOVED_TRAINER_ARGUMENTS = {
     "model_adapter_name": "dpo.init_from",
     "force_use_ref_model": "dpo.reference",
     "tokenizer": "base_model_id",
+    "ref_model_init_kwargs": "dpo.reference",
 }
