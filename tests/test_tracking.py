@@ -39,6 +39,7 @@ def test_finished_run_holds_what_was_sent(config, tmp_path: Path) -> None:
         tracker.log_metrics({"train/loss": 2.5}, step=3)
         tracker.log_metrics({"train/loss": 1.5}, step=4)
         tracker.log_dataset("data/a.jsonl", "c0ffee" * 10, "train", 12)
+        tracker.log_dataset("data/a.jsonl", "c0ffee" * 10, "validation", 3)
         tracker.log_artifact(tmp_path / "note.txt")
         tracker.log_artifact(tmp_path / "folder", "adapter")
         tracker.set_tag("colour", "blue")
@@ -52,9 +53,12 @@ def test_finished_run_holds_what_was_sent(config, tmp_path: Path) -> None:
     assert run.data.params["lora.r"] == "16"
     history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(3, 2.5), (4, 1.5)]
-    entry = run.inputs.dataset_inputs[0]
-    assert (entry.dataset.name, entry.tags[0].value) == ("a.jsonl", "train")
-    assert entry.dataset.digest.startswith("c0ffee")
+    inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert {side: dataset.name for side, dataset in inputs.items()} == {
+        "train": "a.jsonl (train)",
+        "validation": "a.jsonl (validation)",
+    }
+    assert all(dataset.digest.startswith("c0ffee") for dataset in inputs.values())
     assert text_of(tracker, "note.txt") == "hello"
     assert text_of(tracker, "adapter/a.txt") == "inner"
 
