@@ -271,7 +271,7 @@ def test_answer_longer_than_max_length_is_refused_with_its_line_and_the_mend(sft
 def test_answer_longer_than_max_length_is_left_out_when_asked(sft_config, tmp_path, capsys) -> None:
     records = rows()
     records[6]["output"] = "long " * 300
-    config = sft_config(records=records, trainer={"max_steps": 1})
+    config = sft_config(records=records, trainer={"max_steps": 2})
 
     assert main(["--config", str(config), "--set", "data.on_bad_row=skip"]) == 0
 
@@ -280,7 +280,7 @@ def test_answer_longer_than_max_length_is_left_out_when_asked(sft_config, tmp_pa
 
 
 def test_bad_rows_are_written_to_the_run_folder_when_skipped(sft_config) -> None:
-    config = sft_config(records=[*rows(), {"instruction": "q", "output": ""}], trainer={"max_steps": 1})
+    config = sft_config(records=[*rows(), {"instruction": "q", "output": ""}], trainer={"max_steps": 2})
 
     assert main(["--config", str(config), "--set", "data.on_bad_row=skip"]) == 0
 
@@ -413,7 +413,7 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(sft_config) -
 
 
 def test_weights_of_datasets_reach_training(sft_config, tmp_path: Path) -> None:
-    config = sft_config(trainer={"max_steps": 1})
+    config = sft_config(trainer={"max_steps": 2})
     sources = [{"path": str(tmp_path / "data.jsonl"), "weight": 2.0}]
 
     assert main(["--config", str(config), "--set", f"sft.dataset_path={json.dumps(sources)}"]) == 0
@@ -426,7 +426,7 @@ def test_weights_of_datasets_reach_training(sft_config, tmp_path: Path) -> None:
 
 
 def test_full_disk_leaves_the_previous_adapter_and_nothing_that_looks_finished(sft_config, monkeypatch, capsys) -> None:
-    config = sft_config(trainer={"max_steps": 1})
+    config = sft_config(trainer={"max_steps": 2})
     assert main(["--config", str(config)]) == 0
     before = read_manifest("outputs/sft_adapter")
 
@@ -444,7 +444,7 @@ def test_full_disk_leaves_the_previous_adapter_and_nothing_that_looks_finished(s
 
 
 def test_crash_marks_the_run_failed_and_keeps_the_previous_adapter(sft_config, monkeypatch) -> None:
-    config = sft_config(trainer={"max_steps": 1})
+    config = sft_config(trainer={"max_steps": 2})
 
     def broken(*arguments: object) -> None:
         raise RuntimeError("a bug")
@@ -554,7 +554,7 @@ def test_resume_with_another_config_is_refused_and_names_it(sft_config, tmp_path
 
 
 def test_resume_without_anything_to_resume_starts_at_step_0_and_says_so(sft_config, capsys) -> None:
-    assert main(["--config", str(sft_config(trainer={"max_steps": 1})), "--resume"]) == 0
+    assert main(["--config", str(sft_config(trainer={"max_steps": 2})), "--resume"]) == 0
 
     assert "nothing to resume" in told(capsys)
-    assert read_manifest("outputs/sft_adapter")["metrics"]["steps"] == 1
+    assert read_manifest("outputs/sft_adapter")["metrics"]["steps"] == 2
