@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -365,20 +365,20 @@ def test_nothing_held_out_trains_and_says_so(sft_config, capsys) -> None:
 
 
 def test_early_stopping_ends_a_run_that_gets_worse_and_keeps_the_best(sft_config, capsys) -> None:
+    """The answers are drawn by chance, so after the style there is nothing to learn but the training records by heart."""
     config = sft_config(
-        learning_rate=3.0, early_stopping_patience=1, trainer={"max_steps": 30, "eval_steps": 1, "save_steps": 1}
+        learning_rate=0.05,
+        early_stopping_patience=1,
+        trainer={"max_steps": 200, "eval_steps": 5, "save_steps": 5, "lr_scheduler_type": "constant"},
     )
 
     assert main(["--config", str(config)]) == 0
 
     metrics = read_manifest("outputs/sft_adapter")["metrics"]
-    seen = [
-        float(line.rpartition(" ")[2])
-        for line in told(capsys).splitlines()
-        if "held-out loss" in line and ": held-out" in line
-    ]
-    assert metrics["steps"] < 30
-    assert metrics["held_out_loss"] == pytest.approx(min(seen[1:]), abs=1e-3)
+    held_out = [float(value) for value in re.findall(r"step [1-9]\d*: held-out loss ([\d.]+)", told(capsys))]
+    assert metrics["steps"] < 200
+    assert held_out[-1] > held_out[-2] == min(held_out)
+    assert metrics["held_out_loss"] == pytest.approx(min(held_out), abs=1e-3)
 
 
 def test_checkpoints_are_gone_after_the_end(sft_config) -> None:
@@ -514,7 +514,7 @@ def test_killed_run_resumes_to_the_same_losses_as_an_uninterrupted_one(uninterru
 
 
 def test_sigterm_writes_a_checkpoint_marks_the_run_killed_and_exits_143(sft_config, tmp_path: Path, capsys) -> None:
-    """Then a resume with other data is refused with both hashes, and one with the same data ends the run."""
+    """Then a resume with other data is refused with both hashes, and nothing is lost."""
     config = sft_config(trainer={**SLOW_STEPS, "max_steps": 300, "save_steps": 10000, "eval_steps": 10000})
     run_dir = tmp_path / "outputs/sft_adapter.run"
     process = start(config)
@@ -530,15 +530,12 @@ def test_sigterm_writes_a_checkpoint_marks_the_run_killed_and_exits_143(sft_conf
     assert only_run("KILLED")
     assert not (tmp_path / "outputs/sft_adapter").exists()
 
-    data = (tmp_path / "data.jsonl").read_bytes()
-    changed = write_jsonl(tmp_path / "data.jsonl", rows(41))
-    before, after = hashlib.sha256(data).hexdigest(), sha256_file(changed)
+    write_jsonl(tmp_path / "data.jsonl", rows(41))
     assert main(["--config", str(config), "--resume"]) == 2
     complaint = told(capsys)
     assert "this is not the run that was interrupted" in complaint
-    assert "data: was " in complaint
+    assert re.search(r"data: was [0-9a-f]{16}…, is [0-9a-f]{16}…", complaint)
     assert "config: was" not in complaint
-    assert before != after
     assert checkpoint.exists()
 
 
