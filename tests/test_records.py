@@ -392,12 +392,12 @@ def test_split_ignores_order_format_file_and_later_turns(tmp_path: Path) -> None
 
 
 def test_preference_pairs_fall_on_the_same_side_as_instruction_records(tmp_path: Path) -> None:
-    parse_pair = getattr(records, "parse_pair", None) or getattr(records, "parse_preference", None)
-    if parse_pair is None:
+    parse_preference = getattr(records, "parse_preference", None)
+    if parse_preference is None:
         pytest.skip("preference pairs are not there yet")
     data = Data(validation_ratio=0.3)
     pairs = [{"prompt": f"question {n}", "chosen": "good", "rejected": "bad"} for n in range(60)]
-    files = load_datasets(str(write_jsonl(tmp_path / "p.jsonl", pairs)), parse_pair, data, "dpo.dataset_path")
+    files = load_datasets(str(write_jsonl(tmp_path / "p.jsonl", pairs)), parse_preference, data, "dpo.dataset_path")
 
     held_out = [record.prompt[0]["content"] for record in split_records(files, data, seed=0).validation]
 
