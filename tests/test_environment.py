@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def test_main_path_is_pinned() -> None:
 def test_mlflow_keeps_a_run_in_a_database(empty_store: Path, tmp_path: Path) -> None:
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{empty_store}")
+    store = shutil.copy(empty_store, tmp_path / "mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{store}")
     run = client.create_run(client.create_experiment("env", artifact_location=str(tmp_path)))
     client.log_metric(run.info.run_id, "train/loss", 0.5, step=2)
     client.set_terminated(run.info.run_id)
