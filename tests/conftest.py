@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from scripts.common.tiny_model import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
+
+__all__ = ["CHAT_TEMPLATE", "save_tiny_model", "tiny_tokenizer"]
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = Path(__file__).parent / "offline"
@@ -24,58 +29,6 @@ _spec = importlib.util.spec_from_file_location("offline_guard", OFFLINE / "sitec
 assert _spec is not None
 assert _spec.loader is not None
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-
-
-def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
-    """Train a byte-level BPE tokenizer on the repository's own sample data."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train([str(ROOT / "data/sft/sample_sft.jsonl")], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """Save a randomly initialised two-layer model of a real architecture with its tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokenizer = tiny_tokenizer(None if architecture == "gpt2" else CHAT_TEMPLATE)
-    common = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if architecture == "gpt2":
-        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
-    else:
-        shape = {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8,
-        }  # fmt: skip
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **common, **shape))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -107,10 +60,23 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an MLflow database with its tables made, which takes seconds; tests work on copies."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def write_config(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a YAML config whose outputs and MLflow store lie in the test's folder."""
+def write_config(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that writes a YAML config; outputs and MLflow store lie in the test's folder, the working folder."""
     import yaml
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
 
     def write(**sections: object) -> Path:
         tree: dict = {"offline": True, "tracking": {"mlflow_tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}}

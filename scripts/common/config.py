@@ -136,6 +136,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
 
 
 def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, int]]:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _key_lines(item, (*prefix, str(index)), path)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}

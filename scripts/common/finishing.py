@@ -25,15 +25,16 @@ log = logging.getLogger(__name__)
 def dataset_entries(files: Sequence[DatasetFile], split: Split) -> list[dict[str, Any]]:
     """Describe the data for the manifest."""
 
-    def count(records: Sequence[Any], path: str) -> int:
-        return sum(record.source.startswith(path) for record in records)
+    def count(records: Sequence[Any], file: DatasetFile) -> int:
+        own = {record.source for record in file.records}
+        return sum(record.source in own for record in records)
 
     return [
         {
             "path": portable_path(file.path),
             "sha256": file.sha256,
-            "train": count(split.train, file.path),
-            "validation": count(split.validation, file.path),
+            "train": count(split.train, file),
+            "validation": count(split.validation, file),
         }
         for file in files
     ]

@@ -106,7 +106,6 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
         dtype=machine.dtype,
         quantization_config=_quantization_config(config, machine) if quantized else None,
         device_map={"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized and machine.device == "cuda" else None,
-        attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
     )

@@ -157,6 +157,8 @@ def _existing(name: str) -> Path | None:
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
+        if path.is_dir():
+            raise UserError(f"{name}: is a folder, wanted one file; list several files with their weights.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|parquet)$", name):
         return None
     raise UserError(f"{name}: no such file. Correct the path, or give a Hub dataset id of the form owner/name.")
@@ -218,6 +220,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         rows = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects.") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested too deeply). Wanted a list of objects.") from None
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: found {type(rows).__name__}, wanted a list of objects; one object per line is .jsonl."
@@ -231,28 +235,24 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    line = 2
-    # Line ends stay in, since a cell may hold some; the file is streamed.
+    # newline="\n" keeps the line breaks inside quoted cells as they are; the file is streamed.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.reader(file, strict=True)
         try:
-            for row in reader:
-                where, line = f"{path}:{line}", reader.line_num + 1
-                if None in row or None in row.values():
-                    yield (
-                        where,
-                        BadRow(
-                            where,
-                            "columns",
-                            f"found another number of cells than the {len(reader.fieldnames or [])} of the header",
-                        ),
-                    )
+            header = next(reader, [])
+            for cells in reader:
+                if not cells:
+                    continue
+                where = f"{path}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+                if len(cells) == len(header):
+                    yield where, dict(zip(header, cells, strict=True))
                 else:
-                    yield where, {key: value for key, value in row.items()}
+                    reason = f"found {len(cells)} cells, wanted the {len(header)} of the header"
+                    yield where, BadRow(where, "columns", reason, cells)
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 after line {line - 1}. Save the file as UTF-8.") from None
+            raise UserError(f"{path}: not UTF-8 after line {reader.line_num}. Save the file as UTF-8.") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -441,5 +441,6 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
             )
             for row in bad
         ]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        # Half a surrogate pair is one of the reasons for a reject; it can only be written as the escape it came as.
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     return len(bad)

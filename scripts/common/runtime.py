@@ -160,10 +160,10 @@ class StopSignal:
         self.deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
-        if self.exit_code or not self.deferred:  # a second signal does not wait
-            raise Interrupted(code)
-        self.exit_code = code
+        again, self.exit_code = self.exit_code, EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        if again or not self.deferred:  # a second signal does not wait
+            # Python swallows what is raised inside a finaliser; training then stops at its first step by the exit code.
+            raise Interrupted(self.exit_code)
         log.warning("stopping after this step; a checkpoint will be written (send the signal again to stop now)")
 
 

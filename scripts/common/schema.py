@@ -317,7 +317,6 @@ OWNED_TRAINER_ARGUMENTS = {
     "push_to_hub": "nothing: publish from export_lora",
     "trust_remote_code": "nothing: never switched on",
     "loss_weights": "dpo.sft_weight",
-    "ref_model_init_kwargs": "nothing: the reference shares the base",
 }
 
 # Names that transformers or TRL once had, with what replaced them.
@@ -340,4 +339,5 @@ REMOVED_TRAINER_ARGUMENTS = {
     "model_adapter_name": "dpo.init_from",
     "force_use_ref_model": "dpo.reference",
     "tokenizer": "base_model_id",
+    "ref_model_init_kwargs": "dpo.reference",
 }

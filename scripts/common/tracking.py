@@ -50,8 +50,13 @@ class Tracker:
         """Record a dataset by the hash of its file as an input of the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        # The name carries the side, as a store keeps one entry per name and digest.
         dataset = Dataset(
-            Path(path).name, sha256[:32], "local", f'{{"uri": "{path}"}}', profile=f'{{"num_rows": {records}}}'
+            f"{Path(path).name} ({context})",
+            sha256[:32],
+            "local",
+            f'{{"uri": "{path}"}}',
+            profile=f'{{"num_rows": {records}}}',
         )
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
         self._send(lambda: self._client.log_inputs(self.run_id, datasets=[entry]))

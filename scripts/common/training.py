@@ -213,10 +213,10 @@ class ProgressAndTracking(TrainerCallback):
 
 
 def metric_name(key: str) -> str:
-    """Name a trainer's number for MLflow: train/… or validation/…."""
-    return (
-        f"validation/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key.removeprefix('train_')}"
-    )
+    """Name a trainer's number for MLflow: train/… or validation/… for curves, summary/… for the means of a whole run."""
+    if key.startswith("eval_"):
+        return f"validation/{key.removeprefix('eval_')}"
+    return f"summary/{key}" if key.startswith("train_") else f"train/{key}"
 
 
 def train(trainer: Any, resumption: Resumption, stop: StopSignal) -> ProgressAndTracking:

@@ -1,0 +1,246 @@
+"""The one YAML file: strict keys, useful complaints, overrides, and where each value came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from scripts.common.config import load_config
+from scripts.common.errors import UserError
+from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
+from tests.conftest import run_python
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    """Return a function that writes a YAML text and returns its path."""
+
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "my.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """Return what the user is told."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("seed: 1\nbase_model: x\n", 2, "base_model: unknown key; did you mean `base_model_id`?"),
+        ("lora:\n  r: 8\n  aplha: 3\n", 3, "lora.aplha: unknown key; did you mean `lora.alpha`?"),
+        ("learning_rate: 1e-4\n", 1, "learning_rate: unknown key; did you mean `sft.learning_rate`?"),
+        ("lora:\n  zzz: 3\n", 2, "lora.zzz: unknown key; known keys: alpha, dropout"),
+    ],
+)
+def test_unknown_key_is_refused_with_line_and_nearest_name(config_file, text: str, line: int, said: str) -> None:
+    path = config_file(text)
+
+    assert f"{path}:{line}: {said}" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora:\n  r: eight\n", ':2: lora.r: found "eight"; wanted a whole number'),
+        ("lora:\n  r: 0\n", ":2: lora.r: found 0; wanted greater than 0"),
+        ("lora:\n  r: 8.5\n", ":2: lora.r: found 8.5; wanted a whole number"),
+        ("lora:\n  r: true\n", ":2: lora.r: found true; wanted a whole number"),
+        ("offline: 1\n", ":1: offline: found 1; wanted a boolean"),
+        ("data:\n  validation_ratio: 1.0\n", ":2: data.validation_ratio: found 1.0; wanted less than 1"),
+        ("data:\n  on_bad_row: ignore\n", ":2: data.on_bad_row: found \"ignore\"; wanted 'stop' or 'skip'"),
+        ("sft:\n  learning_rate: .nan\n", ":2: sft.learning_rate: found NaN; wanted"),
+        ("sft: 3\n", ":1: sft: found 3; wanted lines of `key: value` under it"),
+        ("lora:\n  target_modules: q_proj\n", ":2: lora.target_modules: found \"q_proj\"; wanted 'auto' or a list"),
+        ("sft:\n  dataset_path:\n  - path: a.jsonl\n    weight: 0\n", ":4: sft.dataset_path.0.weight: found 0; wanted greater"),
+        ("sft:\n  dataset_path:\n  - weight: 1\n", "sft.dataset_path.0.path: missing"),
+        ("performance:\n  threads: -1\n", ":2: performance.threads: found -1; wanted 'auto' or greater than 0"),
+    ],
+)  # fmt: skip
+def test_wrong_value_is_refused_with_line_and_what_was_wanted(config_file, text: str, said: str) -> None:
+    assert said in refusal(config_file(text))
+
+
+def test_all_mistakes_are_told_at_once(config_file) -> None:
+    told = refusal(config_file("sed: 1\nlora:\n  r: no\nsft:\n  max_length: -1\n"))
+
+    assert all(f":{line}: " in told for line in (1, 3, 5))
+
+
+def test_key_written_twice_is_refused_with_both_lines(config_file) -> None:
+    path = config_file("lora:\n  r: 8\n  alpha: 16\n  r: 4\n")
+
+    assert f"{path}:4: lora.r: written twice, first in line 2" in refusal(path)
+
+
+@pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.0e-4", "0.0002", ".2e-3"])
+def test_every_spelling_of_a_small_number_is_a_number(config_file, text: str) -> None:
+    assert load_config(config_file(f"sft:\n  learning_rate: {text}\n")).values.sft.learning_rate == 2e-4
+
+
+def test_words_that_hold_an_e_stay_text(config_file) -> None:
+    assert load_config(config_file("base_model_id: 1e5f\n")).values.base_model_id == "1e5f"
+
+
+def test_section_whose_keys_are_all_commented_out_is_allowed(config_file) -> None:
+    assert load_config(config_file("lora:\n  # r: 8\n")).values == Config()
+
+
+def test_empty_file_gives_the_defaults(config_file) -> None:
+    assert load_config(config_file("")).values == Config()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"base_model_id: caf\xe9\n", "wanted a YAML file in UTF-8"),
+        ("- a\n- b\n", "found list, wanted `key: value` lines"),
+        ("just words\n", "found str, wanted `key: value` lines"),
+        ("seed: 1\nlora: {r: 8\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_unreadable_file_is_refused(config_file, content: str | bytes, said: str) -> None:
+    path = config_file(content)
+
+    told = refusal(path)
+
+    assert str(path) in told
+    assert said in told
+
+
+def test_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:
+    told = refusal(tmp_path / "absent.yaml")
+
+    assert "no such configuration file" in told
+    assert "configs/demo.yaml" in told
+
+
+def test_folder_as_config_is_refused(tmp_path: Path) -> None:
+    assert "wanted a YAML file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("sft.learning_rate=1e-4", "sft", "learning_rate", 1e-4),
+        ("lora.r=4", "lora", "r", 4),
+        ('lora.target_modules=["q_proj", "v_proj"]', "lora", "target_modules", ["q_proj", "v_proj"]),
+        ("data.system_prompt=no", "data", "system_prompt", "no"),
+        ("data.system_prompt=Be kind = be brief", "data", "system_prompt", "Be kind = be brief"),
+        ('data.system_prompt="5"', "data", "system_prompt", "5"),
+        ("data.system_prompt=null", "data", "system_prompt", None),
+        ("sft.trainer.max_steps=5", "sft", "trainer", {"max_steps": 5}),
+        ("quantization.load_in_4bit=true", "quantization", "load_in_4bit", True),
+    ],
+)
+def test_set_takes_json_and_otherwise_plain_text(config_file, override, section, key, value) -> None:
+    path = config_file("data:\n  system_prompt: from the file\n")
+
+    assert getattr(getattr(load_config(path, [override]).values, section), key) == value
+
+
+def test_last_set_wins_over_file_and_earlier_ones(config_file) -> None:
+    assert load_config(config_file("seed: 1\n"), ["seed=2", "seed=3"]).values.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sft.learning_rate", "wanted KEY=VALUE"),
+        ("=3", "wanted KEY=VALUE"),
+        ("seed.deeper=3", "seed is a value, not a section"),
+        ("lora.rank=3", "--set: lora.rank: unknown key"),
+        ("offline=no", '--set: offline: found "no"; wanted a boolean'),
+    ],
+)
+def test_bad_set_is_refused(config_file, override: str, said: str) -> None:
+    assert said in refusal(config_file("seed: 1\n"), override)
+
+
+def test_origin_of_each_value_is_known(config_file) -> None:
+    path = config_file("lora:\n  r: 8\nsft:\n  trainer:\n    max_steps: 5\n")
+
+    loaded = load_config(path, ["seed=3"])
+
+    assert loaded.origin("lora.r") == f"{path}:2"
+    assert loaded.origin("lora.alpha") == "default"
+    assert loaded.origin("seed") == "--set"
+    assert loaded.origin("sft.trainer.max_steps") == f"{path}:5"
+
+
+def test_resolved_yaml_loads_to_the_same_values(config_file, tmp_path: Path) -> None:
+    path = config_file("lora: {r: 8}\nsft: {learning_rate: 3e-5, trainer: {max_steps: 5}}\n")
+    loaded = load_config(path, ["data.system_prompt=no # comment: ü"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(loaded.to_yaml(), encoding="utf-8")
+
+    again = load_config(resolved)
+
+    assert again.values == loaded.values
+    assert again.digest() == loaded.digest()
+    assert re.search(r"r: 8 +# .*my.yaml:1", loaded.to_yaml())
+
+
+def test_digest_follows_values_and_not_their_place(config_file) -> None:
+    first = load_config(config_file("seed: 1\noffline: true\n")).digest()
+
+    assert load_config(config_file("# moved\noffline: true\nseed: 1\n")).digest() == first
+    assert load_config(config_file("seed: 2\noffline: true\n")).digest() != first
+
+
+FIRST_CLASS = sorted({*Config.model_fields["sft"].annotation.model_fields} - {"trainer"})
+
+
+@pytest.mark.parametrize("name", sorted({*FIRST_CLASS, *OWNED_TRAINER_ARGUMENTS, *REMOVED_TRAINER_ARGUMENTS}))
+def test_trainer_block_refuses_what_has_another_place(config_file, name: str) -> None:
+    path = config_file(f"sft:\n  trainer:\n    {name}: 1\n")
+
+    told = refusal(path)
+
+    assert f"{path}:3: sft.trainer.{name}: " in told
+    if name in FIRST_CLASS:
+        assert f"write sft.{name}" in told
+    else:
+        place = {**REMOVED_TRAINER_ARGUMENTS, **OWNED_TRAINER_ARGUMENTS}[name]
+        assert place.format(section="sft") in told
+
+
+def test_trainer_block_refuses_a_misspelt_argument_with_the_right_one(config_file) -> None:
+    path = config_file("sft:\n  trainer:\n    save_stratgy: 'no'\n")
+
+    assert f"{path}:3: sft.trainer.save_stratgy: TRL's SFTConfig has no such argument" in refusal(path)
+    assert "did you mean `sft.trainer.save_strategy`?" in refusal(path)
+
+
+def test_trainer_block_takes_what_trl_takes(config_file) -> None:
+    block = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "epoch", "weight_decay": 0.1, "warmup_steps": 0.1}
+
+    loaded = load_config(config_file(f"sft: {json.dumps({'trainer': block})}\n"))
+
+    assert loaded.values.sft.trainer == block
+
+
+def test_config_error_needs_no_heavy_library(config_file) -> None:
+    """A mistake must answer at once, so nothing slow may be imported before the configuration is checked."""
+    path = config_file("sed: 1\n")
+    program = (
+        "import sys; from scripts.train_sft import main; code = main(['--config', sys.argv[1]]); "
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'mlflow', 'datasets', 'numpy'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy or 'pydantic' not in sys.modules else code)"
+    )
+
+    done = run_python("-c", program, path)
+
+    assert done.returncode == 2, done.stderr
+    assert "did you mean `seed`?" in done.stderr
+    assert "Traceback" not in done.stderr

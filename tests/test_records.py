@@ -1,0 +1,504 @@
+"""Records: every format and file type, every bad row with its place, and one split for all stages."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from scripts.common import records
+from scripts.common.errors import UserError
+from scripts.common.records import (
+    Record,
+    count_duplicates,
+    is_validation,
+    load_datasets,
+    parse_record,
+    shared_answers,
+    split_records,
+    write_rejects,
+)
+from scripts.common.schema import Data, WeightedDataset
+from tests.conftest import write_jsonl
+
+PLAIN = Data()
+KEY = "sft.dataset_path"
+
+
+def load(path: Path, data: Data = PLAIN) -> list[Record]:
+    """Read one file."""
+    return list(load_datasets(str(path), parse_record, data, KEY)[0].records)
+
+
+def refusal(path: Path, data: Data = PLAIN) -> str:
+    """Return what the user is told."""
+    with pytest.raises(UserError) as caught:
+        load(path, data)
+    return str(caught.value)
+
+
+def talk(*contents: str) -> list[dict[str, str]]:
+    """Make alternating user and assistant turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def instruction(number: int, **more: str) -> dict[str, str]:
+    """Make a good row."""
+    return {"instruction": f"question {number}", "output": f"answer {number}", **more}
+
+
+# --- formats and file types
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Do", "input": "this", "output": "Done"}, talk("Do\n\nthis", "Done")),
+        ({"instruction": "Do", "input": "", "output": "Done"}, talk("Do", "Done")),
+        ({"instruction": "Do", "input": None, "output": "Done"}, talk("Do", "Done")),
+        ({"instruction": "", "input": "this", "output": "Done"}, talk("this", "Done")),
+        ({"instruction": "Do", "output": "Done", "id": 7}, talk("Do", "Done")),
+        ({"prompt": "Hi", "completion": " Yo"}, talk("Hi", " Yo")),
+        ({"prompt": talk("a", "b", "c"), "completion": talk("", "d")[1:]}, talk("a", "b", "c", "d")),
+        ({"messages": talk("a", "b")}, talk("a", "b")),
+        (
+            {"messages": [{"role": "system", "content": ""}, *talk("a", "b")]},
+            [{"role": "system", "content": ""}, *talk("a", "b")],
+        ),
+    ],
+)
+def test_every_format_becomes_the_same_conversation(row: dict, messages: list) -> None:
+    assert list(parse_record(row, "here", PLAIN).messages) == messages
+
+
+def test_the_same_rows_are_read_from_every_file_type(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [instruction(1, input='with "quotes", commas\nand a line'), instruction(2, input="ü\u2028 é")]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["instruction", "input", "output"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    read = {
+        ending: [r.messages for r in load(tmp_path / f"a.{ending}")] for ending in ("jsonl", "json", "csv", "parquet")
+    }
+
+    assert read["jsonl"] == [
+        tuple(talk(f"question {n}\n\n{row['input']}", f"answer {n}")) for n, row in enumerate(rows, 1)
+    ]
+    assert read["json"] == read["csv"] == read["parquet"] == read["jsonl"]
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\r", "\x0b", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_jsonl_record(tmp_path: Path, odd: str) -> None:
+    """Other line separators stand unescaped in real files; splitting there would cut the record."""
+    row = instruction(1, input=f"left{odd}right")
+    text = json.dumps(row, ensure_ascii=False).replace(
+        json.dumps(odd)[1:-1], odd if odd > "\x1f" else json.dumps(odd)[1:-1]
+    )
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{text}\r\n{text}\n".encode())
+
+    loaded = load(path)
+
+    assert [record.source for record in loaded] == [f"{path}:1", f"{path}:2"]
+    assert all(f"left{odd}right" in record.messages[0]["content"] for record in loaded)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path, ending: str) -> None:
+    text = {
+        "jsonl": json.dumps(instruction(1)),
+        "json": json.dumps([instruction(1)]),
+        "csv": "instruction,output\nquestion 1,answer 1\n",
+    }[ending]
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+
+    assert load(path)[0].answer == "answer 1"
+
+
+def test_csv_with_windows_line_ends_keeps_answers_clean(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'instruction,output\r\nq1,a1\r\nq2,"a2 line 1\r\nline 2"\r\n')
+
+    answers = [record.answer for record in load(path)]
+
+    assert answers[0] == "a1"
+    assert answers[1].split() == ["a2", "line", "1", "line", "2"]
+
+
+def test_csv_row_is_located_by_its_line_even_after_quoted_newlines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('instruction,output\n"two\nlines",a\nq2\n\nq3,"a\nb",extra\n', encoding="utf-8")
+
+    told = refusal(path)
+
+    assert f"{path}:4: columns: found 1 cells, wanted the 2 of the header" in told
+    assert f"{path}:6: columns: found 3 cells, wanted the 2 of the header" in told
+    assert "2 of 3 rows cannot be used" in told
+
+
+def test_csv_with_an_open_quote_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('instruction,output\nq,"never closed\n', encoding="utf-8")
+
+    assert "not valid CSV" in refusal(path)
+
+
+# --- bad files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"", "the file holds no record"),
+        ("a.jsonl", b"\n \n", "the file holds no record"),
+        ("a.json", b"[]", "the file holds no record"),
+        ("a.csv", b"", "the file holds no record"),
+        ("a.csv", b"instruction,output\n", "the file holds no record"),
+        ("a.json", b"", "not valid JSON"),
+        ("a.json", b"[\n{]", ":2: not valid JSON"),
+        ("a.json", b"{}", "found dict, wanted a list of objects"),
+        ("a.json", b'["caf\xe9"]', "byte 6 is not UTF-8"),
+        ("a.csv", b"instruction,output\ncaf\xe9,b\n", "is not UTF-8"),
+        ("a.parquet", b"not parquet", "not a Parquet file"),
+        ("a.txt", b"hello", "found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_unusable_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    told = refusal(path)
+
+    assert str(path) in told
+    assert said in told
+
+
+def test_json_nested_too_deeply_is_a_mistake_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" * 200_000, encoding="utf-8")
+
+    assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "data/nowhere.jsonl", "a/b/c"])
+def test_missing_file_is_refused(name: str) -> None:
+    assert f"{name}: no such file" in refusal(Path(name))
+
+
+def test_folder_of_this_repository_is_not_taken_for_a_hub_dataset() -> None:
+    """The datasets library would read every file in it, unchecked."""
+    assert "data/sft: is a folder, wanted one file" in refusal(Path("data/sft"))
+
+
+def test_hub_dataset_that_cannot_be_reached_is_refused_with_the_key() -> None:
+    told = refusal(Path("nobody-at-all/no-such-set"))
+
+    assert told.startswith(f"{KEY}: cannot load the Hub dataset nobody-at-all/no-such-set")
+    assert "use a local file" in told
+
+
+# --- bad rows
+
+BAD_ROWS = [
+    ('{"instruction": 5, "output": "a"}', "instruction: found int, wanted text"),
+    ('{"instruction": "q", "output": null}', "output: found NoneType, wanted text"),
+    ('{"instruction": "q", "output": " \\n"}', "output: is empty"),
+    ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
+    ('{"instruction": "q", "input": 3, "output": "a"}', "input: found int, wanted text"),
+    ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair"),
+    ('{"question": "q", "answer": "a"}', "fields: found question, answer; wanted one of: instruction + output"),
+    ("{}", "fields: found none; wanted one of"),
+    ('{"instruction": "q", "output"', "json: not valid JSON"),
+    ("[1]", "json: found list, wanted an object"),
+    ('"text"', "json: found str, wanted an object"),
+    ("null", "json: found NoneType, wanted an object"),
+    ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "fields: found preference pairs, wanted instruction records"),
+    ('{"messages": []}', "messages: found list, wanted text or a list of messages"),
+    ('{"messages": 3}', "messages: found int, wanted text or a list of messages"),
+    ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
+    ('{"messages": [{"role": "human", "content": "a"}]}', "messages[0].role: found 'human', wanted one of system, user"),
+    ('{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role: found ['user'], wanted one of"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "messages: found the turns user; wanted"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "messages: found the turns assistant; wanted"),
+    ('{"messages": [{"role": "system", "content": "a"}]}', "messages: found the turns system; wanted"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "messages: found the turns user, user"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 1}]}', "content: found int"),
+    ('{"prompt": "q", "completion": [{"role": "user", "content": "a"}]}', "messages: found the turns user, user"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_ROWS)
+def test_bad_row_is_told_with_file_line_field_and_reason(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+
+    told = refusal(path)
+
+    assert "1 of 1 rows cannot be used" in told
+    assert f"{path}:2: {said}" in told
+
+
+def test_line_that_is_not_utf8_is_told_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(instruction(1)).encode() + b'\n{"instruction": "caf\xe9", "output": "a"}\n')
+
+    assert f"{path}:2: encoding: byte 21 of the line is not UTF-8" in refusal(path)
+
+
+def test_all_bad_rows_are_told_at_once_the_first_twenty_in_full(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(0), *({"instruction": "q", "output": ""} for _ in range(25))])
+
+    told = refusal(path)
+
+    assert "25 of 26 rows cannot be used" in told
+    assert [f"{path}:{line}: " in told for line in range(2, 27)] == [True] * 20 + [False] * 5
+    assert "… and 5 more" in told
+    assert "data.on_bad_row: skip" in told
+
+
+def test_bad_rows_of_all_files_are_told_together(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / name, [{"instruction": "q", "output": ""}]) for name in ("a.jsonl", "b.jsonl")]
+
+    with pytest.raises(UserError) as caught:
+        load_datasets([WeightedDataset(path=str(path)) for path in paths], parse_record, PLAIN, KEY)
+
+    assert all(f"{path}:1: output: is empty" in str(caught.value) for path in paths)
+
+
+def test_mixed_formats_are_refused_at_the_first_row_that_differs(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(1), {"prompt": "p", "completion": "c"}])
+
+    assert f"{path}:2: format: found prompt/completion, wanted instruction/input/output as in the first row" in refusal(
+        path
+    )
+
+
+def test_skip_keeps_the_good_rows_and_writes_the_bad_ones_with_their_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"instruction": "q", "output": ""}\n' + json.dumps(instruction(1)).encode() + b"\n\xff\n{]\n")
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+    count = write_rejects(tmp_path / "rejects.jsonl", files)
+
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record.answer for record in files[0].records] == ["answer 1"]
+    assert count == 3
+    assert [(row["source"], row["field"]) for row in rejects] == [
+        (f"{path}:1", "output"),
+        (f"{path}:3", "encoding"),
+        (f"{path}:4", "json"),
+    ]
+    assert rejects[0]["row"] == {"instruction": "q", "output": ""}
+
+
+def test_skip_can_write_a_row_that_holds_half_a_surrogate_pair(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "q", "output": "\\ud800"}\n' + json.dumps(instruction(1)), encoding="utf-8")
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+
+    assert write_rejects(tmp_path / "rejects.jsonl", files) == 1
+    assert json.loads((tmp_path / "rejects.jsonl").read_text(encoding="utf-8"))["field"] == "output"
+
+
+def test_skip_refuses_a_file_of_bad_rows_only(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}])
+
+    assert "found no usable record" in refusal(path, Data(on_bad_row="skip"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_random_bytes_never_end_in_a_traceback(tmp_path: Path, ending: str) -> None:
+    """Whatever a file holds, the answer is records or a message; anything else raised here fails the test."""
+    generator = random.Random(ending)
+    pieces = [b'{"instruction": "q", "output": "a"}', b'{"messages": [', b'"role"', b"{", b"]", b",", b'"', b"\\u", b"\xff",
+              b"\x00", b"\r", b"null", b"1e999", b"instruction,output", b"\xef\xbb\xbf", b"NaN", b'{"prompt": {}, "completion": []}',
+              b'{"messages": [{"role": null, "content": {}}]}', b"\xe2\x80\xa8"]  # fmt: skip
+    path = tmp_path / f"a.{ending}"
+    read, told = 0, []
+    for _ in range(300):
+        path.write_bytes(
+            b"".join(
+                generator.choice([*pieces, b"\n", b"\n", generator.randbytes(3)])
+                for _ in range(generator.randrange(12))
+            )
+        )
+        for data in (PLAIN, Data(on_bad_row="skip")):
+            try:
+                files = load_datasets(str(path), parse_record, data, KEY)
+                write_rejects(tmp_path / "rejects.jsonl", files)
+                read += 1
+            except UserError as error:
+                told.append(str(error))
+
+    assert told
+    assert all(str(path) in message for message in told)
+    assert read > 0 or ending != "jsonl"
+
+
+# --- what a chat trains, and the system prompt
+
+
+def test_train_on_decides_which_answers_carry_the_loss() -> None:
+    row = {"messages": talk("a", "b", "c", "d")}
+
+    assert parse_record(row, "here", Data(train_on="all")).trained == (1, 3)
+    assert parse_record(row, "here", Data(train_on="last")).trained == (3,)
+
+
+def test_system_prompt_goes_only_before_conversations_that_bring_none() -> None:
+    data = Data(system_prompt="Be brief.")
+    own = [{"role": "system", "content": "Mine."}, *talk("a", "b")]
+
+    assert parse_record({"messages": talk("a", "b")}, "here", data).messages[0]["content"] == "Be brief."
+    assert parse_record({"messages": own}, "here", data).messages[0]["content"] == "Mine."
+
+
+# --- the split
+
+
+def sides(rows: list[dict], tmp_path: Path, data: Data, name: str = "a.jsonl") -> dict[str, str]:
+    """Map each first user turn to its side."""
+    files = load_datasets(str(write_jsonl(tmp_path / name, rows)), parse_record, data, KEY)
+    split = split_records(files, data, seed=0)
+    return {record.messages[0]["content"]: "train" for record in split.train} | {
+        record.messages[0]["content"]: "validation" for record in split.validation
+    }
+
+
+def test_split_ignores_order_format_file_and_later_turns(tmp_path: Path) -> None:
+    data = Data(validation_ratio=0.3)
+    rows = [instruction(number) for number in range(60)]
+    shuffled = random.Random(1).sample(rows, len(rows))
+    chats = [{"messages": talk(row["instruction"], "something", "else", "entirely")} for row in rows]
+
+    first = sides(rows, tmp_path, data)
+
+    assert set(first.values()) == {"train", "validation"}
+    assert sides(shuffled, tmp_path, data, "b.jsonl") == first
+    assert sides(chats, tmp_path, data, "c.jsonl") == first
+    assert sides(rows[:20], tmp_path, data, "d.jsonl").items() <= first.items()
+
+
+def test_preference_pairs_fall_on_the_same_side_as_instruction_records(tmp_path: Path) -> None:
+    parse_preference = getattr(records, "parse_preference", None)
+    if parse_preference is None:
+        pytest.skip("preference pairs are not there yet")
+    data = Data(validation_ratio=0.3)
+    pairs = [{"prompt": f"question {n}", "chosen": "good", "rejected": "bad"} for n in range(60)]
+    files = load_datasets(str(write_jsonl(tmp_path / "p.jsonl", pairs)), parse_preference, data, "dpo.dataset_path")
+
+    held_out = [record.prompt[0]["content"] for record in split_records(files, data, seed=0).validation]
+
+    assert held_out == [text for text, side in sides([instruction(n) for n in range(60)], tmp_path, data).items() if side == "validation"]  # fmt: skip
+
+
+def test_same_prompt_with_several_answers_stays_on_one_side(tmp_path: Path) -> None:
+    data = Data(validation_ratio=0.5)
+    rows = [{"instruction": f"q{n % 20}" + " " * (n // 20), "output": f"a{n}"} for n in range(80)]
+    split = split_records(
+        load_datasets(str(write_jsonl(tmp_path / "a.jsonl", rows)), parse_record, data, KEY), data, seed=0
+    )
+
+    train, held_out = (
+        {record.messages[0]["content"].strip() for record in side} for side in (split.train, split.validation)
+    )
+
+    assert len(split.train) + len(split.validation) == 80
+    assert not train & held_out
+
+
+def test_split_seed_changes_who_is_held_out_and_ratio_how_many() -> None:
+    prompts = [talk(f"prompt {n}") for n in range(2000)]
+
+    def held_out(**changes: object) -> list[bool]:
+        return [is_validation(prompt, Data(**changes)) for prompt in prompts]
+
+    assert sum(held_out(validation_ratio=0.2)) == pytest.approx(400, abs=70)
+    assert held_out(validation_ratio=0.2) != held_out(validation_ratio=0.2, split_seed=1)
+    assert sum(held_out(validation_ratio=0.0)) == 0
+    assert all(b for a, b in zip(held_out(validation_ratio=0.1), held_out(validation_ratio=0.3), strict=True) if a)
+
+
+def test_split_is_the_one_of_earlier_versions() -> None:
+    """A changed hash would move held-out prompts into the training of users who continue old work."""
+    found = [n for n in range(40) if is_validation(talk(f"prompt {n}"), Data(validation_ratio=0.2))]
+
+    assert found == [1, 9, 10, 13, 18, 22, 26, 27, 39]
+
+
+def test_one_prompt_only_cannot_be_split(tmp_path: Path) -> None:
+    data = Data(validation_ratio=0.999)
+    files = load_datasets(str(write_jsonl(tmp_path / "a.jsonl", [instruction(1)] * 3)), parse_record, data, KEY)
+
+    with pytest.raises(UserError, match=r"data.validation_ratio: 0.999 leaves no record to train on"):
+        split_records(files, data, seed=0)
+
+
+def test_weights_repeat_records_and_take_a_fixed_part(tmp_path: Path) -> None:
+    data = Data(validation_ratio=0.2)
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"instruction": f"{name} {n}", "output": "a"} for n in range(50)])
+        for name in "ab"
+    ]
+    sources = [WeightedDataset(path=str(paths[0]), weight=2.5), WeightedDataset(path=str(paths[1]), weight=0.5)]
+
+    files = load_datasets(sources, parse_record, data, KEY)
+    split, again = split_records(files, data, seed=3), split_records(files, data, seed=3)
+
+    unique = [
+        len({r.messages[0]["content"] for r in file.records if not is_validation(r.prompt, data)}) for file in files
+    ]
+    taken = [[r for r in split.train if r.source.startswith(str(path))] for path in paths]
+    assert [len(part) for part in taken] == [unique[0] * 2 + round(unique[0] / 2), round(unique[1] / 2)]
+    assert len({r.source for r in taken[1]}) == len(taken[1])
+    assert [r.source for r in again.train] == [r.source for r in split.train]
+    assert len({r.source for r in split.validation}) == len(split.validation)
+
+
+def test_duplicates_and_shared_answers_are_counted(tmp_path: Path) -> None:
+    rows = [instruction(1), instruction(1), instruction(1, input="x"), instruction(2)]
+    data = Data(validation_ratio=0.5)
+    many = [{"instruction": f"q{n}", "output": "the same"} for n in range(30)]
+    split = split_records(
+        load_datasets(str(write_jsonl(tmp_path / "b.jsonl", many)), parse_record, data, KEY), data, seed=0
+    )
+
+    assert count_duplicates(load(write_jsonl(tmp_path / "a.jsonl", rows))) == 1
+    assert shared_answers(split) == len(split.validation) > 0
+
+
+# --- data nobody here wrote
+
+
+@pytest.mark.parametrize("name", ["sft_dolly_hhrlhf_1k", "sft_banking77", "sft_gsm8k_train"])
+def test_public_instruction_data_loads(shared_data: Path, name: str) -> None:
+    path = shared_data / name / "train.jsonl"
+    lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+
+    loaded = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)[0]
+
+    assert len(loaded.records) + len(loaded.bad_rows) == lines
+    assert len(loaded.records) >= 0.99 * lines
+
+
+def test_public_preference_data_is_refused_as_instruction_data(shared_data: Path) -> None:
+    assert "found preference pairs, wanted instruction records" in refusal(shared_data / "pref_llmbar" / "pairs.jsonl")
+
+
+def test_sample_data_has_no_bad_row_and_no_duplicate() -> None:
+    loaded = load(Path("data/sft/sample_sft.jsonl"))
+
+    assert len(loaded) >= 200
+    assert count_duplicates(loaded) == 0
