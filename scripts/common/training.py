@@ -176,7 +176,6 @@ class ProgressAndTracking(TrainerCallback):
         self.tokens_per_second = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop.deferred = True
         if is_main_process():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
