@@ -28,7 +28,7 @@ from scripts.common.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS_PER_RUN = 5
+EVALUATIONS_PER_RUN = 4
 LOGGED_POINTS = 200
 
 
