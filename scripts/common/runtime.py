@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# glibc gives large blocks back to the kernel at once and faults them in again at the next step: 17 to 23 % of a
-# CPU training step. These are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h.
-MALLOC_SETTINGS = ((-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20))
+# glibc gives blocks of a few megabytes back to the kernel at once and faults them in again at the next step: 17 to 23 %
+# of a CPU training step. So keep them, but let larger ones go: kept, blocks of ever different sizes (logits) would
+# tear holes into the heap, which then grows without end. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
+MALLOC_SETTINGS = ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20))
 
 
 @dataclass(frozen=True)
