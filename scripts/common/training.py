@@ -260,7 +260,7 @@ def check_changed(before: dict[str, Any], parameters: dict[str, Any]) -> None:
     moved = sum(not torch.equal(before[name], parameter.detach().cpu()) for name, parameter in parameters.items())
     if not moved:
         raise UserError(
-            "not one adapter weight changed in training; the result would equal its starting point. Raise the learning rate or the number of steps."
+            "not one adapter weight changed in training; the result would equal its starting point. Raise the learning rate or the number of steps (the first step of a warm-up moves nothing)."
         )
     broken = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
     if broken:
