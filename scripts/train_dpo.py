@@ -97,7 +97,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     from datasets import Dataset
     from trl import DPOConfig
 
-    from scripts.common.fast_path import multiply_adapters_in_base_dtype, score_answers_only
+    from scripts.common.fast_path import score_answers_only
     from scripts.common.preferences import PreferenceTrainer
     from scripts.common.training import EVALUATIONS_PER_RUN, plan_training, total_steps, trainer_arguments
 
@@ -123,7 +123,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     mixed = values.dpo.sft_weight > 0
     by_length = [sorted(side, key=lambda pair: len(pair.input_ids)) for side in (train, validation)]
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)
-    trainer = PreferenceTrainer(
+    return PreferenceTrainer(
         model=policy,
         args=DPOConfig(
             **arguments,
@@ -136,10 +136,8 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
         processing_class=origin.tokenizer,
         group_by_length=values.performance.group_by_length,
         reference=values.dpo.reference,
+        fast_path=values.performance.fast_path,
     )
-    if values.performance.fast_path:
-        multiply_adapters_in_base_dtype(trainer.model)  # the reference copy included
-    return trainer
 
 
 def run(stage: Stage) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from scripts.common.errors import UserError
-from scripts.common.fast_path import GroupedByLength
+from scripts.common.fast_path import GroupedByLength, multiply_adapters_in_base_dtype
 from scripts.common.generation import Health, generate_answers, health
 from scripts.common.modeling import switched_to
 from scripts.common.rendering import IGNORED, Rendered, RenderedPair
@@ -33,8 +33,10 @@ LENGTH_BIAS = 0.65
 class PreferenceTrainer(GroupedByLength, DPOTrainer):
     """TRL's DPOTrainer on ids rendered by this project, with an explicit reference model."""
 
-    def __init__(self, *args: Any, group_by_length: bool, reference: str, **kwargs: Any) -> None:
-        self.group_by_length, self.reference = group_by_length, reference
+    def __init__(
+        self, *args: Any, group_by_length: bool, reference: str, fast_path: bool = False, **kwargs: Any
+    ) -> None:
+        self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
         super().__init__(*args, **kwargs)
         self._choose_reference()
 
@@ -53,6 +55,8 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         # TRL copies the starting adapter to "ref"; without the copy its reference is the base.
         if self.reference == "base" and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
+        if self.fast_path:  # before the reference is first asked: both must compute alike
+            multiply_adapters_in_base_dtype(self.model)
 
     @property
     def reference_adapter(self) -> str | None:

@@ -146,24 +146,18 @@ def measured_tables() -> str:
     found = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
     rows = ["| stage | command | reads | writes | needs | time | peak memory |", "|---|---|---|---|---|---|---|"]
     for title, module, flags, reads, writes in STAGES:
-        seconds, memory = found["seconds"][module], found["peak_memory_gib"].get(module)
-        took = f"{seconds} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+        seconds, memory = found["seconds"].get(module), found["peak_memory_gib"].get(module)
+        took = "–" if seconds is None else f"{seconds} s" if seconds < 90 else f"{seconds / 60:.1f} min"
         held = f"{memory:.1f} GiB" if memory else "–"
         rows.append(
             f"| {title} | `python -m {module}{flags}` | {reads} | {writes} | requirements.txt | {took} | {held} |"
         )
     total = sum(found["seconds"].values()) / 60
-    lines = [
-        *rows,
-        "",
-        f"Measured by `make demo` on {found['hardware']}: {total:.0f} minutes after set-up. What it found:",
-        "",
-        f"> {found['verdict']}",
-        "",
-        "| held out | n | base | SFT | DPO |",
-        "|---|---|---|---|---|",
-    ]
-    for result in found["results"]:
+    lines = [*rows, "", f"Measured by `make demo` on {found['hardware']}: {total:.0f} minutes for the stages timed, after set-up."]
+    if "verdict" in found:
+        lines += ["What it found:", "", f"> {found['verdict']}", ""]
+        lines += ["| held out | n | base | SFT | DPO |", "|---|---|---|---|---|"]
+    for result in found.get("results", []):
         cells = [_with_interval(result["models"].get(name), result["unit"]) for name in ("base", "sft", "dpo")]
         unit = "" if result["unit"] == "share" else f", {result['unit']}"
         lines.append(f"| {result['title']}{unit} | {result['n']} | {' | '.join(cells)} |")
