@@ -153,7 +153,11 @@ def measured_tables() -> str:
             f"| {title} | `python -m {module}{flags}` | {reads} | {writes} | requirements.txt | {took} | {held} |"
         )
     total = sum(found["seconds"].values()) / 60
-    lines = [*rows, "", f"Measured by `make demo` on {found['hardware']}: {total:.0f} minutes for the stages timed, after set-up."]
+    lines = [
+        *rows,
+        "",
+        f"Measured by `make demo` on {found['hardware']}: {total:.0f} minutes for the stages timed, after set-up.",
+    ]
     if "verdict" in found:
         lines += ["What it found:", "", f"> {found['verdict']}", ""]
         lines += ["| held out | n | base | SFT | DPO |", "|---|---|---|---|---|"]

@@ -163,7 +163,7 @@ def tracked_run(
         run_id=earlier if resume and status_before else None,
         run_name=stage,
         tags=tags,
-        parent_run_id=parent_run_id,
+        parent_run_id=parent_run_id if _status(parent_run_id) else None,  # it may lie in another store
         log_system_metrics=True,
     )
     active = mlflow.active_run()
