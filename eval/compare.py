@@ -25,6 +25,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 from scripts.common.artifacts import (
     artifact_sha256,
     locked_run_dir,
+    parent_entry,
     portable_path,
     publish,
     read_manifest,
@@ -109,7 +110,7 @@ def read_held_out(config: LoadedConfig, adapters: dict[str, Any]) -> Any:
 
 def load_models(config: LoadedConfig, adapters: dict[str, Path], base_folder: Path, tokenizer: Any) -> Any:
     """Load the base once with every adapter beside the others."""
-    from scripts.common.fast_path import multiply_adapters_in_base_dtype
+    from scripts.common.fast_path import speed_up
     from scripts.common.modeling import check_adapter_fits, load_adapter, load_base
 
     machine = choose_machine(config.values)
@@ -120,7 +121,7 @@ def load_models(config: LoadedConfig, adapters: dict[str, Path], base_folder: Pa
     for name, folder in adapters.items():
         model = load_adapter(model, folder, name=name)
     if config.values.performance.fast_path:
-        multiply_adapters_in_base_dtype(model)
+        speed_up(model)
     return model.eval()
 
 
@@ -162,9 +163,7 @@ def describe_lineage(adapters: dict[str, tuple[Path, dict[str, Any]]]) -> dict[s
     return lineage
 
 
-def compare(
-    config: LoadedConfig, run_dir: Path, runs: list[str], tracker: Any, adapters: dict[str, Any]
-) -> dict[str, Any]:
+def compare(config: LoadedConfig, runs: list[str], tracker: Any, adapters: dict[str, Any]) -> dict[str, Any]:
     """Measure, judge and describe."""
     from eval.measuring import Prepared, measure_models
     from eval.verdict import aggregate_runs, build_metrics, decide
@@ -253,7 +252,7 @@ def write_comparison(
         part,
         "comparison",
         **{key: newest[key] for key in kept},
-        parent={"path": portable_path(folder), "sha256": artifact_sha256(newest)},
+        parent=parent_entry(folder, newest),
         config=config.values.model_dump(mode="json"),
         mlflow={"run_id": tracker.run_id},
         metrics={"outcome": report["verdict"]["outcome"], "peak_memory_gib": round(peak_memory_gib(), 2)},
@@ -280,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         parent_run = list(adapters.values())[-1][1]["mlflow"]["run_id"]
         with tracked_run(config, "comparison", parent_run_id=parent_run) as tracker:
-            report = compare(config, run_dir, arguments.runs, tracker, adapters)
+            report = compare(config, arguments.runs, tracker, adapters)
             write_comparison(config, run_dir, report, adapters, tracker)
     log.info("%s\n  report  %s", report["verdict"]["text"], Path(output_dir) / "report.html")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,7 +41,7 @@ class Measured:
     """Everything measured of one model, item by item."""
 
     answers: list[Answer] = field(default_factory=list)
-    reference_scores: list[AnswerScore] = field(default_factory=list)
+    references: list[AnswerScore] = field(default_factory=list)
     chosen: list[AnswerScore] = field(default_factory=list)
     rejected: list[AnswerScore] = field(default_factory=list)
     checks: list[dict[str, bool]] = field(default_factory=list)
@@ -102,24 +101,25 @@ def measure_models(
         with switched_to(model, adapter):
             found[name] = _measure(model, prepared, partial(progress, name), with_answers)
     if with_answers:
-        for name, adapter in adapters.items():
+        for place, (name, adapter) in enumerate(adapters.items()):
             rows = prepared.own_rows(found[name].answers)
-            for other in ("base", "sft"):
-                if other != name and other in adapters and rows:
-                    progress(f"{name}: KL to {other}")
-                    reference: Callable[[], AbstractContextManager[None]] = partial(switched_to, model, adapters[other])
-                    with switched_to(model, adapter):
-                        found[name].kl[other] = mean_kl(model, rows, prepared.tokenizer.pad_token_id, reference)
+            earlier = [other for other in list(adapters)[:place] if other in ("base", "sft")]
+            if rows and earlier:
+                progress(f"{name}: KL to {' and '.join(earlier)}")
+                references = {other: partial(switched_to, model, adapters[other]) for other in earlier}
+                with switched_to(model, adapter):
+                    found[name].kl = mean_kl(model, rows, prepared.tokenizer.pad_token_id, references)
     return found
 
 
 def _measure(model: Any, prepared: Prepared, progress: Callable[[], object], with_answers: bool) -> Measured:
     pad, measured = prepared.tokenizer.pad_token_id, Measured()
     progress()
-    measured.reference_scores = score_answers(model, prepared.references, pad)
-    if prepared.chosen:
-        measured.chosen = score_answers(model, prepared.chosen, pad)
-        measured.rejected = score_answers(model, prepared.rejected, pad)
+    # A pair's chosen answer is also the reference answer of its prompt: score no row twice.
+    rows = {tuple(row.input_ids): row for row in (*prepared.references, *prepared.chosen, *prepared.rejected)}
+    scores = dict(zip(rows, score_answers(model, list(rows.values()), pad), strict=True))
+    for side in ("references", "chosen", "rejected"):
+        setattr(measured, side, [scores[tuple(row.input_ids)] for row in getattr(prepared, side)])
     if with_answers:
         settings = prepared.config.eval
         measured.answers = generate_answers(

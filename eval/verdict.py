@@ -43,8 +43,8 @@ def build_metrics(measured: dict[str, Measured], prepared: Prepared, adapters: d
 
 
 def _loss_metric(measured: dict[str, Measured]) -> dict[str, Any]:
-    losses = {name: [-score.logps for score in result.reference_scores] for name, result in measured.items()}
-    counts = [score.tokens for score in next(iter(measured.values())).reference_scores]
+    losses = {name: [-score.logps for score in result.references] for name, result in measured.items()}
+    counts = [score.tokens for score in next(iter(measured.values())).references]
     differences = []
     for b, a in combinations(measured, 2):
         gaps = np.array(losses[a]) - np.array(losses[b])

@@ -54,7 +54,7 @@ def check_choices(stage: Stage) -> None:
 
 def find_origin(stage: Stage) -> Origin:
     """Find the base and prove that the adapter to go on with was made on it."""
-    from scripts.common.artifacts import artifact_sha256, portable_path
+    from scripts.common.artifacts import parent_entry
     from scripts.common.modeling import base_fingerprint, check_adapter_fits, find_model, load_tokenizer
 
     values = stage.config.values
@@ -63,7 +63,7 @@ def find_origin(stage: Stage) -> Origin:
     if values.dpo.init_from is None:
         return Origin(base_folder, tokenizer, base_fingerprint(base_folder))
     manifest = check_adapter_fits(values.dpo.init_from, base_folder, tokenizer)
-    parent = {"path": portable_path(values.dpo.init_from), "sha256": artifact_sha256(manifest)}
+    parent = parent_entry(values.dpo.init_from, manifest)
     fingerprint = manifest["base_model"]["fingerprint"]
     return Origin(base_folder, tokenizer, fingerprint, parent, manifest["mlflow"]["run_id"])
 

@@ -58,7 +58,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     from datasets import Dataset
     from trl import SFTConfig
 
-    from scripts.common.fast_path import multiply_adapters_in_base_dtype, score_answers_only
+    from scripts.common.fast_path import score_answers_only, speed_up
     from scripts.common.modeling import add_lora, load_base, save_initialisation
     from scripts.common.training import AnswerLossTrainer, plan_training, total_steps, trainer_arguments
 
@@ -72,7 +72,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     save_initialisation(model, stage.run_dir)
     if values.performance.fast_path:
         score_answers_only(machine.device)
-        multiply_adapters_in_base_dtype(model)
+        speed_up(model)
     steps = total_steps(values.sft, len(train), machine.processes)
     arguments = trainer_arguments(
         stage, machine, steps=steps, validation=bool(validation), checkpointing=plan.checkpointing

@@ -92,7 +92,7 @@ def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> 
     result = measure_models(model, {"base": None, "sft": "sft"}, prepared, lambda what: None, with_answers=False)
     metrics = manifest(compared / "out/sft_adapter")["metrics"]
     for name, key in (("base", "held_out_loss_before"), ("sft", "held_out_loss")):
-        scores = result[name].reference_scores
+        scores = result[name].references
         loss = -sum(score.logps for score in scores) / sum(score.tokens for score in scores)
         assert loss == pytest.approx(metrics[key], abs=1e-4)
 
@@ -146,7 +146,7 @@ def planted(rate: float, count: int = 80) -> Measured:
 
     generator = torch.Generator().manual_seed(int(rate * 100))
     passed = (torch.rand(count, generator=generator) < rate).tolist()
-    return Measured(checks=[{"check": value} for value in passed], reference_scores=[AnswerScore(-2.0, 2)] * count)
+    return Measured(checks=[{"check": value} for value in passed], references=[AnswerScore(-2.0, 2)] * count)
 
 
 def test_refuses_adapters_of_another_split(compared: Path, capsys: pytest.CaptureFixture) -> None:

@@ -71,6 +71,37 @@ def test_loss_and_gradients_equal_those_of_plain_trl(plain_trl, tmp_path: Path, 
         assert torch.allclose(getattr(fast, name).float(), getattr(slow, name).float(), atol=1e-4), name
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2", "phi"])
+@pytest.mark.parametrize("longest", [512, 8])
+def test_attention_of_short_rows_gives_the_same_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, longest: int
+) -> None:
+    """With padding on both sides, keys shared by heads (llama, qwen3), and rows on both sides of the limit."""
+    monkeypatch.setattr(fast_path, "SHORT_ROW_TOKENS", longest)
+    folder = save_tiny_model(tmp_path / "m", architecture)
+    input_ids = torch.randint(5, 500, (3, 24), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :5], attention_mask[1, 20:] = 0, 0
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[0, 5] = -100  # padding would predict it, and what attends to nothing is left open
+    results = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(load(folder), Lora(r=4, alpha=8, dropout=0.0), "m").eval()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data + (0.1 if "lora_B" in name else 0)
+        if fast:
+            fast_path.attend_plainly_to_short_rows(model)
+        loss = model(input_ids=input_ids, labels=labels, attention_mask=attention_mask).loss
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+
+    (slow_loss, slow), (fast_loss, quick) = results
+    assert torch.allclose(slow_loss, fast_loss, atol=1e-6, rtol=0)
+    assert any(gradient.abs().max() > 1e-3 for gradient in slow.values())
+    assert all(torch.allclose(quick[name], gradient, atol=1e-5) for name, gradient in slow.items())
+
+
 def test_batch_without_any_answer_gives_no_gradient_and_no_nan(plain_trl, tiny_llama: Path) -> None:
     score_answers_only("cpu")
     input_ids = torch.arange(5, 25).reshape(1, 20)

@@ -40,6 +40,11 @@ def artifact_sha256(manifest: dict[str, Any]) -> str:
     return sha256_json(manifest["files"])
 
 
+def parent_entry(folder: str | Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """Describe the artifact that another one was made from, for that one's manifest."""
+    return {"path": portable_path(folder), "sha256": artifact_sha256(manifest)}
+
+
 def portable_path(path: str | Path) -> str:
     """Write a path relative to the repository where it lies inside, so that manifests can travel."""
     resolved = Path(path).resolve()

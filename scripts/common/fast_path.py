@@ -1,6 +1,7 @@
-"""What makes TRL's trainers fast without a GPU: score answer tokens only, and batches of similar length.
+"""What makes TRL's trainers fast without a GPU: score answer tokens only, plain attention for short rows, adapters
+multiplied in the base's dtype, and batches of similar length.
 
-Both are exact: the same loss and gradients as TRL's own code on the same batch.
+All are exact: the same loss and gradients as TRL's own code on the same batch in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 # Logits of one tile in fp32; what lies beyond is recomputed in the backward pass instead of being kept.
 TILE_BYTES = 512 * 2**20
+# Up to this many tokens plain attention beats torch's fused CPU kernel, whose backward pass takes a fifth of a step; its
+# attention weights are kept for the backward pass, so memory grows with the square of the length.
+SHORT_ROW_TOKENS = 512
 
 
 def score_answers_only(device: str) -> bool:
@@ -94,6 +98,12 @@ class _LinearInInputDtype(torch.nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype))
 
 
+def speed_up(model: Any) -> None:
+    """Choose the faster of equal computations for a model with adapters; call it before either adapter is first asked."""
+    multiply_adapters_in_base_dtype(model)
+    attend_plainly_to_short_rows(model)
+
+
 def multiply_adapters_in_base_dtype(model: Any) -> None:
     """Let bf16 activations meet fp32 adapter weights in bf16, where PEFT would multiply in fp32.
 
@@ -107,6 +117,51 @@ def multiply_adapters_in_base_dtype(model: Any) -> None:
             for linears in (module.lora_A, module.lora_B):
                 for linear in linears.values():
                     linear.__class__ = _LinearInInputDtype
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend plainly while training on short rows, and with torch's fused kernel otherwise.
+
+    Shapes: query (B, H, T, D), key and value (B, G, S, D) with H a multiple of G; returns (B, T, H, D).
+    """
+    batch, heads, tokens, size = query.shape
+    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    if special or attention_mask is None or tokens > SHORT_ROW_TOKENS or not torch.is_grad_enabled():
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        fused: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return fused
+    groups = key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    stacked = (query * scale).reshape(batch, groups, -1, size)  # the heads that share a key share one product
+    scores = (stacked @ key.transpose(2, 3)).view(batch, groups, heads // groups, tokens, -1)
+    weights = functional.softmax(scores + attention_mask[:, :, None], dim=-1)
+    weights = functional.dropout(weights, dropout, training=module.training)
+    output = weights.view(batch, groups, -1, weights.shape[-1]) @ value
+    return output.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def attend_plainly_to_short_rows(model: Any) -> None:
+    """Replace torch's fused attention on a CPU where plain matrix products are faster; other attention stays."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    base = model.get_base_model()
+    if base.device.type == "cpu" and base.config._attn_implementation == "sdpa":
+        AttentionInterface.register("plain_for_short_rows", _attend)
+        AttentionMaskInterface.register("plain_for_short_rows", eager_mask)
+        base.set_attn_implementation("plain_for_short_rows")
 
 
 class SimilarLengthSampler(Sampler[int]):

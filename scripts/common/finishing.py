@@ -62,11 +62,6 @@ def manifest_facts(
     }
 
 
-def parent_entry(folder: str, manifest: dict[str, Any]) -> dict[str, str]:
-    """Describe the artifact a stage started from."""
-    return {"path": portable_path(folder), "sha256": artifact_sha256(manifest)}
-
-
 def draw_curves(history: list[dict[str, Any]], path: Path, stage: str) -> None:
     """Draw training and held-out loss, and for DPO the rewards, over the steps."""
     import matplotlib

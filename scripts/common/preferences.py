@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from scripts.common.errors import UserError
-from scripts.common.fast_path import GroupedByLength, multiply_adapters_in_base_dtype
+from scripts.common.fast_path import GroupedByLength, speed_up
 from scripts.common.generation import Health, generate_answers, health
 from scripts.common.modeling import switched_to
 from scripts.common.rendering import IGNORED, Rendered, RenderedPair
@@ -56,7 +56,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         if self.reference == "base" and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         if self.fast_path:  # before the reference is first asked: both must compute alike
-            multiply_adapters_in_base_dtype(self.model)
+            speed_up(self.model)
 
     @property
     def reference_adapter(self) -> str | None:
@@ -165,7 +165,8 @@ class DegenerationWatch(TrainerCallback):
             if answer.token_ids
         ]
         reference = self.trainer.reference_adapter
-        kl = mean_kl(model, own, tokenizer.pad_token_id, lambda: switched_to(model, reference)) if own else 0.0
+        references = {"reference": lambda: switched_to(model, reference)}
+        kl = mean_kl(model, own, tokenizer.pad_token_id, references)["reference"] if own else 0.0
         chosen = (metrics or {}).get("eval_logps/chosen", 0.0) / max(self.chosen_tokens, 1)
         if self.start is None or self.start_chosen is None:
             self.start, self.start_chosen = now, chosen

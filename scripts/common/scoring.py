@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -79,21 +79,25 @@ def mean_kl(
     model: Any,
     rows: Sequence[Rendered],
     pad_token_id: int,
-    reference: Callable[[], AbstractContextManager[None]],
+    references: Mapping[str, Callable[[], AbstractContextManager[None]]],
     batch_size: int = 8,
-) -> float:
-    """Return KL(model || reference) in nats per token over the scored positions; `reference()` switches the model over."""
-    total, count = 0.0, 0
+) -> dict[str, float]:
+    """Return KL(model || reference) in nats per token over the scored positions, by the reference's name.
+
+    Each value of `references` switches the model over to one.
+    """
+    totals, count = dict.fromkeys(references, 0.0), 0
     was_training = model.training
     model.eval()
     for batch in _batches(rows, pad_token_id, batch_size, next(model.parameters()).device):
         ours = _log_probs(model, batch)
-        with reference():
-            theirs = _log_probs(model, batch)
-        total += float((ours.exp() * (ours - theirs)).sum(-1).clamp(min=0).sum())
+        for name, reference in references.items():
+            with reference():
+                theirs = _log_probs(model, batch)
+            totals[name] += float((ours.exp() * (ours - theirs)).sum(-1).clamp(min=0).sum())
         count += len(ours)
     model.train(was_training)
-    return total / max(count, 1)
+    return {name: total / max(count, 1) for name, total in totals.items()}
 
 
 def mean_loss(scores: Sequence[AnswerScore]) -> float:

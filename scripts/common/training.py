@@ -1,4 +1,4 @@
-"""What SFT and DPO share: trainer arguments, resuming, progress, curves, and the finished adapter folder."""
+"""What SFT and DPO share while they train: the memory plan, trainer arguments, progress, and proofs of the adapter."""
 
 from __future__ import annotations
 
