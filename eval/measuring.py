@@ -18,6 +18,8 @@ from scripts.common.scoring import AnswerScore, mean_kl, score_answers
 
 log = logging.getLogger(__name__)
 
+KL_PROMPTS = 32  # their answers hold thousands of tokens, which fix a mean well enough
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -82,9 +84,10 @@ class Prepared:
         return Rendered(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)
 
     def own_rows(self, answers: Sequence[Answer]) -> list[Rendered]:
-        """Return a model's own answers as rows whose answer tokens are scored."""
-        pairs = zip(self.prompts, answers, strict=True)
-        return [self._row(prompt, answer.token_ids) for prompt, answer in pairs if answer.token_ids]
+        """Return a model's own answers, evenly spread over the prompts, as rows whose answer tokens are scored."""
+        pairs = [pair for pair in zip(self.prompts, answers, strict=True) if pair[1].token_ids]
+        step = max(1, len(pairs) // KL_PROMPTS)
+        return [self._row(prompt, answer.token_ids) for prompt, answer in pairs[::step]]
 
 
 def measure_models(

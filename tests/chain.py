@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import yaml
 
-from tests.conftest import save_tiny_model, write_jsonl
+from tests.conftest import ROOT, save_tiny_model, write_jsonl
 
 COLOURS = ("red", "blue", "green", "gold", "grey")
 
@@ -75,3 +79,20 @@ def write_chain(folder: Path, **changes: dict) -> Path:
 def manifest(folder: Path) -> dict:
     """Read the manifest of a finished folder."""
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def start_stage(stage: str, config: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a script as a user does."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"scripts/{stage}.py"), "--config", str(config), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:
+    """Wait until a file appears."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)

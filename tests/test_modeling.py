@@ -334,6 +334,16 @@ def load_4bit(folder: Path):
     return add_lora(load_base(folder, config, Machine("cpu", torch.bfloat16, 1, 1, ())), Lora(r=4), "base")
 
 
+def test_scoring_some_positions_does_not_copy_the_head_for_every_row(tiny_llama: Path) -> None:
+    """What torch multiplies in batches (bmm) it first spreads out, as it does under a frozen base."""
+    model = load(tiny_llama).requires_grad_(False)
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        some = model(IDS, logits_to_keep=3).logits
+    products = [event for event in profile.events() if event.name == "aten::bmm"]
+    assert not [event for event in products if model.config.vocab_size in sum(event.input_shapes, [])]
+    assert torch.allclose(some, logits(model)[:, -3:], atol=1e-6)
+
+
 def test_4bit_gradients_survive_an_evaluation(tiny_llama: Path) -> None:
     """On CPUs with AVX512-BF16 an evaluation repacks the weights in place, after which gradients vanish in silence."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts import train_dpo, train_sft
-from scripts.common.artifacts import artifact_sha256
+from scripts.common.artifacts import artifact_sha256, sha256_file
 from scripts.common.config import load_config
 from scripts.common.runtime import StopSignal, choose_machine
 from scripts.common.stage import Stage
-from tests.chain import dpo_rows, manifest, write_chain
+from tests.chain import dpo_rows, manifest, start_stage, wait_for, write_chain
 from tests.conftest import save_tiny_model, write_jsonl
 
 
@@ -70,6 +72,29 @@ def test_the_first_margin_is_zero_and_the_first_loss_is_ln_2(chain: Path) -> Non
     assert metrics["step0_margin"] < 1e-5
     assert metrics["step0_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_killed_run_resumes_to_the_same_adapter_as_an_uninterrupted_one(chain: Path) -> None:
+    steps = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "logging_steps": 1}
+    common = ["--set", f"dpo.trainer={json.dumps(steps)}"]
+    config = chain / "config.yaml"
+    whole, broken = chain / "whole", chain / "broken"
+    assert train_dpo.main(["--config", str(config), *common, "--set", f"dpo.output_dir={whole}"]) == 0
+    overrides = [*common, "--set", f"dpo.output_dir={broken}"]
+    process = start_stage("train_dpo", config, *overrides)
+    try:
+        checkpoint = f"checkpoints/checkpoint-{random.choice((2, 4, 6))}/trainer_state.json"
+        wait_for(broken.with_name("broken.run") / checkpoint, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not broken.exists()
+
+    assert train_dpo.main(["--config", str(config), *overrides, "--resume"]) == 0
+
+    assert manifest(broken)["metrics"]["held_out_loss"] == manifest(whole)["metrics"]["held_out_loss"]
+    assert sha256_file(broken / "adapter_model.safetensors") == sha256_file(whole / "adapter_model.safetensors")
+    assert manifest(broken)["metrics"]["held_out_loss"] < manifest(broken)["metrics"]["held_out_loss_before"]
 
 
 def test_training_lowers_the_held_out_preference_loss(chain: Path) -> None:

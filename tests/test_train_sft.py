@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +20,8 @@ from scripts.common.config import load_config
 from scripts.common.modeling import base_fingerprint, load_tokenizer
 from scripts.common.rendering import render_prompt, template_sha256, tokenizer_sha256, user_turn
 from scripts.train_sft import main
-from tests.conftest import ROOT, write_jsonl
+from tests.chain import start_stage, wait_for
+from tests.conftest import write_jsonl
 
 WORDS = ["red", "green", "blue", "amber", "violet", "black", "white", "grey"]
 
@@ -462,23 +460,6 @@ def test_crash_marks_the_run_failed_and_keeps_the_previous_adapter(sft_config, m
 SLOW_STEPS = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "logging_steps": 1}
 
 
-def start(config: Path, *more: str) -> subprocess.Popen[str]:
-    """Start the stage as a user does."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/train_sft.py"), "--config", str(config), *more],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:
-    """Wait until a file appears."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def uninterrupted(sft_config, tmp_path: Path, monkeypatch):
     """Train once without a break in a folder of its own; return its losses per step and the adapter's hash."""
@@ -498,7 +479,7 @@ def uninterrupted(sft_config, tmp_path: Path, monkeypatch):
 def test_killed_run_resumes_to_the_same_losses_as_an_uninterrupted_one(uninterrupted, tmp_path: Path, capsys) -> None:
     config, (wanted, adapter) = uninterrupted
     run_dir = tmp_path / "outputs/sft_adapter.run"
-    process = start(config)
+    process = start_stage("train_sft", config)
     try:
         wait_for(run_dir / f"checkpoints/checkpoint-{random.choice((2, 4, 6))}/trainer_state.json", process)
     finally:
@@ -517,7 +498,7 @@ def test_sigterm_writes_a_checkpoint_marks_the_run_killed_and_exits_143(sft_conf
     """Then a resume with other data is refused with both hashes, and nothing is lost."""
     config = sft_config(trainer={**SLOW_STEPS, "max_steps": 300, "save_steps": 10000, "eval_steps": 10000})
     run_dir = tmp_path / "outputs/sft_adapter.run"
-    process = start(config)
+    process = start_stage("train_sft", config)
     wait_for(run_dir / "state.json", process)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)

@@ -129,13 +129,14 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend plainly while training on short rows, and with torch's fused kernel otherwise.
+    """Attend plainly while training on short rows and from a single new token, with torch's fused kernel otherwise.
 
     Shapes: query (B, H, T, D), key and value (B, G, S, D) with H a multiple of G; returns (B, T, H, D).
     """
     batch, heads, tokens, size = query.shape
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
-    if special or attention_mask is None or tokens > SHORT_ROW_TOKENS or not torch.is_grad_enabled():
+    plain = tokens <= SHORT_ROW_TOKENS if torch.is_grad_enabled() else tokens == 1
+    if special or attention_mask is None or not plain:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         fused: tuple[torch.Tensor, None] = sdpa_attention_forward(

@@ -118,7 +118,14 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     model.config.use_cache = False
+    if machine.device == "cpu":
+        model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
     return model
+
+
+def _make_contiguous(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Given a slice of the positions, torch copies the head's weights for every row of the batch before it multiplies.
+    return (arguments[0].contiguous(), *arguments[1:])
 
 
 def _quantization_config(config: Config, machine: Machine) -> Any:

@@ -29,6 +29,8 @@ class Replacer:
     """The operators of one configuration."""
 
     def __init__(self, settings: Deid, seed: int, key: bytes | None) -> None:
+        from presidio_anonymizer import AnonymizerEngine
+
         self.settings, self.seed, self.key = settings, seed, key
         self.operators: dict[str, Callable[[str, str, str], str]] = {
             "mask": lambda entity, value, identity: re.sub(r"\w", "*", value),
@@ -39,6 +41,7 @@ class Replacer:
             "encrypt": lambda entity, value, identity: f"<{entity}:{self._encrypt(entity, value)}>",
         }
         self._faker: Faker | None = None
+        self.engine = AnonymizerEngine()
 
     def operator_of(self, entity: str) -> str:
         """Return the name of the operator for an entity."""
@@ -72,12 +75,17 @@ class Replacer:
             else:
                 new = self.operators[operator](entity, value, identity)
             chosen[entity, value] = new
-        result = []
-        for text, spans in texts:
-            for span in reversed(spans):
-                text = text[: span.start] + chosen[span.entity, text[span.start : span.end]] + text[span.end :]
-            result.append(text)
-        return result
+        return [self._put_in_place(text, spans, chosen) for text, spans in texts]
+
+    def _put_in_place(self, text: str, spans: Sequence[Span], chosen: dict[tuple[str, str], str]) -> str:
+        from presidio_anonymizer.entities import OperatorConfig, RecognizerResult
+
+        operators = {
+            entity: OperatorConfig("custom", {"lambda": lambda value, entity=entity: chosen[entity, value]})
+            for entity in {span.entity for span in spans}
+        }
+        results = [RecognizerResult(span.entity, span.start, span.end, 1.0) for span in spans]
+        return self.engine.anonymize(text, results, operators, merge_entities_with_spaces=False).text if spans else text
 
     def _digest(self, entity: str, identity: str) -> bytes:
         assert self.key is not None
