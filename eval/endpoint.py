@@ -9,7 +9,6 @@ import re
 import threading
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -59,7 +58,11 @@ class Endpoint:
                 "eval.judge: an endpoint needs base_url and model, such as "
                 "--set eval.judge.base_url=http://127.0.0.1:8080/v1 --set eval.judge.model=NAME"
             )
-        local = is_loopback(settings.base_url)
+        try:
+            url = httpx.URL(settings.base_url)
+        except httpx.InvalidURL as error:
+            raise UserError(f"eval.judge.base_url: found {settings.base_url}, which is no URL ({error}).") from None
+        local = is_loopback(url)
         if config.offline and not local:
             raise UserError(
                 f"eval.judge.base_url: found {settings.base_url}, but `offline` is true, and the answers would leave this "
@@ -73,13 +76,13 @@ class Endpoint:
                     f"eval.judge.api_key_variable: the environment variable {settings.api_key_variable} is empty. "
                     "Export the key there; it is never read from a file."
                 )
-            if not local and settings.base_url.startswith("http:"):
+            if not local and url.scheme == "http":
                 log.warning("eval.judge.base_url: the key and the answers travel unencrypted; https would protect them")
             headers["Authorization"] = f"Bearer {self._key}"
         else:
             self._key = ""
         self.settings = settings
-        self.name = f"{settings.model} ({urlsplit(settings.base_url).hostname})"
+        self.name = f"{settings.model} ({url.host})"
         self.stop = threading.Event()
         # A proxy from the environment would carry what is meant for this machine away from it.
         self._client = httpx.Client(headers=headers, timeout=settings.timeout_seconds, trust_env=not local)
@@ -92,8 +95,8 @@ class Endpoint:
     ) -> None:
         self._client.close()
 
-    def ask(self, contest: Contest, question: Question, first: str) -> tuple[str | None, int]:
-        """Return first, second or tie (None when the reply was none of them) and the tokens it took."""
+    def ask(self, contest: Contest, question: Question, first: str) -> tuple[str, int]:
+        """Return the judge's reply and the tokens that it took, as the endpoint counts them."""
         request = {
             "model": self.settings.model,
             "messages": messages(contest, question, first),
@@ -106,7 +109,7 @@ class Endpoint:
             text = body["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise UserError(f"{self.name}: the reply has not the shape of OpenAI's chat completions.") from None
-        return read_choice(text or ""), tokens
+        return str(text or ""), tokens
 
     def _post(self, request: dict[str, Any]) -> Any:
         """Send a request; wait and try again where that may help."""
@@ -156,11 +159,10 @@ def read_choice(reply: str) -> str | None:
     return {"a": "first", "b": "second", "tie": "tie"}[found[1].lower()] if found else None
 
 
-def is_loopback(url: str) -> bool:
+def is_loopback(url: httpx.URL) -> bool:
     """Tell whether a URL leads to this machine, by its name alone."""
-    host = urlsplit(url).hostname or ""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return url.host == "localhost" or ipaddress.ip_address(url.host).is_loopback
     except ValueError:
         return False
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("judge_page.html")
-TERMINAL = "person at the terminal"
+TERMINAL = "the person at the terminal"
 UNREADABLE = 8  # replies in a row without a single verdict end a run before it costs more
 KEYS = {"a": "first", "b": "second", "t": "tie"}
 
@@ -78,20 +78,22 @@ def ask_endpoint(config: LoadedConfig, contest: Contest, file: VotesFile) -> Non
 
     from tqdm import tqdm
 
-    from eval.endpoint import Endpoint, messages
+    from eval.endpoint import Endpoint, messages, read_choice
 
-    lock, tokens, read, unreadable = threading.Lock(), 0, 0, 0
+    lock, tokens, read = threading.Lock(), 0, 0
+    unreadable: list[str] = []
     with Endpoint(config.values) as endpoint:
 
         def ask(question: Question, first: str) -> None:
-            nonlocal tokens, read, unreadable
+            nonlocal tokens, read
             if endpoint.stop.is_set():
                 return
-            choice, used = endpoint.ask(contest, question, first)
+            reply, used = endpoint.ask(contest, question, first)
+            choice = read_choice(reply)
             with lock:
                 tokens += used
                 if choice is None:
-                    unreadable += 1
+                    unreadable.append(reply[:80])
                     return
                 read += 1
                 file.add(contest, question.sample, "endpoint", endpoint.name, first, choice)
@@ -104,10 +106,10 @@ def ask_endpoint(config: LoadedConfig, contest: Contest, file: VotesFile) -> Non
             try:
                 for done in tqdm(as_completed(waiting), total=len(waiting), unit="question", dynamic_ncols=True):
                     done.result()
-                    if unreadable >= UNREADABLE and not read:
+                    if len(unreadable) >= UNREADABLE and not read:
                         raise UserError(
-                            f"{endpoint.name}: none of the first {unreadable} replies was A, B or TIE. "
-                            "Use a stronger model, or raise eval.judge.max_tokens for one that thinks first."
+                            f"{endpoint.name}: none of the first {len(unreadable)} replies was A, B or TIE; the last begins "
+                            f"{unreadable[-1]!r}. Use a stronger model, or raise eval.judge.max_tokens for one that thinks first."
                         )
             except BaseException:
                 endpoint.stop.set()

@@ -241,6 +241,6 @@ def _in_words(row: dict[str, Any]) -> str:
     rate = f"{100 * row['value']:.0f} % ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f}), n = {row['n']}"
     if row["shown"]:
         better, worse = (a, b) if row["wins"] > row["losses"] else (b, a)
-        return f"{row['judge']} prefers {better} to {worse}: win rate of {a} {rate}."
+        return f"{better} is preferred to {worse} by {row['judge']}: win rate of {a} {rate}."
     needed = f" A preference of the size seen would need about {row['needed_n']} prompts." if row["needed_n"] else ""
-    return f"{row['judge']}: no preference between {a} and {b} can be shown; win rate of {a} {rate}.{needed}"
+    return f"Between {a} and {b} no preference of {row['judge']} can be shown: win rate of {a} {rate}.{needed}"

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from eval import judge
@@ -179,7 +180,7 @@ def test_a_preference_that_survives_the_swap_is_counted_and_reaches_the_report(c
     assert row["ci_low"] < row["value"] == 1.0 == row["ci_high"]
     assert (row["changed_with_order"], row["first_preferred"], row["longer_preferred"]) == (0.0, 0.5, 1.0)
     page = (tmp_path / "out/comparison/report.html").read_text(encoding="utf-8")
-    assert "prefers DPO to SFT: win rate of DPO 100 %" in page
+    assert "DPO is preferred to SFT by some-judge (127.0.0.1): win rate of DPO 100 %" in page
     after = read_manifest(tmp_path / "out/comparison")
     assert {**after, "files": {}} == {**before, "files": {}}, "what made the comparison stays as it was"
     assert stat.S_IMODE((tmp_path / "out/comparison.votes.jsonl").stat().st_mode) == 0o600
@@ -264,7 +265,9 @@ def test_a_judge_without_verdicts_ends_the_run_before_it_costs_more(comparison, 
     arguments = [*comparison(samples(40)), "--set", "eval.judge.concurrent_requests=1"]
     with endpoint(lambda body: "Both have their merits; A is nice.") as server:
         assert judge.main([*arguments, *at(server)]) == 2
-    assert "none of the first 8 replies was A, B or TIE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "none of the first 8 replies was A, B or TIE" in said
+    assert "'Both have their merits" in said
     assert len(server.asked) <= judge.UNREADABLE + 1
     assert not (tmp_path / "out/comparison.votes.jsonl").exists()
 
@@ -305,6 +308,8 @@ def test_a_proxy_of_the_environment_is_no_way_to_this_machine(comparison, monkey
         ({"base_url": "https://api.example.org/v1"}, "`offline` is true"),
         ({"base_url": "http://127.0.0.1.example.org/v1"}, "`offline` is true"),
         ({"base_url": "http://user:password@127.0.0.1/v1"}, "eval.judge.base_url: found"),
+        ({"base_url": "http://[::1/v1"}, "which is no URL"),
+        ({"base_url": "http://127.0.0.1:99999/v1"}, "which is no URL"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "cannot connect"),
         ({"base_url": "http://127.0.0.1:9/v1", "model": None}, "needs base_url and model"),
         ({"base_url": "http://127.0.0.1:9/v1", "api_key_variable": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE is empty"),
@@ -330,8 +335,9 @@ def test_reading_a_reply_is_strict():
 
 
 def test_only_this_machine_counts_as_loopback():
-    assert all(map(is_loopback, ("http://localhost:1/v1", "http://127.0.0.1/v1", "http://[::1]:8/v1")))
-    assert not any(map(is_loopback, ("http://localhost.example.org", "http://10.0.0.1/v1", "http://[fe80::1]/v1")))
+    here = ("http://localhost:1/v1", "http://127.0.0.1/v1", "http://[::1]:8/v1")
+    elsewhere = ("http://localhost.example.org", "http://10.0.0.1/v1", "http://[fe80::1]/v1", "http:///v1")
+    assert [is_loopback(httpx.URL(url)) for url in here + elsewhere] == [True] * 3 + [False] * 4
 
 
 def test_an_endpoint_elsewhere_is_allowed_when_not_offline(write_config):
@@ -531,9 +537,9 @@ def test_the_page_is_blind_keeps_votes_and_they_are_read_back(comparison, tmp_pa
     browser.refresh()
     assert "3 judged" in text(browser, "#count"), "a closed page has forgotten nothing"
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-    picture(browser, "judge-360.png")
     browser.find_element("id", "next").click()
     browser.find_element("css selector", "[data-choice=tie]").click()  # another mind about the second
+    picture(browser, "judge-360.png")
     browser.find_element("id", "save").click()
     deadline = time.monotonic() + 60
     while not (saved := list(browser.downloads.glob("votes-*.jsonl"))) and time.monotonic() < deadline:
