@@ -60,8 +60,12 @@ class Endpoint:
             )
         try:
             url = httpx.URL(settings.base_url)
-        except httpx.InvalidURL as error:
-            raise UserError(f"eval.judge.base_url: found {settings.base_url}, which is no URL ({error}).") from None
+        except httpx.InvalidURL:
+            url = httpx.URL()
+        if not url.host or not 0 < (url.port or 80) < 2**16:
+            raise UserError(
+                f"eval.judge.base_url: found {settings.base_url}, wanted a URL such as http://127.0.0.1:8080/v1."
+            )
         local = is_loopback(url)
         if config.offline and not local:
             raise UserError(
