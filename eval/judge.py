@@ -119,8 +119,9 @@ def ask_endpoint(config: LoadedConfig, contest: Contest, file: VotesFile) -> Non
         log.info("%s counted %d tokens", endpoint.name, tokens)
     if unreadable:
         log.warning(
-            "%d replies were not A, B or TIE; their prompts are not counted. Run again to ask anew.", unreadable
-        )
+            "%d replies were not A, B or TIE, such as %r; their prompts are not counted. Run again to ask anew.",
+            len(unreadable), unreadable[-1],
+        )  # fmt: skip
 
 
 def ask_at_terminal(contest: Contest, file: VotesFile) -> None:

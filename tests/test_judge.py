@@ -272,11 +272,12 @@ def test_a_judge_without_verdicts_ends_the_run_before_it_costs_more(comparison, 
     assert not (tmp_path / "out/comparison.votes.jsonl").exists()
 
 
-def test_a_pair_with_an_unreadable_reply_is_not_counted(comparison, tmp_path):
+def test_a_pair_with_an_unreadable_reply_is_not_counted_and_that_is_said(comparison, tmp_path, capsys):
     with endpoint(lambda body: "hm" if "Question 3?" in str(body) else prefers_longer(body)) as server:
         assert judge.main([*comparison(), *at(server)]) == 0
     (row,) = rows_of(tmp_path)
     assert (row["n"], row["questions"]) == (COUNT - 1, COUNT)
+    assert "2 replies were not A, B or TIE, such as 'hm'" in capsys.readouterr().err
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(comparison, tmp_path, monkeypatch, capsys):
