@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import logging
 import shutil
 import sys
@@ -236,16 +235,12 @@ def write_comparison(
     config: LoadedConfig, run_dir: Path, report: dict[str, Any], adapters: dict[str, Any], tracker: Any
 ) -> None:
     """Write the report folder and put it in place of the old one."""
-    from eval.report import render_report
+    from eval.report import write_report
 
     part = run_dir / "finished"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    (part / "report.html").write_text(render_report(report), encoding="utf-8")
-    samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in report["samples"])
-    (part / "samples.jsonl").write_text(samples, encoding="utf-8")
-    slim = {key: value for key, value in report.items() if key not in ("samples", "curves")}
-    (part / "report.json").write_text(json.dumps(slim, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(part, report)
     folder, newest = list(adapters.values())[-1]
     kept = ("base_model", "tokenizer_sha256", "chat_template_sha256", "split", "datasets")
     write_manifest(

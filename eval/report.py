@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -14,8 +16,31 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MINUS = "−"
 NOTHING = "–"
+PNG = "data:image/png;base64,"
+CURVES = "curves_"
 
 Segments = list[tuple[bool, str]]
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the page, its figures, the answers and the pictures."""
+    (folder / "report.html").write_text(render_report(report), encoding="utf-8")
+    samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in report["samples"])
+    (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
+    slim = {key: value for key, value in report.items() if key not in ("samples", "curves")}
+    (folder / "report.json").write_text(json.dumps(slim, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, picture in report["curves"].items():
+        (folder / f"{CURVES}{name}.png").write_bytes(base64.b64decode(picture.removeprefix(PNG)))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Read what write_report wrote."""
+    samples = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    pictures = {path.stem.removeprefix(CURVES): path.read_bytes() for path in sorted(folder.glob(f"{CURVES}*.png"))}
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    order = [name for name in report["models"] if name in pictures]
+    report["curves"] = {name: PNG + base64.b64encode(pictures[name]).decode() for name in order}
+    return {**report, "samples": [json.loads(line) for line in samples]}
 
 
 def render_report(report: dict[str, Any]) -> str:

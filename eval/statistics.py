@@ -110,8 +110,8 @@ def paired_p_value(a: ArrayLike, b: ArrayLike, seed: int = 0, samples: int = 10_
     return (extreme + 1) / (samples + 1)
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a rate with its score interval, which holds near 0 and 1 and for few items.
+def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
+    """Return a rate with its score interval, which holds near 0 and 1 and for few items; a tie may count half.
 
     Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
     """

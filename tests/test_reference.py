@@ -12,6 +12,7 @@ from scripts.common import reference
 from scripts.common.config import SCHEMA_FILE, load_config
 from scripts.common.schema import Config
 from tests.conftest import ROOT
+from tests.test_no_dead_keys import keys
 
 
 def test_schema_json_is_current() -> None:
@@ -35,8 +36,7 @@ def test_readme_reference_is_current() -> None:
 
 
 def test_removing_the_comment_marks_of_config_yaml_gives_every_key_at_its_default(tmp_path: Path) -> None:
-    sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in Config.model_fields.items()}
-    names = {*sections, *(key for inner in sections.values() for key in inner)}
+    names = {part for key in keys(Config) for part in key.split(".")}
     text = reference.config_yaml(reference.STATED)
     path = tmp_path / "all.yaml"
     path.write_text(re.sub(rf"(?m)^( *)# ({'|'.join(names)}): ", r"\1\2: ", text), encoding="utf-8")
@@ -46,9 +46,8 @@ def test_removing_the_comment_marks_of_config_yaml_gives_every_key_at_its_defaul
     # What the file states on purpose is the only difference to the schema: what has no default, and both adapters.
     stated = {"dpo": {"beta": 0.1}, "serve": {"adapters": {"sft": "outputs/sft_adapter"}}}
     assert loaded.values == Config.model_validate(stated)
-    for name, inner in sections.items():
-        for key in [f"{name}.{key}" for key in inner] or [name]:
-            assert loaded.origin(key).startswith(str(path)), f"{key} is not shown"
+    for key in keys(Config):
+        assert loaded.origin(key).startswith(str(path)), f"{key} is not shown"
 
 
 def test_schema_json_knows_trl_arguments_and_not_ours() -> None:

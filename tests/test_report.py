@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from eval.report import axis, marked_answers, number, p_value, reading, render_report, word_differences
+from eval.report import (
+    axis,
+    marked_answers,
+    number,
+    p_value,
+    read_report,
+    reading,
+    render_report,
+    word_differences,
+    write_report,
+)
 
 HOSTILE = [
     "</script><script>window.attacked = 1</script>",
@@ -79,6 +89,15 @@ def sample(place: int, changed: float, base: str, sft: str, dpo: str, passed: bo
     }  # fmt: skip
 
 
+def judge_row(by: str) -> dict:
+    return {
+        "judge": f"{by} <b>judge</b>", "by": by, "a": "dpo", "b": "sft", "n": 60, "questions": 61, "same": 19,
+        "wins": 31, "losses": 20, "ties": 9, **estimate(0.59, 0.12), "p_value": 0.161, "p_adjusted": 0.322,
+        "shown": False, "needed_n": 223, "changed_with_order": 0.15 if by == "endpoint" else None,
+        "first_preferred": 0.55, "longer_preferred": 0.6, "text": "No preference between DPO & SFT can be shown.",
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def report() -> dict:
     """Return a complete report whose texts come from a hostile model."""
@@ -115,7 +134,7 @@ def report() -> dict:
             *(sample(2 + i, 0.5, text, text, f"{text} more", True) for i, text in enumerate(HOSTILE)),
             sample(8, 0.0, "", "", ""),
         ],
-        "judge": {"endpoint": "http://localhost:8000/v1", "wins": {"dpo": 31, "sft": 29}, "ties": 20},
+        "judge": {"criteria": "Be <i>brief</i>.", "rows": [judge_row("endpoint"), judge_row("human")]},
         "runs": {
             "seeds": [0, 1, 2],
             "metrics": [{"title": "Held-out loss", "models": {"sft": {"mean": 1.93, "spread": 0.01, "values": [1.92, 1.93, 1.94]}}}],
@@ -136,6 +155,11 @@ class References(HTMLParser):
         if tag in ("link", "iframe", "object", "embed", "base"):
             self.found.append(tag)
         self.found += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "action", "data", "poster")]
+
+
+def test_what_is_written_is_read_back(report, tmp_path):
+    write_report(tmp_path, report)
+    assert read_report(tmp_path) == report
 
 
 def test_the_page_refers_to_nothing_outside_itself(report):

@@ -85,12 +85,18 @@ def write_manifest(folder: Path, stage: str, **facts: Any) -> dict[str, Any]:
         **facts,
         "packages": package_versions(),
         "git": git_state(),
-        "files": {
-            path.relative_to(folder).as_posix(): sha256_file(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        },
     }
+    return update_manifest(folder, manifest)
+
+
+def update_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write a manifest with the hashes its folder's files have now; what made them stays as it was said."""
+    files = {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {**manifest, "files": files}
     write_text_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
 

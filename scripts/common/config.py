@@ -52,18 +52,16 @@ class LoadedConfig:
 
     def to_yaml(self) -> str:
         """Write the resolved configuration; loading it again gives the same values."""
-        lines: list[str] = []
-        for name, value in self.values.model_dump(mode="json").items():
-            section = getattr(self.values, name)
-            if not isinstance(section, BaseModel):
-                lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {self.origin(name)}")
-                continue
-            lines.append(f"{name}:")
-            lines += [
-                f"  {key}: {json.dumps(inner, ensure_ascii=False)}  # {self.origin(f'{name}.{key}')}"
-                for key, inner in value.items()
-            ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(self._yaml_lines(self.values, "", "")) + "\n"
+
+    def _yaml_lines(self, section: BaseModel, prefix: str, indent: str) -> Iterator[str]:
+        for name, value in section.model_dump(mode="json").items():
+            inner, key = getattr(section, name), f"{prefix}{name}"
+            if isinstance(inner, BaseModel):
+                yield f"{indent}{name}:"
+                yield from self._yaml_lines(inner, f"{key}.", indent + "  ")
+            else:
+                yield f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}  # {self.origin(key)}"
 
     def origin(self, key: str) -> str:
         """Say where a value came from; an inner key inherits from the block that was given."""
@@ -131,8 +129,19 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
         loader.dispose()
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, wanted `key: value` lines.")
-    # A section whose keys are all commented out is an empty section.
-    return {key: {} if value is None and _is_section(str(key)) else value for key, value in tree.items()}, lines
+    return _with_empty_sections(tree), lines
+
+
+def _with_empty_sections(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Read a section whose keys are all commented out as an empty section."""
+    filled = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if _is_section(key):
+            value = {} if value is None else value
+            value = _with_empty_sections(value, f"{key}.") if isinstance(value, dict) else value
+        filled[name] = value
+    return filled
 
 
 def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, int]]:
@@ -186,7 +195,7 @@ def _section_of(key: Sequence[str | int]) -> type[BaseModel]:
 
 
 def _is_section(key: str) -> bool:
-    return "." not in key and _section_of([key]) is not Config
+    return _section_of(key.split(".")) is not _section_of(key.split(".")[:-1])
 
 
 def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -215,7 +224,7 @@ def _schema_problems(error: ValidationError, origins: dict[str, str], path: str)
         where = next((origins[k] for k in _parents(key) if k in origins), path)
         if details["type"] == "extra_forbidden":
             model = _section_of(location[:-1])
-            prefix = "" if model is Config else f"{location[0]}."
+            prefix = "".join(f"{part}." for part in location[:-1])
             known = [] if any(isinstance(part, int) for part in location) else list(model.model_fields)
             problem, wanted = "unknown key", _suggest(str(location[-1]), known, prefix)
         elif details["type"] == "missing":

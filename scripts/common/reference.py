@@ -82,17 +82,22 @@ def config_yaml(stated: dict[str, Any]) -> str:
         "# yaml-language-server: $schema=schema.json",
     ]
     for name, field in Config.model_fields.items():
-        lines.append("")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines.append(f"{name}:")
-            for inner_name, inner in field.annotation.model_fields.items():
-                lines += _key_lines(f"{name}.{inner_name}", inner, "  ", stated)
-        else:
-            lines += _key_lines(name, field, "", stated)
+        lines += ["", *_key_lines(name, field, "", stated)]
     return "\n".join(lines) + "\n"
 
 
+def _section_fields(key: str, field: FieldInfo) -> list[tuple[str, FieldInfo]]:
+    """Return the keys in a section; a plain key has none."""
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        return [(f"{key}.{name}", inner) for name, inner in field.annotation.model_fields.items()]
+    return []
+
+
 def _key_lines(key: str, field: FieldInfo, indent: str, stated: dict[str, Any]) -> list[str]:
+    inner = _section_fields(key, field)
+    if inner:
+        lines = [f"{indent}{key.rpartition('.')[2]}:"]
+        return lines + [line for name, details in inner for line in _key_lines(name, details, indent + "  ", stated)]
     value = stated.get(key, default_of(field))
     mark = "" if key in stated else "# "
     shown = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
@@ -104,17 +109,17 @@ def readme_reference() -> str:
     """Render the table of keys that stands in README."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            rows += [_row(f"{name}.{inner}", details) for inner, details in field.annotation.model_fields.items()]
-        else:
-            rows.append(_row(name, field))
+        rows += _rows(name, field)
     return "\n".join([README_START, *rows, README_END])
 
 
-def _row(key: str, field: FieldInfo) -> str:
+def _rows(key: str, field: FieldInfo) -> list[str]:
+    inner = _section_fields(key, field)
+    if inner:
+        return [row for name, details in inner for row in _rows(name, details)]
     value = default_of(field)
     default = "required" if value is PydanticUndefined else f"`{json.dumps(value, ensure_ascii=False)}`"
-    return f"| `{key}` | {default} | {field.description} |"
+    return [f"| `{key}` | {default} | {field.description} |"]
 
 
 # What configs/config.yaml states: the keys a reader looks for first.

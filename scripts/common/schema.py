@@ -164,12 +164,37 @@ class Check(Section):
     numbers_from_prompt: bool = Field(False, description="Every number written in digits must stand in the prompt too.")
 
 
+class Judge(Section):
+    """Who says which of two answers is better; asked only by `python -m eval.judge`."""
+
+    models: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="The two models that are judged, such as [base, dpo]; null takes those of the verdict."
+    )
+    criteria: str = Field(
+        "The better answer does what the request asks, is correct and invents nothing. Being longer is no merit.",
+        description="What makes an answer the better one; a person and an endpoint are told the same.",
+    )
+    base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@?#]+$",
+        description="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; neither password nor key belongs in it.",
+    )
+    model: str | None = Field(None, description="Name of the judging model at the endpoint.")
+    api_key_variable: str | None = Field(
+        None, description="Environment variable that holds the endpoint's API key; null sends none."
+    )
+    concurrent_requests: Positive = Field(4, description="Questions asked of the endpoint at once.")
+    timeout_seconds: float = Field(120, gt=0, description="Longest wait for a reply.")
+    max_tokens: Positive = Field(1024, description="Longest reply; one word is asked for, but some models think first.")
+
+
 class Eval(Section):
     output_dir: str = Field("outputs/comparison", description="Folder of the comparison report.")
     max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
     batch_size: Positive = Field(16, description="Prompts answered at once.")
     max_prompts: Positive | None = Field(None, description="Most held-out prompts that are answered; null takes all.")
     checks: list[Check] = Field(default_factory=list, description="Rules that answers are held against.")
+    judge: Judge = Judge()
 
 
 Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep"]
