@@ -23,7 +23,17 @@ from scripts.common.schema import Config, Lora
 log = logging.getLogger(__name__)
 
 DEMO_MODEL = "models/smollm2-135m-instruct"
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+MODEL_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+]
 # Config entries that say how a copy was stored or called, not what the model computes.
 UNIMPORTANT = {
     "_name_or_path",
