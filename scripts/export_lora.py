@@ -111,12 +111,12 @@ class Export:
 def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     """Merge, save to `part`, load that again, and return the figures that prove it."""
     from scripts.common.memory import parameter_count
-    from scripts.common.modeling import switched_to
+    from scripts.common.modeling import load_adapter, load_full_precision, switched_to
     from scripts.common.schema import Quantization
-    from scripts.export import gguf_file, merging, parity
+    from scripts.export import gguf_file, merging, ollama, parity
 
     log.info("loading %s in fp32 with %s", export.base_id, export.adapter)
-    model = merging.load_with_adapter(export.base_folder, export.adapter, export.config, Quantization())
+    model = load_adapter(load_full_precision(export.base_folder), export.adapter)
     if export.gguf:
         gguf_file.check_supported(model.get_base_model().config, export.tokenizer)
     probes = parity.build_probes(model, export.tokenizer, parity.held_out_prompts(export.manifest))
@@ -133,15 +133,15 @@ def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     what = f"the merged model, read again from disk in {export.dtype},"
     if export.gguf:
         file = gguf_file.write_gguf(model, export.tokenizer, part, export.dtype, Path(export.base_id).name)
-        gguf_file.write_modelfile(export.tokenizer, part, file.name)
-        merging.save_companions(export.tokenizer, export.base_folder, part)
+        ollama.write_modelfile(export.tokenizer, part, file.name, adds_bos=gguf_file.adds_bos(export.tokenizer))
         del model
         gguf_file.check_tokenizer(file, export.tokenizer, probes)
         model = gguf_file.load_gguf(file)
     else:
-        merging.save_merged(model, export.tokenizer, export.base_folder, export.dtype, part)
+        merging.save_merged(model, export.tokenizer, export.dtype, part)
         del model
-        model = merging.load_merged(part, export.config)
+        model = load_full_precision(part)
+    merging.copy_licence(export.base_folder, part)
     reloaded = parity.compare(reference, parity.scored_logits(model, probes))
     del model
     log.info("read again from disk in %s: %s", export.dtype, reloaded)
@@ -154,7 +154,7 @@ def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     trained_on = Quantization(**export.manifest["config"]["quantization"])
     if trained_on.load_in_4bit or trained_on.load_in_8bit:
         bits = 4 if trained_on.load_in_4bit else 8
-        model = merging.load_with_adapter(export.base_folder, export.adapter, export.config, trained_on)
+        model = merging.load_as_trained(export.base_folder, export.adapter, export.config, trained_on)
         figures["quantized_base"] = parity.compare(reference, parity.scored_logits(model, probes))
         del model
         log.warning(

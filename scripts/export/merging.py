@@ -55,17 +55,11 @@ def check_vocabulary(base_folder: Path, tokenizer: Any) -> None:
         )
 
 
-def load_with_adapter(base_folder: Path, adapter: Path, config: LoadedConfig, quantization: Quantization) -> Any:
-    """Load base + adapter on the CPU: in fp32, or with the base quantised as it was in training."""
+def load_as_trained(base_folder: Path, adapter: Path, config: LoadedConfig, quantization: Quantization) -> Any:
+    """Load base + adapter with the base quantised as it was in training."""
     values = config.values.model_copy(update={"quantization": quantization})
-    model = load_base(base_folder, values, Machine("cpu", torch.float32, torch.get_num_threads(), 1, ()))
-    return load_adapter(model, adapter).eval()
-
-
-def load_merged(folder: Path, config: LoadedConfig) -> Any:
-    """Load a merged model from disk; its weights are widened to fp32, so that only their own rounding shows."""
-    values = config.values.model_copy(update={"quantization": Quantization()})
-    return load_base(folder, values, Machine("cpu", torch.float32, torch.get_num_threads(), 1, ())).eval()
+    machine = Machine("cpu", torch.float32, torch.get_num_threads(), 1, ())
+    return load_adapter(load_base(base_folder, values, machine), adapter).eval()
 
 
 def merge(model: Any) -> Any:
@@ -77,23 +71,20 @@ def merge(model: Any) -> Any:
     return merged
 
 
-def save_merged(model: Any, tokenizer: Any, base_folder: Path, dtype: str, folder: Path) -> None:
+def save_merged(model: Any, tokenizer: Any, dtype: str, folder: Path) -> None:
     """Write weights, tokenizer with its chat template, and how to generate."""
     model.to(DTYPES[dtype])
-    model.config.use_cache = True  # load_base turns it off for training
-    model.generation_config.use_cache = True
     model.generation_config.eos_token_id = sorted(stop_token_ids(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     except SafetensorError as error:  # it hides the errno of a full disk
         raise UserError(f"cannot write {folder}: {error}. Free some space or choose another --out_dir.") from None
-    save_companions(tokenizer, base_folder, folder)
-
-
-def save_companions(tokenizer: Any, base_folder: Path, folder: Path) -> None:
-    """Put the tokenizer and the base's licence, which must travel with its weights, beside the model."""
     tokenizer.save_pretrained(folder)
+
+
+def copy_licence(base_folder: Path, folder: Path) -> None:
+    """Put the base's licence, which must travel with its weights, beside them."""
     for pattern in LICENCE_FILES:
         for file in base_folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
