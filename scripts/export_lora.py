@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,8 @@ def check_arguments(arguments: argparse.Namespace, config: LoadedConfig) -> None
     if arguments.dtype and arguments.dtype != "auto" and (arguments.dtype in GGUF_TYPES) != gguf:
         wanted = "f16 or q8_0" if gguf else "fp32, bf16 or fp16"
         raise UserError(f"--dtype {arguments.dtype}: is no type of --format {arguments.format}; wanted {wanted}.")
+    if arguments.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.push_to_hub):
+        raise UserError(f"--push_to_hub: found {arguments.push_to_hub}, wanted OWNER/NAME.")
     if arguments.push_to_hub and (config.values.offline or os.environ.get("HF_HUB_OFFLINE") == "1"):
         raise UserError("--push_to_hub: found offline: true or HF_HUB_OFFLINE=1. Set offline to false to upload.")
 
@@ -92,6 +95,7 @@ class Export:
 
     def __init__(self, arguments: argparse.Namespace, config: LoadedConfig) -> None:
         from scripts.common.modeling import check_adapter_fits, find_model, load_tokenizer
+        from scripts.common.schema import Quantization
         from scripts.export.merging import check_vocabulary, stored_dtype
 
         self.config = config
@@ -103,17 +107,18 @@ class Export:
         self.tokenizer = load_tokenizer(self.base_folder)
         self.manifest = check_adapter_fits(self.adapter, self.base_folder, self.tokenizer)
         check_vocabulary(self.base_folder, self.tokenizer)
+        self.quantization = Quantization(**self.manifest["config"]["quantization"])
+        self.trained_in_bits = 4 if self.quantization.load_in_4bit else 8 if self.quantization.load_in_8bit else 0
         self.gguf = arguments.format == "gguf"
         dtype = arguments.dtype or ("auto" if self.gguf else config.values.export.dtype)
         self.dtype = dtype if dtype != "auto" else "f16" if self.gguf else stored_dtype(self.base_folder)
 
 
 def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
-    """Merge, save to `part`, load that again, and return the figures that prove it."""
+    """Merge, save to `part`, load that again, and return the figures that prove it; one model in memory at a time."""
     from scripts.common.memory import parameter_count
     from scripts.common.modeling import load_adapter, load_full_precision, switched_to
-    from scripts.common.schema import Quantization
-    from scripts.export import gguf_file, merging, ollama, parity
+    from scripts.export import gguf_file, merging, parity
 
     log.info("loading %s in fp32 with %s", export.base_id, export.adapter)
     model = load_adapter(load_full_precision(export.base_folder), export.adapter)
@@ -130,45 +135,60 @@ def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     exact = parity.compare(reference, parity.scored_logits(model, probes))
     log.info("merged, in fp32: %s", exact)
     parity.check_exact(exact, effect, "the merged model")
-    what = f"the merged model, read again from disk in {export.dtype},"
-    if export.gguf:
-        file = gguf_file.write_gguf(model, export.tokenizer, part, export.dtype, Path(export.base_id).name)
-        ollama.write_modelfile(export.tokenizer, part, file.name, adds_bos=gguf_file.adds_bos(export.tokenizer))
-        del model
-        gguf_file.check_tokenizer(file, export.tokenizer, probes)
-        model = gguf_file.load_gguf(file)
-    else:
-        merging.save_merged(model, export.tokenizer, export.dtype, part)
-        del model
-        model = load_full_precision(part)
-    merging.copy_licence(export.base_folder, part)
+    save(export, model, part)
+    del model
+
+    model = load_again(export, part, probes)
     reloaded = parity.compare(reference, parity.scored_logits(model, probes))
     del model
     log.info("read again from disk in %s: %s", export.dtype, reloaded)
+    what = f"the merged model, read again from disk in {export.dtype},"
     if export.dtype == "fp32":
         parity.check_exact(reloaded, effect, what)
     else:
         parity.check_rounded(reloaded, export.dtype, what)
 
     figures = {"adapter_effect": effect, "merge": exact, "reloaded": reloaded}
-    trained_on = Quantization(**export.manifest["config"]["quantization"])
-    if trained_on.load_in_4bit or trained_on.load_in_8bit:
-        bits = 4 if trained_on.load_in_4bit else 8
-        model = merging.load_as_trained(export.base_folder, export.adapter, export.config, trained_on)
+    if export.trained_in_bits:
+        model = merging.load_as_trained(export.base_folder, export.adapter, export.config, export.quantization)
         figures["quantized_base"] = parity.compare(reference, parity.scored_logits(model, probes))
-        del model
         log.warning(
-            "the adapter was trained on the base in %d bits and is merged into the full-precision base, which "
-            "moves its answers a little: %s", bits, figures["quantized_base"],
-        )  # fmt: skip
+            "the adapter was trained on the base in %d bits and is merged into the full-precision base, which moves its answers: %s",
+            export.trained_in_bits,
+            figures["quantized_base"],
+        )
     return {
         "dtype": export.dtype,
         "format": "gguf" if export.gguf else "safetensors",
         "prompts": len(probes),
-        **{name: parity_.as_metrics() for name, parity_ in figures.items()},
+        **{name: found.as_metrics() for name, found in figures.items()},
         "model_fp32_gib": round(parameter_count(export.base_folder) * 4 / 2**30, 3),
         "peak_memory_gib": round(peak_memory_gib(), 2),
     }
+
+
+def save(export: Export, model: Any, part: Path) -> None:
+    """Write the merged model in the form that was asked for, and the licence of its base."""
+    from scripts.export import gguf_file, merging, ollama
+
+    if export.gguf:
+        file = gguf_file.write_gguf(model, export.tokenizer, part, export.dtype, Path(export.base_id).name)
+        ollama.write_modelfile(export.tokenizer, part, file.name, adds_bos=gguf_file.adds_bos(export.tokenizer))
+    else:
+        merging.save_merged(model, export.tokenizer, export.dtype, part)
+    merging.copy_licence(export.base_folder, part)
+
+
+def load_again(export: Export, part: Path, probes: Sequence[Sequence[int]]) -> Any:
+    """Load what was written, weights widened to fp32, so that only their own rounding shows."""
+    from scripts.common.modeling import load_full_precision
+    from scripts.export import gguf_file
+
+    if not export.gguf:
+        return load_full_precision(part)
+    (file,) = part.glob("*.gguf")
+    gguf_file.check_tokenizer(file, export.tokenizer, probes)
+    return gguf_file.load_gguf(file)
 
 
 def finish(export: Export, part: Path, out_dir: Path, metrics: dict[str, Any], tracker: Any) -> None:
@@ -249,10 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(part, ignore_errors=True)
     if arguments.push_to_hub:
         push(out_dir, arguments.push_to_hub)
-    ratio = metrics["peak_memory_gib"]
-    log.info(
-        "the merged model is in %s (peak memory %.1f GiB)\n  next  serve.adapter_path: %s", out_dir, ratio, out_dir
-    )
+    use = f"ollama create my-model -f {out_dir}/Modelfile" if export.gguf else f"serve.adapter_path: {out_dir}"
+    log.info("the merged model is in %s\n  peak memory %.1f GiB\n  next  %s", out_dir, metrics["peak_memory_gib"], use)
     return 0
 
 

@@ -206,7 +206,9 @@ def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]])
 def load_gguf(file: Path) -> Any:
     """Load a GGUF with its weights widened to fp32."""
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging as logging_of_transformers
 
+    logging_of_transformers.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     ).eval()
