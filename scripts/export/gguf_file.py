@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from scripts.common.errors import UserError
 from scripts.common.rendering import render_prompt, user_turn
+
+log = logging.getLogger(__name__)
 
 # What a file has to name its word splitting by; readers know no other way.
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -199,6 +202,11 @@ def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]])
                 f"--format gguf: the tokenizer in the file reads {text[:60]!r} as {theirs[:12]}, ours as {ours[:12]}. "
                 "Nothing was written. Export safetensors."
             )
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["byte_fallback"]:
+        log.warning(
+            "llama.cpp puts a space after each special token of a sentencepiece tokenizer, which training did not: "
+            "compare some answers there with those of the adapter"
+        )
     if read.chat_template != tokenizer.chat_template:
         raise UserError("--format gguf: the chat template did not survive. Nothing was written. Export safetensors.")
 
