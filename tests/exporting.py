@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scripts.common.artifacts import sha256_file, write_manifest
 from scripts.common.modeling import add_lora, base_fingerprint, load_full_precision, load_tokenizer
 from scripts.common.rendering import template_sha256, tokenizer_sha256
 from scripts.common.schema import Config, Lora
+from tests.conftest import save_tiny_model
 
 
 def save_adapter(
@@ -45,6 +47,14 @@ def save_adapter(
         parent=None, datasets=datasets, split={"seed": 0, "ratio": 0.1}, config=config,
         mlflow={"run_id": None}, metrics={"held_out_loss_before": 2.0, "held_out_loss": 1.5},
     )  # fmt: skip
+    return folder
+
+
+def save_tiny_qwen2(folder: Path) -> Path:
+    """Save a two-layer Qwen2 whose embedding has more rows than there are tokens, as the real one's has."""
+    save_tiny_model(folder, "qwen2")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, vocab_size=2048)).save_pretrained(folder)
     return folder
 
 

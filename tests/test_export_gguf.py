@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError
@@ -19,7 +20,7 @@ from scripts.export import gguf_file
 from scripts.export.ollama import go_template, write_modelfile
 from scripts.export_lora import main
 from tests.conftest import run_python, save_tiny_model, tiny_tokenizer
-from tests.exporting import figures, save_adapter
+from tests.exporting import figures, save_adapter, save_tiny_qwen2
 
 OUT = Path("outputs/merged_gguf")
 CHATML = (
@@ -110,11 +111,21 @@ def test_metadata_say_what_the_model_is(tiny_llama: Path, adapter: Path, export)
     assert found["tokenizer.ggml.add_bos_token"] is False
 
 
-def test_rows_in_the_wrong_order_are_caught(adapter: Path, export, monkeypatch, capsys) -> None:
+def test_rows_in_the_wrong_order_are_caught(tiny_llama: Path, export, tmp_path, monkeypatch, capsys) -> None:
     """The commonest fault of converters: queries and keys whose halves were not interleaved."""
-    monkeypatch.setattr(gguf_file, "interleaved", lambda weight, heads: weight)
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():  # a freshly initialised model hardly attends to anything
+        for name, weight in model.named_parameters():
+            if "self_attn" in name:
+                weight.mul_(12)
+    model.save_pretrained(base)
+    made = save_adapter(base, tmp_path / "a")
+    assert export(made) == 0
 
-    assert export(adapter) == 2
+    shutil.rmtree(OUT)
+    monkeypatch.setattr(gguf_file, "interleaved", lambda weight, heads: weight)
+    assert export(made) == 2
 
     assert "answers differently from base + adapter" in capsys.readouterr().err
     assert not OUT.exists()
@@ -130,8 +141,9 @@ def test_tokenizer_that_reads_otherwise_is_caught(adapter: Path, export, monkeyp
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
-def test_other_architectures_are_refused(architecture: str, export, tmp_path, capsys) -> None:
-    made = save_adapter(save_tiny_model(tmp_path / "model", architecture), tmp_path / "a")
+def test_other_architectures_are_refused(architecture: str, tiny_gpt2: Path, export, tmp_path, capsys) -> None:
+    base = tiny_gpt2 if architecture == "gpt2" else save_tiny_qwen2(tmp_path / "model")
+    made = save_adapter(base, tmp_path / "a")
 
     assert export(made) == 2
 

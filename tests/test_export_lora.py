@@ -15,7 +15,7 @@ from scripts.common.schema import Config, Lora
 from scripts.export import merging
 from scripts.export_lora import main, push
 from tests.conftest import run_python, save_tiny_model, write_jsonl
-from tests.exporting import figures, save_adapter
+from tests.exporting import figures, save_adapter, save_tiny_qwen2
 
 OUT = Path("outputs/merged_full_model")
 
@@ -42,13 +42,8 @@ print(float((ours - theirs).abs().max()), float((ours - bare).abs().max()), foun
 
 @pytest.fixture(scope="module")
 def tiny_qwen2(tmp_path_factory) -> Path:
-    """Return the folder of a two-layer Qwen2, whose embedding has more rows than there are tokens, as the real one's."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-qwen2", "qwen2")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, vocab_size=2048)).save_pretrained(folder)
-    return folder
+    """Return the folder of a two-layer Qwen2."""
+    return save_tiny_qwen2(tmp_path_factory.mktemp("models") / "tiny-qwen2")
 
 
 @pytest.fixture(scope="module")
