@@ -159,6 +159,7 @@ def load_full_precision(folder: Path) -> Any:
     model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
     return model.eval()
 
 

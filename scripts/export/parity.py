@@ -121,9 +121,9 @@ def check_effect(effect: Parity, adapter: Path) -> None:
 def check_exact(found: Parity, effect: Parity, what: str) -> None:
     """Refuse an fp32 model whose logits are not those of base + adapter.
 
-    A weak adapter is held to a tenth of its own effect, as the fixed bound alone would let it be lost.
+    A weak adapter is held to a twentieth of its own effect, as the fixed bound alone would let it be lost.
     """
-    tolerance = min(EXACT_LOGIT_DIFF, effect.max_abs_logit_diff / 10)
+    tolerance = min(EXACT_LOGIT_DIFF, effect.max_abs_logit_diff / 20)
     if not found.max_abs_logit_diff <= tolerance:
         raise UserError(
             f"{what} does not compute what base + adapter compute: {found}; wanted max |Δlogit| ≤ {tolerance:.2g}. "
