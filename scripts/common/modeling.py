@@ -23,7 +23,17 @@ from scripts.common.schema import Config, Lora
 log = logging.getLogger(__name__)
 
 DEMO_MODEL = "models/smollm2-135m-instruct"
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+MODEL_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+]
 # Config entries that say how a copy was stored or called, not what the model computes.
 UNIMPORTANT = {
     "_name_or_path",
@@ -126,6 +136,31 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
 def _make_contiguous(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     # Given a slice of the positions, torch copies the head's weights for every row of the batch before it multiplies.
     return (arguments[0].contiguous(), *arguments[1:])
+
+
+def load_full_precision(folder: Path) -> Any:
+    """Load a model in fp32 on the CPU while holding hardly more than the model itself.
+
+    A mapped file would count beside the widened weights, half the model again for a bf16 base; read tensor by tensor,
+    nothing stays.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging as logging_of_transformers
+
+    logging_of_transformers.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = safe_open(file, framework="pt", backend="pread")
+        weights.update({name: tensors.get_slice(name) for name in tensors.keys()})  # noqa: SIM118
+    architecture = AutoModelForCausalLM._model_mapping[type(config)]
+    model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
+    return model.eval()
 
 
 def _quantization_config(config: Config, machine: Machine) -> Any:

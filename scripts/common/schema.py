@@ -277,6 +277,14 @@ class Serve(Section):
     )
 
 
+class Export(Section):
+    output_dir: str = Field("outputs/merged_full_model", description="Folder of the merged model.")
+    gguf_dir: str = Field("outputs/merged_gguf", description="Folder of the merged model as GGUF (`--format gguf`).")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Type of the merged weights; `auto` takes the base's own. Merging itself is done in fp32."
+    )
+
+
 class Tracking(Section):
     mlflow_tracking_uri: str = Field(
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
@@ -303,6 +311,7 @@ class Config(Section):
     eval: Eval = Eval()
     deid: Deid = Deid()
     serve: Serve = Serve()
+    export: Export = Export()
     tracking: Tracking = Tracking()
 
 

@@ -1,0 +1,161 @@
+"""The model card of a merged model: what it was made of, what was measured, and what it must not be taken for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scripts.common.artifacts import artifact_sha256, portable_path
+from scripts.common.config import ROOT
+from scripts.common.deid_report import check_deid_report
+from scripts.common.errors import UserError
+
+LIMITS = """\
+- The comparison above holds for prompts like those it was measured on, and checks see only what rules can say.
+- A fine-tuned model keeps the base's errors and biases and can state falsehoods fluently.
+- It can repeat parts of its training text. De-identification lowers what can leak; it is no guarantee.
+- Merging changed the weights for good: to go on training, or to switch it off, use the adapter."""
+TITLES = {
+    "adapter_effect": "what the adapter changes (base against base + adapter)",
+    "merge": "merged in fp32 against base + adapter",
+    "reloaded": "read again from disk against base + adapter",
+    "quantized_base": "base as quantised in training + adapter against full precision + adapter",
+}
+
+
+def render_card(
+    manifest: dict[str, Any], adapter: Path, base_folder: Path, metrics: dict[str, Any], comparison_dir: str
+) -> str:
+    """Write the card of the model that an adapter became."""
+    base = manifest["base_model"]["id"]
+    stage = manifest["stage"].upper()
+    parts = [
+        front_matter(manifest, base_folder),
+        f"# {Path(base).name}, fine-tuned with {stage} and merged",
+        f"`{base}` with the adapter `{portable_path(adapter)}` (sha256 `{artifact_sha256(manifest)[:16]}…`) folded into its "
+        f"weights, saved in {metrics['dtype']} as {metrics['format']}. `manifest.json` holds every hash and setting.",
+        "## Data",
+        *(describe_dataset(entry) for entry in manifest["datasets"]),
+        f"Held out by the hash of the prompt: seed {manifest['split']['seed']}, ratio {manifest['split']['ratio']}.",
+        "## Training",
+        describe_training(manifest),
+        "## Is it better than the base?",
+        describe_comparison(manifest, comparison_dir),
+        "## Does it answer as base + adapter do?",
+        describe_parity(metrics),
+        "## Limits",
+        LIMITS,
+        "## Licence",
+        describe_licence(base, base_folder),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(manifest: dict[str, Any], base_folder: Path) -> str:
+    """Write the block that model hubs read."""
+    base = manifest["base_model"]["id"]
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not any(path.is_dir() for path in (Path(base), ROOT / base)):
+        fields["base_model"] = base
+    if licence := licence_of(base_folder):
+        fields["license"] = licence
+    fields["tags"] = [manifest["stage"], "lora", "merged"]
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False) + "---"
+
+
+def describe_dataset(entry: dict[str, Any]) -> str:
+    """Say which data, how much of it, and whether a de-identification report vouches for it."""
+    try:
+        counts = check_deid_report(ROOT / entry["path"], entry["sha256"])["counts"]
+        deid = "De-identified; the report counts " + ", ".join(
+            f"{value} {name.replace('_', ' ')}" for name, value in counts.items() if isinstance(value, int)
+        )
+    except UserError:
+        deid = "No de-identification report vouches for it"
+    return (
+        f"- `{entry['path']}` (sha256 `{entry['sha256'][:16]}…`): {entry['train']} records trained on, "
+        f"{entry['validation']} held out. {deid}."
+    )
+
+
+def describe_training(manifest: dict[str, Any]) -> str:
+    """Give the settings that decide the result and the held-out loss they led to."""
+    stage, config, metrics = manifest["stage"], manifest["config"], manifest["metrics"]
+    section = config[stage]
+    names = [
+        "num_train_epochs",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+    ]
+    names += ["beta", "loss_type", "reference"] if stage == "dpo" else []
+    settings = [f"{name} {section[name]}" for name in names if name in section]
+    settings += [f"LoRA {name} {config['lora'][name]}" for name in ("r", "alpha", "dropout")]
+    settings += [f"{key}: true" for key, value in {**config["lora"], **config["quantization"]}.items() if value is True]
+    before, after = metrics.get("held_out_loss_before"), metrics.get("held_out_loss")
+    loss = "" if before is None or after is None else f" Held-out loss {before:.4f} → {after:.4f}."
+    parent = f" It went on from `{manifest['parent']['path']}`." if manifest["parent"] else ""
+    return f"{stage.upper()} with TRL and PEFT, seed {config['seed']}: {', '.join(settings)}.{parent}{loss}"
+
+
+def describe_comparison(manifest: dict[str, Any], comparison_dir: str) -> str:
+    """Quote the comparison report when it measured this very adapter."""
+    try:
+        report = json.loads((Path(comparison_dir) / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "Not measured: there is no comparison report. `python -m eval.compare` writes one."
+    if report["lineage"].get(manifest["stage"], {}).get("sha256") != artifact_sha256(manifest):
+        return "Not measured: the comparison report that is there is about another adapter."
+    models = report["models"]
+    rows = [f"| held out | n | {' | '.join(models)} |", "|---|---" + "|---" * len(models) + "|"]
+    for metric in report["metrics"]:
+        cells = []
+        for name in models:
+            found = metric["models"].get(name)
+            cells.append("–" if found is None else "{value:.3g} ({ci_low:.3g} to {ci_high:.3g})".format(**found))
+        rows.append(f"| {metric['title']}, {metric['unit']} | {metric['n']} | {' | '.join(cells)} |")
+    return f"> {report['verdict']['text']}\n\n" + "\n".join(rows) + "\n\nIn brackets: 95 % intervals."
+
+
+def describe_parity(metrics: dict[str, Any]) -> str:
+    """Give the figures of the gate that this export passed."""
+    rows = ["| compared | max abs. logit difference | mean KL, nats | greedy agreement |", "|---|---|---|---|"]
+    for name, title in TITLES.items():
+        if figures := metrics.get(name):
+            rows.append(
+                f"| {title} | {figures['max_abs_logit_diff']:.2g} | {figures['mean_kl_nats']:.2g} "
+                f"| {100 * figures['greedy_agreement']:.1f} % |"
+            )
+    positions = metrics["reloaded"]["positions"]
+    return (
+        "\n".join(rows)
+        + f"\n\nOver {positions} positions of {metrics['prompts']} prompts and answers, computed in fp32."
+    )
+
+
+def describe_licence(base: str, base_folder: Path) -> str:
+    """Name the base's licence, or say that it has to be looked up."""
+    licence = licence_of(base_folder)
+    if licence is None:
+        return f"No licence was found beside `{base}`. Its terms hold for this model too: look them up before passing it on."
+    return (
+        f"The base `{base}` is under `{licence}`, whose terms hold for this model too. The training data has its own."
+    )
+
+
+def licence_of(base_folder: Path) -> str | None:
+    """Read the licence from the base's card or recognise its licence file."""
+    card = base_folder / "README.md"
+    if card.is_file() and (found := re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)):
+        return found[1]
+    for file in sorted(base_folder.glob("LICEN[SC]E*")):
+        head = file.read_text(encoding="utf-8", errors="replace")[:400]
+        for words, name in (("Apache License", "apache-2.0"), ("MIT License", "mit")):
+            if words in head:
+                return name
+    return None
