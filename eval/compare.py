@@ -22,6 +22,7 @@ from typing import Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.held_out import read_held_out
 from scripts.common.artifacts import (
     artifact_sha256,
     locked_run_dir,
@@ -33,7 +34,6 @@ from scripts.common.artifacts import (
 )
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
-from scripts.common.records import is_validation, load_datasets, parse_preference, parse_record
 from scripts.common.runtime import (
     apply_machine,
     choose_machine,
@@ -83,29 +83,6 @@ def find_adapters(config: LoadedConfig) -> dict[str, tuple[Path, dict[str, Any]]
             "there is no adapter to compare. Run `python -m scripts.train_sft` with this configuration first."
         )
     return found
-
-
-def read_held_out(config: LoadedConfig, adapters: dict[str, Any]) -> Any:
-    """Read the validation side of the datasets that were trained on."""
-    from eval.measuring import HeldOut
-
-    values = config.values
-    sides: list[tuple[Any, ...]] = []
-    for name, section, parse in (("sft", values.sft, parse_record), ("dpo", values.dpo, parse_preference)):
-        if name not in adapters:
-            sides.append(())
-            continue
-        records = [
-            r
-            for file in load_datasets(section.dataset_path, parse, values.data, f"{name}.dataset_path")
-            for r in file.records
-        ]
-        sides.append(tuple(record for record in records if is_validation(record.prompt, values.data)))
-    if not any(sides):
-        raise UserError(
-            "data.validation_ratio: nothing is held out, so nothing can be compared. Raise it and train again."
-        )
-    return HeldOut(sides[0], sides[1])
 
 
 def load_models(config: LoadedConfig, adapters: dict[str, Path], base_folder: Path, tokenizer: Any) -> Any:
