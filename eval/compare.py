@@ -23,6 +23,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.held_out import read_held_out
+from eval.lmeval_results import find_benchmarks
 from scripts.common.artifacts import (
     artifact_sha256,
     locked_run_dir,
@@ -177,6 +178,8 @@ def compare(config: LoadedConfig, runs: list[str], tracker: Any, adapters: dict[
         ]
         aggregated = aggregate_runs(repeats, seeds, prepared, adapters)
     verdict, notes = decide(metrics, list(measured), aggregated)
+    benchmarks, left_out = find_benchmarks(Path(values.lmeval.output_dir), folders.values())
+    notes += [left_out] if left_out else []
     for metric in metrics:
         for name, estimate in metric["models"].items():
             tracker.log_metrics({f"eval/{metric['name']}/{name}": estimate["value"]})
@@ -198,6 +201,7 @@ def compare(config: LoadedConfig, runs: list[str], tracker: Any, adapters: dict[
         },
         "lineage": describe_lineage(adapters),
         "samples": describe_samples(prepared, measured),
+        "benchmarks": benchmarks,
         "judge": None,
         "runs": aggregated,
         "notes": notes,

@@ -60,12 +60,17 @@ def _resolve(path: str) -> Candidate:
     return Candidate(folder.resolve().name, folder)
 
 
-def find_base(candidates: Sequence[Candidate], config: LoadedConfig) -> tuple[str, str | None]:
-    """Return id and revision of the base: that of the adapters, or the configured one when there are none."""
-    for candidate in candidates:
-        if candidate.is_adapter and candidate.manifest:
-            return candidate.manifest["base_model"]["id"], candidate.manifest["base_model"]["revision"]
-    return config.values.base_model_id, config.values.base_model_revision
+def find_base(group: Sequence[Candidate], config: LoadedConfig) -> tuple[dict[str, Any], Path]:
+    """Return id, revision and folder of what a group loads: a model folder, the adapters' base, or the configured one."""
+    from scripts.common.modeling import find_model, gguf_file
+
+    alone = group[0]
+    if not alone.is_adapter and alone.label != BASE:
+        folder = alone.folder if gguf_file(alone.folder) else find_model(str(alone.folder))
+        return {"id": portable_path(folder), "revision": None}, folder
+    found = next((each.manifest["base_model"] for each in group if each.manifest), None)
+    base = found or {"id": config.values.base_model_id, "revision": config.values.base_model_revision}
+    return {"id": base["id"], "revision": base["revision"]}, find_model(base["id"], base["revision"])
 
 
 def unseen_by(candidates: Sequence[Candidate], config: LoadedConfig) -> list[str]:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PROOF_PROMPTS = ("What is the capital of France?", "Write one sentence about the weather.")
 
 
-class RenderedLM(HFLM):
+class RenderedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     """Give a model the token ids that it was trained on and is served with, where lm-eval would tokenise anew."""
 
     def __init__(self, *args: Any, ids: Ids, **kwargs: Any) -> None:

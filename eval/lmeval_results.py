@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.report import number
 from scripts.common.artifacts import artifact_sha256, portable_path, read_manifest, sha256_json
 from scripts.common.errors import UserError
 
@@ -109,12 +108,20 @@ def read_earlier(folder: Path, new: Iterable[tuple[str, str]]) -> tuple[list[Ent
     return kept, warnings
 
 
-def current_sha256(folder: str) -> str | None:
+def current_sha256(folder: str | Path) -> str | None:
     """Return the identity of the artifact that lies in a folder now; a plain model folder has none."""
     try:
         return artifact_sha256(read_manifest(folder, verify=False))
     except UserError:
         return None
+
+
+def name_apart(entries: list[Entry]) -> list[Entry]:
+    """Call models by their folders where results of several calls gave two of them one name."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    for entry in entries:
+        folders[entry["label"]].add(entry["model"])
+    return [entry | {"label": entry["model"]} if len(folders[entry["label"]]) > 1 else entry for entry in entries]
 
 
 def compare_entries(entries: list[Entry]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -179,7 +186,11 @@ def _describe(name: str, group: list[Entry], apart: str) -> dict[str, Any]:
         counts = [value[1] for value in next(iter(columns.values()))]
         losses = {label: [-value[0] for value in column] for label, column in columns.items()}
         unit = "nats per token" if task == "domain_reference" else "nats"
-        metric = ratio_metric(name, f"{task}: logarithm of {first['title']}{apart}", unit, GROUP, losses, counts)
+        metric = ratio_metric(
+            name, f"{task}: loss, the logarithm of {first['title']}{apart}", unit, GROUP, losses, counts
+        )
+        for label, estimate in metric["models"].items():
+            estimate["perplexity"] = figures[label]["value"]
     else:
         values = {
             label: {"value": figure["value"], "ci_low": None, "ci_high": None} for label, figure in figures.items()
@@ -206,6 +217,8 @@ def _is_perplexity(column: list[Any], value: float) -> bool:
 
 def table(metrics: list[dict[str, Any]]) -> str:
     """Write a Markdown table: a line per metric, ± the standard error, differences with their 95 % intervals."""
+    from eval.report import number
+
     labels = list(dict.fromkeys(label for metric in metrics for label in metric["models"]))
     pairs = list(dict.fromkeys((d["a"], d["b"]) for metric in metrics for d in metric["differences"]))
     rows = [["task: metric", "n", *labels, *(f"{a} − {b}" for a, b in pairs)]]
@@ -216,6 +229,8 @@ def table(metrics: list[dict[str, Any]]) -> str:
             estimate = metric["models"].get(label)
             stderr = estimate and estimate["stderr"]
             shown = number(estimate["value"], unit) if estimate else "–"
+            if estimate and "perplexity" in estimate:
+                shown += f" (perplexity {number(estimate['perplexity'])})"
             row.append(shown + (f" ± {number(stderr, unit)}" if stderr is not None else ""))
         found = {(d["a"], d["b"]): d for d in metric["differences"]}
         for pair in pairs:

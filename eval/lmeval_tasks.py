@@ -23,6 +23,8 @@ from scripts.common.records import BadRow, read_rows
 from scripts.common.rendering import render_completion, render_prompt, stop_token_ids
 from scripts.common.schema import Check
 
+log = logging.getLogger(__name__)
+
 TEMPLATES = Path(__file__).with_name("tasks")
 DOMAIN = "domain"
 WITH_FILE = ("multiple_choice", "continuation")
@@ -101,6 +103,8 @@ def build_plans(
 
 
 def _prove_loadable(manager: Any, name: str) -> None:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five tries told twice each
+    log.info("looking for the data of %s", name)
     try:
         manager.load([name])
     except Exception as error:  # data sets, hubs and YAMLs fail in dozens of ways

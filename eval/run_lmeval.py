@@ -34,6 +34,7 @@ from scripts.common.artifacts import (
     portable_path,
     publish,
     read_manifest,
+    sha256_file,
     write_manifest,
 )
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
@@ -64,103 +65,100 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(
     candidates: Sequence[Candidate], arguments: argparse.Namespace, config: LoadedConfig
-) -> tuple[list[dict[str, Any]], list[Plan], dict[str, Any]]:
-    """Run every task on every model; returns the entries, the tasks, and the facts of the last model's base."""
-    from eval.lmeval_models import load_candidates
-    from scripts.common.modeling import base_fingerprint, find_model, load_tokenizer
-    from scripts.common.rendering import template_sha256, tokenizer_sha256
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run every task on every model; returns the results and what the manifest says of base and data."""
+    from eval.lmeval_models import active, load_candidates
+    from eval.lmeval_results import current_sha256
+    from scripts.common.modeling import load_tokenizer
 
     machine = choose_machine(config.values)
     apply_machine(machine)
     log.info("%s; %d threads", "; ".join(machine.reasons), machine.threads)
-    on_base = [candidate for candidate in candidates if candidate.is_adapter or candidate.label == BASE]
-    groups = [(group, None) for group in [on_base] if group]
-    groups += [([candidate], candidate.folder) for candidate in candidates if candidate not in on_base]
     stages = unseen_by(candidates, config) if DOMAIN in arguments.task else []
-    entries: list[dict[str, Any]] = []
+    on_base = [candidate for candidate in candidates if candidate.is_adapter or candidate.label == BASE]
+    groups = [on_base] if on_base else []
+    groups += [[candidate] for candidate in candidates if candidate not in on_base]
+    results: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
-    progress = Progress(len(candidates))
-    for group, folder in groups:
-        base_id, revision = (str(folder), None) if folder else find_base(group, config)
-        base_folder = folder or find_model(base_id, revision)
-        tokenizer = load_tokenizer(base_folder)
+    finished, started = 0, time.monotonic()
+    for group in groups:
+        base, folder = find_base(group, config)
+        tokenizer = load_tokenizer(folder)
         plans, manager = build_plans(arguments.task, config, stages, tokenizer)
-        model, effects = load_candidates(group, base_folder, tokenizer, config.values, machine)
+        model, effects = load_candidates(group, folder, tokenizer, config.values, machine)
+        facts = {**base_facts(group, base, folder, tokenizer), "datasets": [plan.data for plan in plans if plan.data]}
         for candidate in group:
-            location = base_folder if candidate.label == BASE else candidate.folder
+            location = folder if candidate.label == BASE else candidate.folder
             about = {
                 "model": portable_path(location),
                 "label": candidate.label,
-                "sha256": artifact_sha256(candidate.manifest) if candidate.manifest else None,
+                "sha256": current_sha256(location),
                 "largest_logit_change": effects.get(candidate.label),
             }
             for plan in plans:
-                progress.tell(candidate.label, plan.name, len(plans))
-                entries += run_task(model, candidate, tokenizer, plan, manager, about, arguments.limit, config, machine)
-                progress.done()
+                total = len(candidates) * len(plans)
+                each = (time.monotonic() - started) / 60 / max(finished, 1)
+                left = f", about {each * (total - finished):.0f} min left" if finished else ""
+                log.info("%s on %s (%d of %d%s)", candidate.label, plan.name, finished + 1, total, left)
+                with active(model, candidate):
+                    results += run_task(model, tokenizer, plan, manager, about, arguments.limit, config, machine)
+                finished += 1
         del model
-        facts = {
-            "base_model": {"id": base_id, "revision": revision, "fingerprint": base_fingerprint(base_folder)},
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "chat_template_sha256": template_sha256(tokenizer),
-            "datasets": [plan.data for plan in plans if plan.data],
-        }
-    return entries, plans, facts
+    return results, facts
+
+
+def base_facts(group: Sequence[Candidate], base: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """Identify what the models of a group rest on, as every manifest does."""
+    from scripts.common.modeling import base_fingerprint, gguf_file
+    from scripts.common.rendering import template_sha256, tokenizer_sha256
+
+    made_on = next((candidate.manifest["base_model"] for candidate in group if candidate.manifest), None)
+    if made_on is None:
+        gguf = gguf_file(folder)
+        made_on = {**base, "fingerprint": sha256_file(folder / gguf) if gguf else base_fingerprint(folder)}
+    return {
+        "base_model": made_on,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "chat_template_sha256": template_sha256(tokenizer),
+    }
 
 
 def run_task(
-    model: Any, candidate: Candidate, tokenizer: Any, plan: Plan, manager: Any, about: dict[str, Any],
-    limit: int | None, config: LoadedConfig, machine: Any,
+    model: Any, tokenizer: Any, plan: Plan, manager: Any, about: dict[str, Any], limit: int | None,
+    config: LoadedConfig, machine: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run one task on one model, and keep with the result every setting that it depends on."""
+    """Run one task on the active model, and keep with the result every setting that it depends on."""
     from lm_eval import simple_evaluate
 
-    from eval.lmeval_models import active, wrap
+    from eval.lmeval_models import wrap
     from eval.lmeval_results import collect
     from scripts.common.rendering import template_sha256, tokenizer_sha256
 
-    settings, quantization = config.values.lmeval, config.values.quantization
-    template = f"model's own, {template_sha256(tokenizer)[:12]}"
+    lmeval, quantization = config.values.lmeval, config.values.quantization
+    results = simple_evaluate(
+        model=wrap(model, tokenizer, lmeval.batch_size, plan.ids),
+        tasks=[plan.spec if isinstance(plan.spec, str) else dict(plan.spec)],
+        task_manager=manager,
+        limit=limit,
+        apply_chat_template=lmeval.apply_chat_template and plan.ids is None,
+        bootstrap_iters=1000,
+        log_samples=True,
+    )
+    template = "none"
+    if lmeval.apply_chat_template or plan.ids is not None:
+        template = f"the model's, {template_sha256(tokenizer)[:12]}"
     if plan.ids is not None:
-        template += f", token ids as trained, tokenizer {tokenizer_sha256(tokenizer)[:12]}"
-    with active(model, candidate):
-        results = simple_evaluate(
-            model=wrap(model, tokenizer, settings.batch_size, plan.ids),
-            tasks=[plan.spec if isinstance(plan.spec, str) else dict(plan.spec)],
-            task_manager=manager,
-            limit=limit,
-            apply_chat_template=settings.apply_chat_template and plan.ids is None,
-            bootstrap_iters=1000,
-            log_samples=True,
-        )
-    recorded = {
+        template += f"; token ids as trained, tokenizer {tokenizer_sha256(tokenizer)[:12]}"
+    settings = {
+        "chat_template": template,
+        "limit": limit,
         "dtype": str(machine.dtype).removeprefix("torch."),
         "quantization": "4-bit" if quantization.load_in_4bit else "8-bit" if quantization.load_in_8bit else "none",
         "device": machine.device,
-        "batch_size": settings.batch_size,
-        "chat_template": template if settings.apply_chat_template or plan.ids is not None else "none",
-        "limit": limit,
+        "batch_size": lmeval.batch_size,
         "lm_eval": version("lm-eval"),
     }
-    return collect(results, plan.titles, settings=recorded, **about)
-
-
-class Progress:
-    """Tell which evaluation runs and when the last one will be done, judged by those that are."""
-
-    def __init__(self, models: int) -> None:
-        self.models, self.finished, self.started = models, 0, time.monotonic()
-
-    def tell(self, label: str, task: str, tasks: int) -> None:
-        """Announce an evaluation; lm-eval shows the progress inside it."""
-        total = self.models * tasks
-        elapsed = time.monotonic() - self.started
-        left = f", about {elapsed / self.finished * (total - self.finished) / 60:.0f} min left" if self.finished else ""
-        log.info("%s on %s (%d of %d%s)", label, task, self.finished + 1, total, left)
-
-    def done(self) -> None:
-        """Count an evaluation."""
-        self.finished += 1
+    return collect(results, plan.titles, settings=settings, **about)
 
 
 def finish(
@@ -168,17 +166,18 @@ def finish(
     run_dir: Path, tracker: Any,
 ) -> str:  # fmt: skip
     """Compare with what is there from earlier calls, write all of it as one folder, and tell the tracker."""
-    from eval.lmeval_results import compare_entries, read_earlier, table, write_results
+    from eval.lmeval_results import compare_entries, name_apart, read_earlier, table, write_results
 
     output_dir = Path(config.values.lmeval.output_dir)
     earlier, warnings = read_earlier(output_dir, [(entry["task"], entry["model"]) for entry in entries])
-    metrics, unlike = compare_entries(earlier + entries)
+    everything = name_apart(earlier + entries)
+    metrics, unlike = compare_entries(everything)
     for warning in (warnings := warnings + unlike):
         log.warning("%s", warning)
     part = run_dir / "finished"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    write_results(part, earlier + entries, metrics, warnings)
+    write_results(part, everything, metrics, warnings)
     figures = {
         f"{entry['task']}/{name}" + (f"/{entry['label']}" if len(candidates) > 1 else ""): metric["value"]
         for entry in entries
@@ -227,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         runs = [candidate.manifest["mlflow"]["run_id"] for candidate in candidates if candidate.manifest]
         with tracked_run(config, "eval", parent_run_id=runs[-1] if runs else None) as tracker:
-            entries, _, facts = evaluate(candidates, arguments, config)
+            entries, facts = evaluate(candidates, arguments, config)
             shown = finish(entries, facts, candidates, config, run_dir, tracker)
     log.info("± standard error; [95 %% interval of the paired difference]; * shown after correction\n%s", shown)
     log.info("report  %s", Path(output_dir) / "report.html")
