@@ -101,8 +101,10 @@ def prove_adapter(model: Any, candidate: Candidate, tokenizer: Any) -> float:
             changed = model(input_ids=ids).logits.float()
         with switched_to(model, None):
             plain = model(input_ids=ids).logits.float()
+        if not torch.isfinite(changed).all():
+            raise UserError(f"{candidate.folder}: gives NaN or infinite logits. Train it again.")
         largest = max(largest, float((changed - plain).abs().max()))
-    if not largest > 0:
+    if largest == 0:
         raise UserError(
             f"{candidate.folder}: changes no logit of its base, so its scores would be the base's. Was it trained at all?"
         )

@@ -13,11 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from scripts.common.artifacts import artifact_sha256, portable_path, read_manifest, sha256_json
+from scripts.common.config import ROOT
 from scripts.common.errors import UserError
 
 RESULTS = "results.json"
 SAMPLES = "samples.jsonl"
 GROUP = "lm-eval"
+CHAIN = ("base", "sft", "dpo")
 NOT_PUBLISHED = "A figure from part of a task (--limit) is not comparable with published ones."
 
 Entry = dict[str, Any]  # one model on one task; "items" holds {metric: value} per item
@@ -110,18 +112,20 @@ def read_earlier(folder: Path, new: Iterable[tuple[str, str]]) -> tuple[list[Ent
 
 def current_sha256(folder: str | Path) -> str | None:
     """Return the identity of the artifact that lies in a folder now; a plain model folder has none."""
+    found = next((path for path in (Path(folder), ROOT / folder) if path.is_dir()), Path(folder))
     try:
-        return artifact_sha256(read_manifest(folder, verify=False))
+        return artifact_sha256(read_manifest(found, verify=False))
     except UserError:
         return None
 
 
-def name_apart(entries: list[Entry]) -> list[Entry]:
-    """Call models by their folders where results of several calls gave two of them one name."""
+def arrange(entries: list[Entry]) -> list[Entry]:
+    """Put the chain's models in its order, and call models by their folders where several calls gave two one name."""
     folders: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         folders[entry["label"]].add(entry["model"])
-    return [entry | {"label": entry["model"]} if len(folders[entry["label"]]) > 1 else entry for entry in entries]
+    named = [entry | {"label": entry["model"]} if len(folders[entry["label"]]) > 1 else entry for entry in entries]
+    return sorted(named, key=lambda entry: CHAIN.index(entry["label"]) if entry["label"] in CHAIN else len(CHAIN))
 
 
 def compare_entries(entries: list[Entry]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -280,7 +284,10 @@ def find_benchmarks(folder: Path, models: Iterable[Path]) -> tuple[dict[str, Any
     """
     if not folder.is_dir():
         return None, None
-    read_manifest(folder, stages=("eval",))
+    try:
+        read_manifest(folder, stages=("eval",))
+    except UserError as error:  # a comparison that took an hour must not be lost for an extra of its report
+        return None, f"{error} Its lm-eval results are left out."
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     stale = {e["model"] for e in results["entries"] if e["sha256"] != current_sha256(e["model"])}
     if stale:

@@ -264,8 +264,8 @@ def test_a_second_call_adds_to_the_first_and_a_limit_is_never_compared(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, task = tmp_path / "out", ["--task", f"multiple_choice={place}/quiz.jsonl"]
-    assert call(place, out, "--model_path", "base", *task) == 0
     assert call(place, out, "--model_path", str(place / "sft_adapter"), *task) == 0
+    assert call(place, out, "--model_path", "base", *task) == 0
     metric = next(m for m in results(out)["metrics"] if m["title"] == "quiz: acc")
     assert [(d["a"], d["b"]) for d in metric["differences"]] == [("sft", "base")]
     assert results(out)["warnings"] == []
