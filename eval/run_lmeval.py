@@ -166,7 +166,7 @@ def finish(
     run_dir: Path, tracker: Any,
 ) -> str:  # fmt: skip
     """Compare with what is there from earlier calls, write all of it as one folder, and tell the tracker."""
-    from eval.lmeval_results import compare_entries, arrange, read_earlier, table, write_results
+    from eval.lmeval_results import arrange, compare_entries, read_earlier, table, write_results
 
     output_dir = Path(config.values.lmeval.output_dir)
     earlier, warnings = read_earlier(output_dir, [(entry["task"], entry["model"]) for entry in entries])
