@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,13 @@ def choice_rows(count: int = 24) -> list[dict[str, Any]]:
         choices = [" ".join(words[3:5]), " ".join(words[5:9]), f"{words[0]} {number}"]
         rows.append({"id": number, "query": f"Which {' '.join(words[:3])}?\n", "choices": choices, "gold": number % 3})
     return rows
+
+
+@pytest.fixture(autouse=True)
+def closed_log() -> Iterator[None]:
+    """Take down the log that a call set up, whose stream ends with its test."""
+    yield
+    logging.getLogger().handlers.clear()
 
 
 @pytest.fixture(scope="module")
