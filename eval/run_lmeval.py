@@ -29,8 +29,8 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 from eval.lmeval_candidates import BASE, Candidate, find_base, find_candidates, unseen_by
 from eval.lmeval_tasks import DOMAIN, Plan, build_plans, check_names
 from scripts.common.artifacts import (
-    artifact_sha256,
     locked_run_dir,
+    parent_entry,
     portable_path,
     publish,
     read_manifest,
@@ -188,9 +188,7 @@ def finish(
         part,
         "eval",
         **facts,
-        parent={"path": portable_path(last.folder), "sha256": artifact_sha256(last.manifest)}
-        if last and last.manifest
-        else None,
+        parent=parent_entry(last.folder, last.manifest) if last and last.manifest else None,
         split={"seed": config.values.data.split_seed, "ratio": config.values.data.validation_ratio},
         config=config.values.model_dump(mode="json"),
         mlflow={"run_id": tracker.run_id},
