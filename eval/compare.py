@@ -21,6 +21,8 @@ from typing import Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.held_out import read_held_out
+from eval.lmeval_results import find_benchmarks
 from scripts.common.artifacts import (
     artifact_sha256,
     locked_run_dir,
@@ -32,7 +34,6 @@ from scripts.common.artifacts import (
 )
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
-from scripts.common.records import is_validation, load_datasets, parse_preference, parse_record
 from scripts.common.runtime import (
     apply_machine,
     choose_machine,
@@ -82,29 +83,6 @@ def find_adapters(config: LoadedConfig) -> dict[str, tuple[Path, dict[str, Any]]
             "there is no adapter to compare. Run `python -m scripts.train_sft` with this configuration first."
         )
     return found
-
-
-def read_held_out(config: LoadedConfig, adapters: dict[str, Any]) -> Any:
-    """Read the validation side of the datasets that were trained on."""
-    from eval.measuring import HeldOut
-
-    values = config.values
-    sides: list[tuple[Any, ...]] = []
-    for name, section, parse in (("sft", values.sft, parse_record), ("dpo", values.dpo, parse_preference)):
-        if name not in adapters:
-            sides.append(())
-            continue
-        records = [
-            r
-            for file in load_datasets(section.dataset_path, parse, values.data, f"{name}.dataset_path")
-            for r in file.records
-        ]
-        sides.append(tuple(record for record in records if is_validation(record.prompt, values.data)))
-    if not any(sides):
-        raise UserError(
-            "data.validation_ratio: nothing is held out, so nothing can be compared. Raise it and train again."
-        )
-    return HeldOut(sides[0], sides[1])
 
 
 def load_models(config: LoadedConfig, adapters: dict[str, Path], base_folder: Path, tokenizer: Any) -> Any:
@@ -199,6 +177,8 @@ def compare(config: LoadedConfig, runs: list[str], tracker: Any, adapters: dict[
         ]
         aggregated = aggregate_runs(repeats, seeds, prepared, adapters)
     verdict, notes = decide(metrics, list(measured), aggregated)
+    benchmarks, left_out = find_benchmarks(Path(values.lmeval.output_dir), folders.values())
+    notes += [left_out] if left_out else []
     for metric in metrics:
         for name, estimate in metric["models"].items():
             tracker.log_metrics({f"eval/{metric['name']}/{name}": estimate["value"]})
@@ -220,6 +200,7 @@ def compare(config: LoadedConfig, runs: list[str], tracker: Any, adapters: dict[
         },
         "lineage": describe_lineage(adapters),
         "samples": describe_samples(prepared, measured),
+        "benchmarks": benchmarks,
         "judge": None,
         "runs": aggregated,
         "notes": notes,

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from eval.checks import passes
+from eval.held_out import HeldOut
 from scripts.common.generation import Answer, Health, generate_answers, health
 from scripts.common.modeling import switched_to
-from scripts.common.records import Preference, Record
 from scripts.common.rendering import IGNORED, Rendered, render_completion, render_pair, render_prompt
 from scripts.common.schema import Check, Config
 from scripts.common.scoring import AnswerScore, mean_kl, score_answers
@@ -19,23 +19,6 @@ from scripts.common.scoring import AnswerScore, mean_kl, score_answers
 log = logging.getLogger(__name__)
 
 KL_PROMPTS = 32  # their answers hold thousands of tokens, which fix a mean well enough
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What no stage has trained on."""
-
-    records: tuple[Record, ...]
-    pairs: tuple[Preference, ...]
-
-    def questions(self, most: int | None) -> list[tuple[str, tuple[dict[str, str], ...], str]]:
-        """Return (source, prompt, reference answer) of every different prompt."""
-        found: dict[tuple[tuple[str, ...], ...], tuple[str, tuple[dict[str, str], ...], str]] = {}
-        items: list[Record | Preference] = [*self.records, *self.pairs]
-        for item in items:
-            key = tuple((message["role"], message["content"]) for message in item.prompt)
-            found.setdefault(key, (item.source, item.prompt, item.answer))
-        return list(found.values())[:most]
 
 
 @dataclass

@@ -35,25 +35,22 @@ def build_metrics(measured: dict[str, Measured], prepared: Prepared, adapters: d
         metrics += _preference_metrics(measured, prepared, adapters)
     metrics += _check_metrics(measured)
     for decisive in (True, False):
-        family = [d for m in metrics if (m["name"] in DECISIVE) == decisive for d in m["differences"]]
-        for difference, adjusted in zip(family, holm([d["p_value"] for d in family]), strict=True):
-            difference["p_adjusted"] = adjusted
-            difference["shown"] = adjusted < SIGNIFICANT
+        adjust_p_values([metric for metric in metrics if (metric["name"] in DECISIVE) == decisive])
     return metrics
+
+
+def adjust_p_values(metrics: Sequence[dict[str, Any]]) -> None:
+    """Correct the p-values of a family of metrics for their number, and say which differences are shown."""
+    family = [difference for metric in metrics for difference in metric["differences"]]
+    for difference, adjusted in zip(family, holm([d["p_value"] for d in family]), strict=True):
+        difference["p_adjusted"] = adjusted
+        difference["shown"] = adjusted < SIGNIFICANT
 
 
 def _loss_metric(measured: dict[str, Measured]) -> dict[str, Any]:
     losses = {name: [-score.logps for score in result.references] for name, result in measured.items()}
     counts = [score.tokens for score in next(iter(measured.values())).references]
-    differences = []
-    for b, a in combinations(measured, 2):
-        gaps = np.array(losses[a]) - np.array(losses[b])
-        estimate = paired_ratio_difference(losses[a], losses[b], counts)
-        p_value = paired_p_value(losses[a], losses[b])
-        differences.append(_difference(a, b, estimate, p_value, "sign-flip permutation", needed_n(gaps)))
-    values = {name: _estimate(ratio_interval(column, counts)) for name, column in losses.items()}
-    title = "Loss of the reference answers"
-    return _metric("held_out_loss", title, "nats per token", "lower", "loss", len(counts), values, differences)
+    return ratio_metric("held_out_loss", "Loss of the reference answers", "nats per token", "loss", losses, counts)
 
 
 def _preference_metrics(
@@ -74,8 +71,8 @@ def _preference_metrics(
     against = ", ".join(f"{name} against {reference}" for name, reference in references.items() if name in measured)
     title = f"Implicit-reward accuracy ({against})"
     return [
-        _binary_metric("preference_accuracy", "Chosen answer likelier per token", "preference", plain, baselines),
-        _binary_metric("reward_accuracy", title, "preference", rewards, baselines),
+        binary_metric("preference_accuracy", "Chosen answer likelier per token", "preference", plain, baselines),
+        binary_metric("reward_accuracy", title, "preference", rewards, baselines),
     ]
 
 
@@ -84,52 +81,76 @@ def _check_metrics(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     if not names:
         return []
     shares = {name: [mean(answer.values()) for answer in result.checks] for name, result in measured.items()}
-    differences = [
-        _difference(
-            a,
-            b,
-            paired_difference(shares[a], shares[b]),
-            paired_p_value(shares[a], shares[b]),
-            "sign-flip permutation",
-            needed_n(np.array(shares[a]) - np.array(shares[b])),
-        )
-        for b, a in combinations(measured, 2)
-    ]
-    values = {name: _estimate(bootstrap_mean(column)) for name, column in shares.items()}
-    count = len(next(iter(shares.values())))
-    overall = _metric(
-        "checks_passed", "Checks passed per answer", "share", "higher", "checks", count, values, differences
-    )
+    overall = mean_metric("checks_passed", "Checks passed per answer", "share", "higher", "checks", shares)
     each = [
-        _binary_metric(
+        binary_metric(
             f"check_{number}",
             check,
             "checks",
             {name: [answer[check] for answer in result.checks] for name, result in measured.items()},
-            {},
         )
         for number, check in enumerate(names, 1)
     ]
     return [overall, *each]
 
 
-def _binary_metric(
-    name: str, title: str, group: str, outcomes: dict[str, list[bool]], baselines: dict[str, Any]
+def binary_metric(
+    name: str, title: str, group: str, outcomes: dict[str, list[bool]], baselines: dict[str, Any] | None = None
 ) -> dict[str, Any]:
+    """Describe how often each model passes, with score intervals and exact paired tests."""
+    columns = {model: np.array(outcome, float) for model, outcome in outcomes.items()}
     differences = [
         _difference(
             a,
             b,
-            paired_difference(np.array(outcomes[a], float), np.array(outcomes[b], float)),
+            paired_difference(columns[a], columns[b]),
             mcnemar_exact(outcomes[a], outcomes[b]),
             "McNemar, exact",
-            needed_n(np.array(outcomes[a], float) - np.array(outcomes[b], float)),
+            needed_n(columns[a] - columns[b]),
         )
         for b, a in combinations(outcomes, 2)
     ]
     values = {model: _estimate(wilson(sum(column), len(column))) for model, column in outcomes.items()}
     count = len(next(iter(outcomes.values())))
-    return {**_metric(name, title, "share", "higher", group, count, values, differences), "baselines": baselines}
+    return {**_metric(name, title, "share", "higher", group, count, values, differences), "baselines": baselines or {}}
+
+
+def mean_metric(
+    name: str, title: str, unit: str, better: str, group: str, columns: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Describe the mean over items of each model."""
+    differences = [
+        _difference(
+            a,
+            b,
+            paired_difference(columns[a], columns[b]),
+            paired_p_value(columns[a], columns[b]),
+            "sign-flip permutation",
+            needed_n(np.array(columns[a]) - np.array(columns[b])),
+        )
+        for b, a in combinations(columns, 2)
+    ]
+    values = {model: _estimate(bootstrap_mean(column)) for model, column in columns.items()}
+    return _metric(name, title, unit, better, group, len(next(iter(columns.values()))), values, differences)
+
+
+def ratio_metric(
+    name: str, title: str, unit: str, group: str, sums: dict[str, list[float]], counts: Sequence[float]
+) -> dict[str, Any]:
+    """Describe a loss per unit, where items count by how many units they hold."""
+    differences = [
+        _difference(
+            a,
+            b,
+            paired_ratio_difference(sums[a], sums[b], counts),
+            paired_p_value(sums[a], sums[b]),
+            "sign-flip permutation",
+            needed_n(np.array(sums[a]) - np.array(sums[b])),
+        )
+        for b, a in combinations(sums, 2)
+    ]
+    values = {model: _estimate(ratio_interval(column, counts)) for model, column in sums.items()}
+    return _metric(name, title, unit, "lower", group, len(counts), values, differences)
 
 
 def _metric(

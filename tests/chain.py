@@ -70,7 +70,7 @@ def write_chain(folder: Path, **changes: dict) -> Path:
         "tracking": {"mlflow_tracking_uri": f"sqlite:///{folder}/mlflow.db"},
     }
     for section, values in changes.items():
-        tree[section] = {**tree[section], **values}
+        tree[section] = {**tree.get(section, {}), **values}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,14 +204,11 @@ def test_demo_model_is_a_plain_model_that_can_be_trained(demo_model: Path) -> No
     assert (demo_model / "LICENSE").is_file()
 
 
-def test_gguf_conversion_gives_a_model_that_saves_and_loads_equal(tmp_path: Path, tiny_llama: Path) -> None:
-    """The conversion of the demo model, on a tiny GGUF written here (trap 5)."""
-    gguf = pytest.importorskip("gguf")
-    from transformers import AutoModelForCausalLM, GgufConfig
+def write_gguf(source: Any, path: Path) -> None:
+    """Write a tiny Llama as a GGUF in full precision, its rotary halves interleaved as llama.cpp wants them."""
+    import gguf
 
-    source = load(tiny_llama)
     shape = source.config
-    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -222,12 +220,26 @@ def test_gguf_conversion_gives_a_model_that_saves_and_loads_equal(tmp_path: Path
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_vocab_size(shape.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     for name, tensor in source.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.float().numpy())
+        weight = tensor.float().numpy()
+        if count := heads.get(name.split(".")[-2]):
+            weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_gguf_conversion_gives_a_model_that_saves_and_loads_equal(tmp_path: Path, tiny_llama: Path) -> None:
+    """The conversion of the demo model, on a tiny GGUF written here (trap 5)."""
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    source = load(tiny_llama)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(source, path)
 
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

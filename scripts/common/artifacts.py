@@ -21,7 +21,7 @@ from scripts.common.errors import UserError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "mlflow")
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "mlflow", "lm-eval")
 
 
 def sha256_file(path: Path) -> str:

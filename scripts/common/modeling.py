@@ -87,11 +87,23 @@ def _hub_folder(model_id: str, revision: str | None) -> Path:
         ) from None
 
 
+def gguf_file(folder: Path) -> str | None:
+    """Return the name of the GGUF file that a folder holds instead of safetensors."""
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if not files or any(folder.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise UserError(f"{folder}: holds {len(files)} GGUF files ({', '.join(files)}). Keep one per folder.")
+    return files[0]
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer, with a pad token and a chat template in any case."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    inside = None if (folder / "tokenizer_config.json").is_file() else gguf_file(folder)
+    where = {"gguf_file": inside} if inside else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{folder}: its tokenizer has no EOS token, so an answer could never end. Use another base model."
@@ -105,11 +117,19 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: bool = False) -> Any:
-    """Load the frozen base in the chosen dtype, quantised when the configuration asks for it."""
+    """Load the frozen base in the chosen dtype, quantised when the configuration asks for it; a GGUF is dequantised."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as logging_of_transformers
 
     logging_of_transformers.disable_progress_bar()
+    if name := gguf_file(folder):
+        from transformers import GgufConfig
+
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=machine.dtype, quantization_config=GgufConfig(dequantize=True)
+        ).to(machine.device)
+        model.config.use_cache = False
+        return model
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
     model = AutoModelForCausalLM.from_pretrained(
         folder,

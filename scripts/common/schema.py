@@ -197,6 +197,14 @@ class Eval(Section):
     judge: Judge = Judge()
 
 
+class LmEval(Section):
+    output_dir: str = Field("outputs/eval", description="Folder of the lm-eval results; further calls add to it.")
+    batch_size: Positive = Field(16, description="Sequences scored or answered at once.")
+    apply_chat_template: bool = Field(
+        False, description="Put lm-eval's questions into the model's chat template; `domain` always is."
+    )
+
+
 Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep"]
 
 
@@ -309,6 +317,7 @@ class Config(Section):
     dpo: Dpo = Dpo()
     performance: Performance = Performance()
     eval: Eval = Eval()
+    lmeval: LmEval = LmEval()
     deid: Deid = Deid()
     serve: Serve = Serve()
     export: Export = Export()

@@ -41,7 +41,7 @@ class Replacer:
             "encrypt": lambda entity, value, identity: f"<{entity}:{self._encrypt(entity, value)}>",
         }
         self._faker: Faker | None = None
-        self.engine = AnonymizerEngine()
+        self.engine = AnonymizerEngine()  # type: ignore[no-untyped-call]
 
     def operator_of(self, entity: str) -> str:
         """Return the name of the operator for an entity."""
