@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from eval.lmeval_candidates import Candidate
 from eval.lmeval_tasks import Ids
 from scripts.common.errors import UserError
-from scripts.common.fast_path import multiply_adapters_in_base_dtype
+from scripts.common.fast_path import speed_up
 from scripts.common.modeling import check_adapter_fits, load_adapter, load_base, switched_to
 from scripts.common.rendering import render_prompt, user_turn
 from scripts.common.runtime import Machine
@@ -78,7 +78,7 @@ def load_candidates(
     for candidate in adapters:
         model = load_adapter(model, candidate.folder, name=adapter_name(candidate.label))
     if adapters and config.performance.fast_path:
-        multiply_adapters_in_base_dtype(model)
+        speed_up(model)
     model.eval()
     return model, {candidate.label: prove_adapter(model, candidate, tokenizer) for candidate in adapters}
 
