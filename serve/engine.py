@@ -367,10 +367,16 @@ class Engine:
         self.models.rows.set([job.model for job in jobs])
         # As indices, not as a count: of a slice, torch's product would copy the whole output layer's matrix.
         keep = torch.tensor(wanted, dtype=torch.long, device=self.device)
-        output = self.models.network(
-            input_ids=torch.tensor(tokens, device=self.device), attention_mask=mask, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=keep,
-        )  # fmt: skip
+        input_ids = torch.tensor(tokens, device=self.device)
+        # For a single token oneDNN prepares a product longer than torch's own kernel computes it.
+        torch.backends.mkldnn.enabled = input_ids.numel() > 1
+        try:
+            output = self.models.network(
+                input_ids=input_ids, attention_mask=mask, position_ids=positions,
+                past_key_values=self.cache, use_cache=True, logits_to_keep=keep,
+            )  # fmt: skip
+        finally:
+            torch.backends.mkldnn.enabled = True
         logits: torch.Tensor = output.logits
         return logits
 

@@ -246,33 +246,30 @@ def test_health_answers_while_an_engine_step_is_held_up(write_server_config, mon
 
 
 def test_an_adapter_that_changes_on_disk_changes_no_answer(write_server_config, long_llama, tmp_path):
-    adapter = save_adapter(tmp_path / "sft", long_llama, seed=1)
-    question = {"prompt": "Hi", "max_new_tokens": 12}
-    with running_server(write_server_config("replaced", adapter_path=str(adapter))) as server:
-        before = server.post("/v1/generate", question).json()
-        other = save_adapter(tmp_path / "other", long_llama, seed=9)
-        for file in other.iterdir():
-            (adapter / file.name).write_bytes(file.read_bytes())
-        assert server.post("/v1/generate", question).json() == before
-    with running_server(write_server_config("replaced", adapter_path=str(adapter))) as server:
-        assert server.post("/v1/generate", question).json()["text"] != before["text"]
+    adapters = {name: str(save_adapter(tmp_path / name, long_llama, seed=seed)) for name, seed in (("a", 1), ("b", 9))}
+    with running_server(write_server_config("replaced", adapter_path=None, adapters=adapters)) as server:
+        a, b = ({"prompt": "Hi", "max_new_tokens": 12, "adapter": name} for name in adapters)
+        before = server.post("/v1/generate", a).json()["text"]
+        assert before != server.post("/v1/generate", b).json()["text"]
+        for file in (tmp_path / "b").iterdir():
+            (tmp_path / "a" / file.name).write_bytes(file.read_bytes())
+        assert server.post("/v1/generate", a).json()["text"] == before
 
 
-def test_a_merged_model_is_served_in_both_places(write_server_config, long_llama, tmp_path):
-    adapter = save_adapter(tmp_path / "sft", long_llama)
-    merged = save_merged_model(tmp_path / "merged", long_llama, adapter)
+def test_a_merged_model_is_served_in_both_places(server, write_server_config, long_llama, tmp_path):
+    same_adapter = save_adapter(tmp_path / "sft", long_llama)
+    merged = save_merged_model(tmp_path / "merged", long_llama, same_adapter)
     question = {"prompt": "Hi", "max_new_tokens": 12}
-    with running_server(write_server_config("adapter", adapter_path=str(adapter))) as server:
-        wanted = server.post("/v1/generate", question).json()
-    with running_server(write_server_config("merged", adapter_path=str(merged))) as server:
-        assert server.post("/v1/generate", question).json() == {**wanted, "adapter": "merged"}
-    with running_server(write_server_config("as-base", base=merged, adapter_path=None)) as server:
-        assert server.post("/v1/generate", question).json() == {**wanted, "adapter": "base"}
+    wanted = server.post("/v1/generate", question).json()
+    with running_server(write_server_config("merged", adapter_path=str(merged))) as other:
+        assert other.post("/v1/generate", question).json() == {**wanted, "adapter": "merged"}
+    with running_server(write_server_config("as-base", base=merged, adapter_path=None)) as other:
+        assert other.post("/v1/generate", question).json() == {**wanted, "adapter": "base"}
 
 
 def test_reload_sees_code_and_nothing_else(write_server_config, tmp_path):
     """`--reload` of the README waits for events of the system; it does not go through all files again and again."""
-    for name in ("scripts", "serve", "eval"):
+    for name in ("configs", "scripts", "serve"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".venv/lib", "outputs", "mlruns"):
         (tmp_path / name).mkdir(parents=True)
