@@ -224,7 +224,8 @@ class Exchange:
             extra = {"x-request-id": self.request_id, **SECURITY_HEADERS}
             message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
         # A client that does not read would otherwise keep its connection for ever.
-        await asyncio.wait_for(self._send(message), WRITE_SECONDS)
+        async with asyncio.timeout(WRITE_SECONDS):  # wait_for would start a task for each token
+            await self._send(message)
 
     def _finish(self) -> None:
         route = getattr(self.scope.get("route"), "path", "other")

@@ -2,7 +2,7 @@
 
 One thread owns the network. Each running request is a row with a slot of its own in a preallocated key-value cache;
 nothing in it is shared between requests, so no adapter ever reads keys that another one wrote. A step of the loop
-prefills a bounded piece of waiting prompts and then decodes one token for every row.
+reads some waiting prompts together, or a piece of a long one, and then decodes one token for every row.
 This module is long because the scheduler, the cache and the failure handling decide about the same rows together.
 """
 
@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -29,7 +28,8 @@ from serve.sampling import Sampler, TextStream
 
 log = logging.getLogger(__name__)
 
-# Between two tokens of a running request at most this much prompt of others is read, which bounds the pause.
+# Between two tokens of a running request at most this much prompt of others is read, padding included, which bounds
+# the pause.
 PREFILL_TOKENS_PER_STEP = 256
 MAX_RETRIES = 2
 
@@ -47,7 +47,7 @@ class SlotCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.slot_index = torch.arange(slots, device=device)
-        self.first = self.last = self.start = self.used = 0
+        self.first = self.last = self.used = 0
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
 
     @staticmethod
@@ -57,10 +57,10 @@ class SlotCache:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * int(config.num_hidden_layers) * slots * int(heads) * context * int(dim) * dtype.itemsize
 
-    def select(self, first: int, positions: torch.Tensor, start: int, used: int) -> None:
-        """Choose the rows of the next forward pass, where it writes, and how far it reads."""
+    def select(self, first: int, positions: torch.Tensor, used: int) -> None:
+        """Choose the rows of the next forward pass, the position of the first token of each, and how far it reads."""
         self.first, self.last = first, first + len(positions)
-        self.positions, self.start, self.used = positions, start, used
+        self.positions, self.used = positions, used
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
@@ -71,10 +71,15 @@ class SlotCache:
         if width == 1:  # one token for each row, at the row's own position
             K[self.slot_index[rows], :, self.positions] = keys[:, :, 0]
             V[self.slot_index[rows], :, self.positions] = values[:, :, 0]
-        else:  # a piece of one row's prompt
-            K[rows, :, self.start : self.start + width] = keys
-            V[rows, :, self.start : self.start + width] = values
+        else:  # prompts from their beginning, or a piece of one
+            K[rows, :, self.used - width : self.used] = keys
+            V[rows, :, self.used - width : self.used] = values
         return K[rows, :, : self.used], V[rows, :, : self.used]
+
+    def clear(self, slot: int) -> None:
+        """Forget a row whose numbers went wrong: masked positions are weighted with 0, and 0 x NaN is NaN."""
+        for K, V in zip(self.keys, self.values, strict=True):
+            K[slot], V[slot] = 0, 0
 
     def get_seq_length(self, *_: Any) -> int:
         """Return 0: positions and mask are always given by the caller."""
@@ -136,7 +141,7 @@ class Engine:
         self.cache = SlotCache(models.network.config, slots, context, models.rows.table.dtype, str(self.device))
         self.stop_ids = stop_token_ids(models.tokenizer)
         self.rows: list[Job] = []  # decoding; row i stands in slot i
-        self.prefilling: Job | None = None  # stands in the slot after the last row
+        self.prefilling: list[Job] = []  # stand in the slots after the last row; a prompt read in pieces is alone
         self.waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self.samplers: dict[Job, tuple[Sampler, TextStream]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -228,19 +233,19 @@ class Engine:
         self._take_new(block=idle)
         started = time.monotonic()
         self._drop_ended()
-        self._prefill(PREFILL_TOKENS_PER_STEP)
+        self._prefill()
         if self.rows:
             self._decode()
         self._deliver()
         self.metrics.step(
             time.monotonic() - started,
-            running=len(self.rows) + bool(self.prefilling),
+            running=len(self._running()),
             waiting=sum(map(len, self.waiting.values())),
             cached=sum(job.length for job in self._running()) / (self.slots * self.context),
         )
 
     def _running(self) -> list[Job]:
-        return [*self.rows, self.prefilling] if self.prefilling else self.rows
+        return self.rows + self.prefilling
 
     def _take_new(self, block: bool) -> None:
         try:
@@ -252,15 +257,23 @@ class Engine:
         except Empty:
             pass
 
-    def _next_waiting(self) -> Job | None:
-        """Take the oldest job of the client whose turn it is; clients take turns."""
-        if not self.waiting:
-            return None
-        client, jobs = self.waiting.popitem(last=False)
-        job = jobs.popleft()
-        if jobs:
-            self.waiting[client] = jobs
-        return job
+    def _admit(self) -> list[Job]:
+        """Take waiting jobs whose prompts are read together; the oldest of each client, and clients take turns."""
+        taken: list[Job] = []
+        width = 0
+        while self.waiting and len(self.rows) + len(taken) < self.slots:
+            client, jobs = next(iter(self.waiting.items()))
+            job = jobs[0]
+            width = max(width, len(job.prompt))
+            alone = job.retries or width * (len(taken) + 1) > PREFILL_TOKENS_PER_STEP
+            if taken and (alone or taken[0].retries):
+                break
+            job.scheduled, job.length = job.scheduled or time.monotonic(), 0
+            taken.append(jobs.popleft())
+            del self.waiting[client]
+            if jobs:
+                self.waiting[client] = jobs
+        return taken
 
     def _drop_ended(self) -> None:
         """Let go of jobs that were cancelled or ran out of time."""
@@ -284,59 +297,57 @@ class Engine:
                 limit = f"the answer was not complete after {self.deadline_seconds:g} s"
                 self._end(job, ServingError(504, "deadline_exceeded", limit))
 
-    def _prefill(self, budget: int) -> None:
-        """Read waiting prompts into the cache, at most `budget` tokens."""
-        while budget > 0:
-            if self.prefilling is None:
-                job = self._next_waiting() if len(self.rows) < self.slots else None
-                if job is None:
-                    return
-                job.scheduled, job.length = job.scheduled or time.monotonic(), 0
-                self.prefilling = job
-            job = self.prefilling
-            prompt = job.ids + job.out  # a job that was put back has begun its answer already
-            end = min(len(prompt), job.length + budget)
-            budget -= end - job.length
-            logits = self._guarded([job], partial(self._prefill_piece, job, prompt, end))
-            if logits is None:
-                continue
-            job.length = end
-            if end == len(prompt):
-                self.prefilling = None
-                if job.scored:
-                    self._end(job, None, "stop")
-                    continue
-                self.rows.append(job)
-                self._emit([job], logits)
-
-    def _prefill_piece(self, job: Job, prompt: list[int], end: int) -> torch.Tensor:
-        start = job.length
-        positions = torch.arange(start, end, device=self.device)
-        mask = torch.arange(end, device=self.device)[None, :] <= positions[:, None]
-        self.cache.select(len(self.rows), positions[:1], start, end)
-        first_scored = len(job.ids) - job.scored
-        wanted = end - start if job.scored and end > first_scored - 1 else 1
-        logits = self._forward([job], [prompt[start:end]], positions[None], mask[None, None], wanted)[0]
-        if job.scored:
-            # The logits at position p measure the token at p + 1.
-            measured = range(max(start, first_scored - 1), min(end, len(prompt) - 1))
+    def _prefill(self) -> None:
+        """Read some waiting prompts into the cache, or the next piece of a long one."""
+        self.prefilling = self.prefilling or self._admit()
+        jobs = self.prefilling
+        if not jobs:
+            return
+        start = jobs[0].length
+        end = min(max(len(job.prompt) for job in jobs), start + PREFILL_TOKENS_PER_STEP)
+        # The logits at position p measure the token at p + 1; those at a prompt's end choose the first new token.
+        needed = {p for job in jobs for p in range(len(job.prompt) - 1 - job.scored, len(job.prompt))}
+        place = {p: index for index, p in enumerate(sorted(needed & set(range(start, end))))}
+        logits = self._guarded(jobs, lambda: self._read(jobs, start, end, list(place)))
+        if logits is None:
+            return
+        for job, row in zip(jobs, logits, strict=True):
+            job.length = min(end, len(job.prompt))
+            measured = [p for p in place if len(job.ids) - job.scored <= p + 1 < len(job.ids)]
             if measured:
-                rows = logits[measured.start - end + len(logits) : measured.stop - end + len(logits)].float()
-                targets = torch.tensor(prompt[measured.start + 1 : measured.stop + 1], device=self.device)
-                logps = torch.log_softmax(rows, -1).gather(-1, targets[:, None])
-                job.logprob += float(logps.double().sum())
-        return logits[-1:]
+                targets = torch.tensor([job.ids[p + 1] for p in measured], device=self.device)
+                logps = torch.log_softmax(row[[place[p] for p in measured]].float(), -1)
+                job.logprob += float(logps.gather(-1, targets[:, None]).double().sum())
+        if end < len(jobs[0].prompt):
+            return
+        self.rows, self.prefilling = self.rows + jobs, []
+        generating = {job: row[place[job.length - 1]] for job, row in zip(jobs, logits, strict=True) if not job.scored}
+        for job in jobs:
+            if job.scored:
+                self._remove(job)
+                self._end(job, None, "stop")
+        if generating:
+            self._emit(list(generating), torch.stack(list(generating.values())))
+
+    def _read(self, jobs: list[Job], start: int, end: int, wanted: list[int]) -> torch.Tensor:
+        """Read the tokens from start to end of each prompt, the shorter ones padded. Returns (B, wanted, V)."""
+        pad = self.models.tokenizer.pad_token_id  # no token looks at what stands after it, so any id would do
+        tokens = [(job.prompt[start:end] + [pad] * (end - start))[: end - start] for job in jobs]
+        positions = torch.arange(start, end, device=self.device).expand(len(jobs), -1)
+        mask = torch.arange(end, device=self.device)[None, :] <= positions[:1, :, None]
+        self.cache.select(len(self.rows), positions[:, 0], end)
+        return self._forward(jobs, tokens, positions, mask[:, None], [p - start for p in wanted])
 
     def _decode(self) -> None:
         """Produce one token for every row."""
         jobs = list(self.rows)
-        positions = torch.tensor([job.length for job in jobs], device=self.device)
+        positions = torch.tensor([[job.length] for job in jobs], device=self.device)
         used = max(job.length for job in jobs) + 1
-        mask = (torch.arange(used, device=self.device)[None, :] <= positions[:, None])[:, None, None, :]
+        mask = (torch.arange(used, device=self.device) <= positions)[:, None, None, :]
 
         def forward() -> torch.Tensor:
-            self.cache.select(0, positions, 0, used)
-            return self._forward(jobs, [[job.out[-1]] for job in jobs], positions[:, None], mask, 1)[:, -1]
+            self.cache.select(0, positions[:, 0], used)
+            return self._forward(jobs, [[job.out[-1]] for job in jobs], positions, mask, [0])[:, 0]
 
         logits = self._guarded(jobs, forward)
         if logits is not None:
@@ -345,14 +356,27 @@ class Engine:
             self._emit(jobs, logits)
 
     def _forward(
-        self, jobs: Sequence[Job], tokens: list[list[int]], positions: torch.Tensor, mask: torch.Tensor, wanted: int
+        self,
+        jobs: Sequence[Job],
+        tokens: list[list[int]],
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        wanted: list[int],
     ) -> torch.Tensor:
         """Run the network. tokens: B x T; positions: (B, T); mask: (B, 1, T, used). Returns (B, wanted, V)."""
         self.models.rows.set([job.model for job in jobs])
-        output = self.models.network(
-            input_ids=torch.tensor(tokens, device=self.device), attention_mask=mask, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=wanted,
-        )  # fmt: skip
+        # As indices, not as a count: of a slice, torch's product would copy the whole output layer's matrix.
+        keep = torch.tensor(wanted, dtype=torch.long, device=self.device)
+        input_ids = torch.tensor(tokens, device=self.device)
+        # For a single token oneDNN prepares a product longer than torch's own kernel computes it.
+        torch.backends.mkldnn.enabled = input_ids.numel() > 1
+        try:
+            output = self.models.network(
+                input_ids=input_ids, attention_mask=mask, position_ids=positions,
+                past_key_values=self.cache, use_cache=True, logits_to_keep=keep,
+            )  # fmt: skip
+        finally:
+            torch.backends.mkldnn.enabled = True
         logits: torch.Tensor = output.logits
         return logits
 
@@ -361,24 +385,29 @@ class Engine:
         try:
             return forward()
         except Exception as error:
-            if not _is_out_of_memory(error):
+            short_of_memory = _is_out_of_memory(error)
+            if short_of_memory and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if jobs is self.prefilling and len(jobs) > 1:
+                back = jobs  # each is read alone then, so that the culprit fails alone
+            elif short_of_memory:
+                back = [max(jobs, key=lambda job: job.scheduled)]
+            else:
                 log.error("a forward pass of %d rows failed", len(jobs), exc_info=error)
                 for job in jobs:
                     self._remove(job)
                     self._end(job, _generation_failed())
                 return None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            newest = max(jobs, key=lambda job: job.scheduled)
-            self._remove(newest)
-            newest.retries += 1
-            # Alone it would run into the same wall again.
-            if newest.retries > MAX_RETRIES or not self.rows:
-                message = "not enough memory for this request now; try again later or send a shorter one"
-                self._end(newest, ServingError(503, "insufficient_memory", message, retry_after=5))
-            else:
-                newest.arrival = time.monotonic()
-                self.waiting.setdefault(newest.client, deque()).appendleft(newest)
+            for job in reversed(back):
+                self._remove(job)
+                job.retries += 1
+                # Alone it would run into the same wall again.
+                if job.retries > MAX_RETRIES or not (self.rows or len(back) > 1):
+                    message = "not enough memory for this request now; try again later or send a shorter one"
+                    self._end(job, ServingError(503, "insufficient_memory", message, retry_after=5))
+                else:
+                    job.arrival = time.monotonic()
+                    self.waiting.setdefault(job.client, deque()).appendleft(job)
             return None
 
     def _emit(self, jobs: list[Job], logits: torch.Tensor) -> None:
@@ -393,6 +422,7 @@ class Engine:
                 self._emit_one(job, logits[index], greedy[index], now)
             except Exception as error:  # one row's trouble is not its neighbours'
                 log.error("a row failed", exc_info=error)
+                self.cache.clear(self.rows.index(job))
                 self._remove(job)
                 self._end(job, _generation_failed())
 
@@ -421,8 +451,8 @@ class Engine:
 
     def _remove(self, job: Job) -> None:
         """Take a job out of its slot and close the gap, so that rows stay together at the front."""
-        if job is self.prefilling:
-            self.prefilling = None
+        if job in self.prefilling:
+            self.prefilling = [other for other in self.prefilling if other is not job]
             return
         index, last = self.rows.index(job), len(self.rows) - 1
         if index != last:
@@ -430,7 +460,7 @@ class Engine:
             self.rows[index] = self.rows[last]
         self.rows.pop()
         if self.prefilling:
-            self.cache.move(last + 1, last, self.prefilling.length)
+            self.cache.move(last + 1, last, self.prefilling[0].length)
 
     def _end(self, job: Job, error: ServingError | None, reason: str | None = None) -> None:
         job.finish_reason = reason
@@ -442,7 +472,7 @@ class Engine:
 
     def _end_all(self, error: ServingError) -> None:
         jobs = [*self._running(), *(job for queue in self.waiting.values() for job in queue)]
-        self.rows, self.prefilling = [], None
+        self.rows, self.prefilling = [], []
         self.waiting.clear()
         for job in jobs:
             self._end(job, error)

@@ -23,6 +23,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from jinja2 import Template
 from starlette.exceptions import HTTPException
 
 from scripts.common.config import DEFAULT_CONFIG, load_config
@@ -56,7 +57,8 @@ router = APIRouter()
 
 def create_app() -> FastAPI:
     """Build the routes; models are loaded when the server starts."""
-    app = FastAPI(title="llm-finetune-sft-dpo", lifespan=lifespan)
+    # FastAPI's own pages load their scripts from elsewhere; ours needs nothing but this server.
+    app = FastAPI(title="llm-finetune-sft-dpo", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(router)
     app.include_router(openai_api.router)
     app.add_middleware(Edge)
@@ -315,6 +317,19 @@ async def metrics(request: Request) -> Response:
     return Response(request.app.state.service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """Give a page that lists routes and fields."""
+    page = Template((STATIC / "docs.html").read_text(encoding="utf-8"), autoescape=True)
+    return _page(page.render(document=request.app.openapi()).encode(), "text/html")
+
+
+@router.get("/docs.css", include_in_schema=False)
+async def docs_style() -> Response:
+    """Give the style of that page."""
+    return _static("docs.css", "text/css")
+
+
 @router.get("/", include_in_schema=False)
 async def playground() -> Response:
     """Give the page on which a person compares the models."""
@@ -334,8 +349,12 @@ async def playground_style() -> Response:
 
 
 def _static(name: str, media_type: str) -> Response:
+    return _page((STATIC / name).read_bytes(), media_type)
+
+
+def _page(content: bytes, media_type: str) -> Response:
     headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
-    return Response((STATIC / name).read_bytes(), media_type=media_type, headers=headers)
+    return Response(content, media_type=media_type, headers=headers)
 
 
 app = create_app()

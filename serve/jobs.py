@@ -45,6 +45,11 @@ class Job:
     seat: Seat | None = None
     events: asyncio.Queue[str | ServingError | None] = field(default_factory=asyncio.Queue)
 
+    @property
+    def prompt(self) -> list[int]:
+        """All that is read before the next token; a job that was put back has begun its answer already."""
+        return self.ids + self.out
+
     def cancel(self) -> None:
         """Ask the engine to drop the job at its next step; harmless when it has ended."""
         self.cancelled = True

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from eval.benchmarks.serving import save_random_adapter
-from scripts.common.artifacts import read_manifest, sha256_file
+from scripts.common.artifacts import read_manifest, sha256_file, write_manifest
 from scripts.common.modeling import load_tokenizer
 from scripts.common.rendering import render_completion, render_prompt, user_turn
 from scripts.common.schema import Lora
@@ -75,6 +75,34 @@ def teach(folder: Path, base: Path, answer: str, prompts: tuple[str, ...], stage
     return folder
 
 
+def save_merged_model(folder: Path, base: Path, adapter: Path) -> Path:
+    """Save base and adapter as one model, as `scripts.export_lora` does."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload().save_pretrained(
+        folder
+    )
+    load_tokenizer(base).save_pretrained(folder)
+    facts = {
+        name: value
+        for name, value in read_manifest(adapter).items()
+        if name
+        in (
+            "base_model",
+            "tokenizer_sha256",
+            "chat_template_sha256",
+            "datasets",
+            "split",
+            "config",
+            "mlflow",
+            "metrics",
+        )
+    }
+    write_manifest(folder, "merged", parent=None, **facts)
+    return folder
+
+
 def free_port() -> int:
     """Find a port that nobody listens on."""
     with socket.socket() as probe:
@@ -83,13 +111,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(config: Path, *arguments: str, stderr: Any = None, **environment: str) -> Iterator[Running]:
+def running_server(
+    config: Path, *arguments: str, stderr: Any = None, cwd: Path = ROOT, **environment: str
+) -> Iterator[Running]:
     """Start the server as a user would and wait until it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "serve.fastapi_server:app", "--port", str(port), *arguments]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr or log,
+            command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr or log,
             env={**os.environ, "LLM_CONFIG": str(config), **environment},
         )  # fmt: skip
         server = Running(process, f"http://127.0.0.1:{port}", port, log, config)

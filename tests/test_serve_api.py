@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from scripts.common.modeling import load_tokenizer
+from scripts.common.records import parse_preference
 from scripts.common.rendering import render_completion, render_prompt, user_turn
+from scripts.common.schema import Data
 from tests.serving import Running, running_server, save_adapter
 
 PROMPT = "Name three fruits."
@@ -21,13 +23,25 @@ PROMPT = "Name three fruits."
 
 @pytest.fixture(scope="module")
 def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return an SFT adapter and a DPO adapter that grew out of it."""
+    """Return an SFT adapter and a DPO adapter that names it as its parent; their ranks and targets differ."""
     from scripts.common.artifacts import artifact_sha256, read_manifest
 
     folder = tmp_path_factory.mktemp("adapters")
     sft = save_adapter(folder / "sft", tiny_llama, "sft", seed=1)
     parent = {"path": "sft", "sha256": artifact_sha256(read_manifest(sft))}
-    return {"sft": sft, "dpo": save_adapter(folder / "dpo", tiny_llama, "dpo", seed=2, parent=parent)}
+    return {
+        "sft": sft,
+        "dpo": save_adapter(
+            folder / "dpo",
+            tiny_llama,
+            "dpo",
+            seed=2,
+            parent=parent,
+            r=7,
+            alpha=3,
+            target_modules=["q_proj", "down_proj"],
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +218,8 @@ def test_votes_become_preference_records(server, config):
         key: record[key] for key in ("prompt", "chosen", "rejected")
     }
     assert line["models"] == {"chosen": "dpo", "rejected": "base"}
+    pair = parse_preference(line, "votes.jsonl:1", Data())  # what train_dpo reads
+    assert (list(pair.prompt), pair.chosen, pair.rejected) == (record["prompt"], "Apples.", "No.")
     assert server.post("/v1/votes", {**record, "rejected": "Apples."}).json()["error"]["code"] == "invalid_value"
 
 

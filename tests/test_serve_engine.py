@@ -89,10 +89,10 @@ def models(tiny_llama: Path, adapters: dict[str, Path], write_config) -> Models:
     return models_of(tiny_llama, adapters, write_config)
 
 
-@pytest.fixture
-def short_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut prompts into pieces of 8 tokens, so that short prompts are chunked, too."""
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS_PER_STEP", 8)
+@pytest.fixture(params=[8, 100])
+def short_prefill(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read prompts in pieces of 8 tokens, so that short prompts are cut, too; or several prompts at once."""
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS_PER_STEP", request.param)
 
 
 def random_prompts(names: list[str], vocabulary: int) -> list[list[int]]:
@@ -126,16 +126,37 @@ def test_gpt2_is_served_too(tiny_gpt2, tmp_path, write_config, short_prefill):
     ]
 
 
-def test_a_score_equals_the_libraries_log_probability_in_pieces(tiny_llama, models, short_prefill):
+def test_a_score_equals_the_libraries_log_probability(tiny_llama, models, short_prefill):
     from transformers import AutoModelForCausalLM
 
-    ids, scored = list(range(10, 40)), 9
-    job = Job(ids, "base", 1, scored=scored)
-    asyncio.run(run_jobs(new_engine(models), [job]))
-    with torch.inference_mode():
-        logits = AutoModelForCausalLM.from_pretrained(tiny_llama)(torch.tensor([ids])).logits[0].log_softmax(-1)
-    wanted = sum(float(logits[at - 1, ids[at]]) for at in range(len(ids) - scored, len(ids)))
-    assert job.logprob == pytest.approx(wanted, abs=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    jobs = [
+        Job(list(range(10, 40)), "base", 1, scored=9),
+        Job([7, 8, 9], "base", 6),
+        Job(list(range(50, 62)), "base", 1, scored=4),
+    ]
+    asyncio.run(run_jobs(new_engine(models), jobs))
+    for job in jobs:
+        if job.scored:
+            with torch.inference_mode():
+                logits = model(torch.tensor([job.ids])).logits[0].log_softmax(-1)
+            places = range(len(job.ids) - job.scored, len(job.ids))
+            assert job.logprob == pytest.approx(sum(float(logits[p - 1, job.ids[p]]) for p in places), abs=1e-3)
+    assert jobs[1].out == generate_with_peft(tiny_llama, None, jobs[1].ids, 6), (
+        "a row beside scored ones is not disturbed"
+    )
+
+
+def test_short_prompts_are_read_together(models):
+    passes = []
+
+    def count(call: int, inputs: dict, output):
+        passes.append(tuple(inputs["input_ids"].shape))
+        return output
+
+    jobs = [Job(list(range(10, 10 + length)), "sft", 1) for length in (5, 7, 3)]
+    asyncio.run(run_jobs(new_engine(with_fault(models, count)), jobs))
+    assert passes == [(3, 7)]
 
 
 def test_clients_take_turns(models):
@@ -202,13 +223,15 @@ def healthy(models: Models, job: Job) -> list[int]:
 
 
 def three_jobs() -> list[Job]:
-    return [Job([20 + n, 30], name, 10) for n, name in enumerate(("base", "sft", "dpo"))]
+    return [Job([20 + n] * (8 - 3 * n), name, 10) for n, name in enumerate(("base", "sft", "dpo"))]
 
 
-def test_nan_in_one_row_ends_that_row_alone(models):
+@pytest.mark.parametrize("width", [8, 1], ids=["prefill", "decode"])
+def test_nan_in_one_row_ends_that_row_alone(models, width):
     def fault(call: int, inputs: dict, output):
-        if len(inputs["input_ids"]) == 3:
+        if inputs["input_ids"].shape == (3, width):
             output.logits[1] = float("nan")
+            inputs["past_key_values"].values[0][1] = float("nan")  # the next request in this slot must not see it
         return output
 
     jobs = three_jobs()
@@ -222,19 +245,19 @@ def test_nan_in_one_row_ends_that_row_alone(models):
 
 def test_an_exception_in_a_prefill_ends_that_request_alone(models):
     def fault(call: int, inputs: dict, output):
-        if call == 2 and inputs["input_ids"].shape[1] == 2:
+        if inputs["input_ids"].shape[1] > 1 and 21 in inputs["input_ids"]:
             raise RuntimeError("a kernel failed")
         return output
 
     jobs = three_jobs()
     results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
-    assert [isinstance(result, ServingError) for result in results].count(True) == 1
-    assert sum(job.out == healthy(models, job) for job in jobs) == 2
+    assert [isinstance(result, ServingError) for result in results] == [False, True, False]
+    assert [job.out == healthy(models, job) for job in jobs] == [True, False, True]
 
 
 def test_out_of_memory_in_decode_puts_the_newest_row_back(models):
     def fault(call: int, inputs: dict, output):
-        if len(inputs["input_ids"]) == 3 and not hasattr(fault, "happened"):
+        if inputs["input_ids"].shape == (3, 1) and not hasattr(fault, "happened"):
             fault.happened = True
             raise torch.OutOfMemoryError("CUDA out of memory")
         return output

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from scripts.common.errors import UserError
-from tests.conftest import run_python, save_tiny_model
-from tests.serving import Running, running_server, save_adapter
+from tests.conftest import ROOT, run_python, save_tiny_model
+from tests.serving import Running, free_port, running_server, save_adapter, save_merged_model
 
 LONG = {
     "prompt": "Tell me a long story.",
@@ -211,6 +211,83 @@ def test_a_second_sigterm_does_not_wait_and_a_kill_leaves_nothing_to_mend(write_
         assert server.post("/v1/generate", {"prompt": "Hi", "max_new_tokens": 2}).status_code == 200
 
 
+def test_health_answers_while_an_engine_step_is_held_up(write_server_config, monkeypatch):
+    import uvicorn
+
+    from serve.engine import Engine
+    from serve.fastapi_server import create_app
+
+    held, go_on = threading.Event(), threading.Event()
+    decode = Engine._decode
+
+    def hold(engine: Engine) -> None:
+        held.set()
+        go_on.wait(60)
+        decode(engine)
+
+    monkeypatch.setenv("LLM_CONFIG", str(write_server_config("held")))
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(), port=port, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    assert wait_for(lambda: server.started, seconds=120)
+    monkeypatch.setattr(Engine, "_decode", hold)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{url}/v1/generate", json={"prompt": "Hi", "max_new_tokens": 2}, timeout=60)
+        assert held.wait(60)
+        for path in ("/health", "/health/ready", "/metrics", "/"):
+            assert httpx.get(url + path, timeout=5).status_code == 200
+        assert not answer.done()
+        go_on.set()
+        assert answer.result().status_code == 200
+    server.should_exit = True
+    thread.join()
+
+
+def test_an_adapter_that_changes_on_disk_changes_no_answer(write_server_config, long_llama, tmp_path):
+    adapters = {name: str(save_adapter(tmp_path / name, long_llama, seed=seed)) for name, seed in (("a", 1), ("b", 9))}
+    with running_server(write_server_config("replaced", adapter_path=None, adapters=adapters)) as server:
+        a, b = ({"prompt": "Hi", "max_new_tokens": 12, "adapter": name} for name in adapters)
+        before = server.post("/v1/generate", a).json()["text"]
+        assert before != server.post("/v1/generate", b).json()["text"]
+        for file in (tmp_path / "b").iterdir():
+            (tmp_path / "a" / file.name).write_bytes(file.read_bytes())
+        assert server.post("/v1/generate", a).json()["text"] == before
+
+
+def test_a_merged_model_is_served_in_both_places(server, write_server_config, long_llama, tmp_path):
+    same_adapter = save_adapter(tmp_path / "sft", long_llama)
+    merged = save_merged_model(tmp_path / "merged", long_llama, same_adapter)
+    question = {"prompt": "Hi", "max_new_tokens": 12}
+    wanted = server.post("/v1/generate", question).json()
+    with running_server(write_server_config("merged", adapter_path=str(merged))) as other:
+        assert other.post("/v1/generate", question).json() == {**wanted, "adapter": "merged"}
+    with running_server(write_server_config("as-base", base=merged, adapter_path=None)) as other:
+        assert other.post("/v1/generate", question).json() == {**wanted, "adapter": "base"}
+
+
+def test_reload_sees_code_and_nothing_else(write_server_config, tmp_path):
+    """`--reload` of the README waits for events of the system; it does not go through all files again and again."""
+    for name in ("configs", "scripts", "serve"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".venv/lib", "outputs", "mlruns"):
+        (tmp_path / name).mkdir(parents=True)
+    with running_server(write_server_config("reload"), "--reload", cwd=tmp_path) as server:
+        try:
+            assert "using WatchFiles" in server.log_text(), "StatReload polls"
+            for name in (".venv/lib/data.json", "outputs/manifest.json", "mlruns/meta.yaml", "mlflow.db"):
+                (tmp_path / name).write_text("changed")
+            time.sleep(2)
+            assert "Reloading" not in server.log_text()
+            (tmp_path / "serve/edge.py").touch()
+            assert wait_for(lambda: "Reloading" in server.log_text(), seconds=30)
+            server.wait_until_ready()
+        finally:
+            server.process.terminate()  # it ends the server below it, which a kill would leave behind
+            server.process.wait(60)
+
+
 def test_keys_guard_every_route_but_health_and_the_page(write_server_config):
     from serve.edge import OPEN_PATHS
     from serve.fastapi_server import app
@@ -401,6 +478,16 @@ def test_an_adapter_of_another_base_is_refused(write_server_config, tmp_path, fa
     other = save_tiny_model(tmp_path / "other", seed=5)
     adapter = save_adapter(tmp_path / "sft", other)
     assert "trained on another base model" in failed_start(write_server_config("other", adapter_path=str(adapter)))
+
+
+def test_an_adapter_of_a_merged_model_is_refused_on_the_plain_base(
+    write_server_config, long_llama, tmp_path, failed_start
+):
+    merged = save_merged_model(tmp_path / "merged", long_llama, save_adapter(tmp_path / "sft", long_llama))
+    adapter = save_adapter(tmp_path / "dpo", merged, "dpo")
+    text = failed_start(write_server_config("plain", adapter_path=str(adapter)))
+    assert "trained on another base model" in text
+    assert f"It was made on {merged}; set base_model_id to it" in text
 
 
 def test_pickled_weights_are_never_read(write_server_config, long_llama, tmp_path, failed_start):

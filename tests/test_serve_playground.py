@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,5 +157,16 @@ def test_the_page_loads_nothing_from_elsewhere(server):
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
-    for path in ("", "/playground.js", "/playground.css"):
-        assert "//cdn" not in httpx.get(server.url + path).text
+    for path in ("", "/playground.js", "/playground.css", "/docs", "/docs.css"):
+        answer = httpx.get(server.url + path)
+        assert answer.status_code == 200
+        assert not re.search(r"""(src|href|url|import|fetch)\W{1,3}(https?:)?//""", answer.text), path
+
+
+def test_the_api_page_lists_every_route_and_field(server):
+    page = httpx.get(f"{server.url}/docs").text
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    for path, methods in document["paths"].items():
+        assert all(f"{method.upper()} {path}<" in page for method in methods)
+    fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
+    assert all(f"<code>{name}</code>" in page for name in fields)

@@ -203,6 +203,23 @@ async def drive(url: str, bodies: Sequence[dict[str, Any]], watch_health: bool) 
     return Load(seconds, list(answers), health)
 
 
+async def time_refusals(url: str, body: dict[str, Any]) -> list[float]:
+    """Fill every place of the server and time a hundred refusals, one after the other."""
+    limits, seconds = httpx.Limits(max_connections=None), []
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        occupying: list[asyncio.Task[Answer]] = []
+        while (await client.get("/health/ready")).status_code == 200:
+            occupying.append(asyncio.create_task(ask(client, body)))
+            await asyncio.sleep(0)
+        while len(seconds) < 100:
+            begin = time.monotonic()
+            if (await client.post("/v1/generate", json={**body, "stream": False})).status_code == 429:
+                seconds.append(time.monotonic() - begin)
+        for task in occupying:
+            task.cancel()
+    return seconds
+
+
 def bodies_of(count: int, max_new_tokens: int) -> list[dict[str, Any]]:
     """Take real prompts from the sample data, the models in turn."""
     lines = (ROOT / "data/sft/sample_sft.jsonl").read_text(encoding="utf-8").splitlines()
@@ -233,6 +250,7 @@ def measure(name: str, config: Path, count: int, max_new_tokens: int) -> dict[st
         log.info("%s: %.1f tokens/s", name, load.tokens_per_second)
         memory = process.memory_info().rss
         lag = event_loop_lag(url) if name == "engine" else None
+        refusals = asyncio.run(time_refusals(url, {**bodies[0], "max_new_tokens": 256})) if name == "engine" else []
     gaps = [b - a for answer in load.answers for a, b in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
     firsts = [answer.first for answer in load.answers if answer.arrivals]
     return {
@@ -246,6 +264,7 @@ def measure(name: str, config: Path, count: int, max_new_tokens: int) -> dict[st
         "memory_gb": memory / 1e9,
         "health_p99_seconds": quantile(load.health, 99) if load.health else None,
         "event_loop_lag_p99_at_most_seconds": lag,
+        "refusal_p99_seconds": quantile(refusals, 99) if refusals else None,
     }
 
 
