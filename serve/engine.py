@@ -369,14 +369,14 @@ class Engine:
         keep = torch.tensor(wanted, dtype=torch.long, device=self.device)
         input_ids = torch.tensor(tokens, device=self.device)
         # For a single token oneDNN prepares a product longer than torch's own kernel computes it.
-        torch.backends.mkldnn.enabled = input_ids.numel() > 1
+        torch.backends.mkldnn.enabled = input_ids.numel() > 1  # type: ignore[assignment]
         try:
             output = self.models.network(
                 input_ids=input_ids, attention_mask=mask, position_ids=positions,
                 past_key_values=self.cache, use_cache=True, logits_to_keep=keep,
             )  # fmt: skip
         finally:
-            torch.backends.mkldnn.enabled = True
+            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         logits: torch.Tensor = output.logits
         return logits
 

@@ -205,7 +205,8 @@ async def drive(url: str, bodies: Sequence[dict[str, Any]], watch_health: bool) 
 
 async def time_refusals(url: str, body: dict[str, Any]) -> list[float]:
     """Fill every place of the server and time a hundred refusals, one after the other."""
-    limits, seconds = httpx.Limits(max_connections=None), []
+    limits = httpx.Limits(max_connections=None)
+    seconds: list[float] = []
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         occupying: list[asyncio.Task[Answer]] = []
         while (await client.get("/health/ready")).status_code == 200:
