@@ -19,6 +19,7 @@ from scripts.common.artifacts import MANIFEST, locked_run_dir, read_manifest, sh
 from scripts.common.config import load_config
 from scripts.common.modeling import base_fingerprint, load_tokenizer
 from scripts.common.rendering import render_prompt, template_sha256, tokenizer_sha256, user_turn
+from scripts.common.resuming import last_whole_checkpoint
 from scripts.train_sft import main
 from tests.chain import start_stage, wait_for
 from tests.conftest import write_jsonl
@@ -492,6 +493,19 @@ def test_killed_run_resumes_to_the_same_losses_as_an_uninterrupted_one(uninterru
     assert losses() == pytest.approx(wanted, abs=1e-6)
     assert sorted(losses()) == list(range(1, 13))
     assert sha256_file(tmp_path / "outputs/sft_adapter/adapter_model.safetensors") == adapter
+
+
+@pytest.mark.parametrize("written", [None, '{"global_st'])
+def test_checkpoint_that_was_cut_off_is_never_resumed_from(tmp_path: Path, written: str | None) -> None:
+    for step in (8, 16, 104):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    state = tmp_path / "checkpoint-104/trainer_state.json"
+    state.unlink() if written is None else state.write_text(written)
+
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
+    assert not (tmp_path / "checkpoint-104").exists()
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
 
 
 def test_sigterm_writes_a_checkpoint_marks_the_run_killed_and_exits_143(sft_config, tmp_path: Path, capsys) -> None:

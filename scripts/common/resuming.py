@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from scripts.common.artifacts import read_manifest, sha256_json, write_text_durably
 from scripts.common.errors import UserError
 
@@ -52,6 +50,19 @@ def is_finished(output_dir: str, stage: str, wanted: dict[str, str]) -> bool:
     )
 
 
+def last_whole_checkpoint(checkpoints: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end, and remove newer ones that were not."""
+    found = {int(folder.name.rpartition("-")[2]): folder for folder in checkpoints.glob("checkpoint-*")}
+    for _, folder in sorted(found.items(), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
+            return str(folder)
+        except (FileNotFoundError, ValueError):
+            log.warning("%s was interrupted while it was written and is removed", folder)
+            shutil.rmtree(folder)
+    return None
+
+
 def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool) -> Resumption:
     """Decide where to start; a fresh start clears what an interrupted run left.
 
@@ -59,7 +70,7 @@ def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool) -> Resu
     """
     state_file, checkpoints = run_dir / "state.json", run_dir / "checkpoints"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else None
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_whole_checkpoint(checkpoints)
     if not resume:
         if last:
             log.warning("starting over; an interrupted run had reached %s (--resume goes on from it)", Path(last).name)
