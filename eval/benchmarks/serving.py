@@ -159,7 +159,11 @@ def started(application: str, config: Path) -> Iterator[tuple[str, psutil.Proces
             yield url, psutil.Process(process.pid), time.monotonic() - begin
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # the plain server ends its current answer first
+                process.kill()
+                process.wait()
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
