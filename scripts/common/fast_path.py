@@ -18,8 +18,9 @@ from torch.utils.data import Sampler
 
 log = logging.getLogger(__name__)
 
-# Logits of one tile in fp32; what lies beyond is recomputed in the backward pass instead of being kept.
+# Logits of one tile; what lies beyond is recomputed in the backward pass instead of being kept.
 TILE_BYTES = 512 * 2**20
+BLOCK_BYTES = 4 * 2**20  # logits looked at together in fp32: few enough to stay in the processor's cache
 # Up to this many tokens plain attention beats torch's fused CPU kernel, whose backward pass takes a fifth of a step; its
 # attention weights are kept for the backward pass, so memory grows with the square of the length.
 SHORT_ROW_TOKENS = 512
@@ -66,22 +67,13 @@ class AnswerLogProbs:
         """
 
         def tile(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            logits = functional.linear(hidden, weight, bias).float()
-            if logit_scale != 1.0:
-                logits = logits * logit_scale
+            logits, factor = functional.linear(hidden, weight, bias), logit_scale / temperature
             if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            if temperature != 1.0:
-                logits = logits / temperature
-            log_probs = functional.log_softmax(logits, dim=-1)
-            with torch.no_grad():
-                entropy = -(log_probs.exp() * log_probs).sum(-1) if "entropy" in outputs else None
-                squares = torch.logsumexp(2 * log_probs, -1) if "log_sum_sq_probs" in outputs else None
-                mean = logits.mean(-1) if "mean_logits" in outputs else None
-                top1 = log_probs.argmax(-1) == wanted if "is_top1" in outputs else None
-            return log_probs.gather(-1, wanted[:, None])[:, 0], entropy, squares, mean, top1
+                logits, factor = softcap * torch.tanh(logits.float() * logit_scale / softcap), 1 / temperature
+            found: tuple[torch.Tensor | None, ...] = _LabelStatistics.apply(logits, wanted, factor, outputs)
+            return found
 
-        rows = max(1, TILE_BYTES // (4 * weight.shape[0]))
+        rows = max(1, TILE_BYTES // (weight.element_size() * weight.shape[0]))
         if len(hidden_states) <= rows:
             return tile(hidden_states, labels)
         tiles = [
@@ -89,6 +81,58 @@ class AnswerLogProbs:
             for hidden, wanted in zip(hidden_states.split(rows), labels.split(rows), strict=True)
         ]
         return tuple(None if column[0] is None else torch.cat(column) for column in zip(*tiles, strict=True))
+
+
+class _LabelStatistics(torch.autograd.Function):
+    """Read off logits what TRL asks of them, block by block, so that they are never copied whole to fp32.
+
+    Only the logits are kept for the backward pass, in their own dtype; softmax is taken again there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, factor: float, outputs: Sequence[str]
+    ) -> tuple[torch.Tensor | None, ...]:
+        names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names if name == "log_probs" or name in outputs}
+        log_totals = []
+        for block, wanted in _blocks(logits, labels):
+            scores = block.float() if factor == 1 else block.float() * factor
+            best = scores.amax(-1, keepdim=True)
+            scores = scores - best
+            odds = scores.exp()
+            total, of_label = odds.sum(-1), scores.gather(-1, wanted[:, None])[:, 0]
+            log_totals.append(best[:, 0] + total.log())
+            found["log_probs"].append(of_label - total.log())
+            if "entropy" in found:
+                found["entropy"].append(total.log() - torch.linalg.vecdot(odds, scores) / total)
+            if "log_sum_sq_probs" in found:
+                found["log_sum_sq_probs"].append(torch.linalg.vecdot(odds, odds).log() - 2 * total.log())
+            if "mean_logits" in found:
+                found["mean_logits"].append(scores.mean(-1) + best[:, 0])
+            if "is_top1" in found:
+                found["is_top1"].append(of_label == 0)  # a tie counts
+        ctx.save_for_backward(logits, labels, torch.cat(log_totals))
+        ctx.factor = factor
+        results = tuple(torch.cat(found[name]) if name in found else None for name in names)
+        ctx.mark_non_differentiable(*(result for result in results[1:] if result is not None))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, *others: Any) -> tuple[torch.Tensor, None, None, None]:
+        logits, labels, log_totals = ctx.saved_tensors
+        gradient, slope = gradient * ctx.factor, torch.empty_like(logits)
+        for block, wanted, log_total, outer, target in _blocks(logits, labels, log_totals, gradient, slope):
+            scores = block.float() if ctx.factor == 1 else block.float() * ctx.factor
+            towards = (scores - log_total[:, None]).exp_().mul_(-outer[:, None])
+            target.copy_(towards.scatter_add_(-1, wanted[:, None], outer[:, None]))
+        return slope, None, None, None
+
+
+def _blocks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut tensors of as many rows into blocks whose logits fit the processor's cache; no rows are one empty block."""
+    rows = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
 class _LinearInInputDtype(torch.nn.Linear):
