@@ -77,27 +77,63 @@ class RowAdapters:
         self.mask = self.table[indices].unsqueeze(1) if any(indices) else None
 
 
-class StackedLinear(nn.Module):
-    """A linear layer with all adapters under each other: two products serve any mixture of rows.
+class StackedLinears(nn.Module):
+    """Linear layers that read the same input, with all adapters under each other: two products serve any mixture of rows.
 
-    y = W x + B (mask * A x), A: (sum of ranks, in), B: (out, sum of ranks).
+    y = W x + b + B (mask * A x), A: (sum of ranks, in), B: (out, sum of ranks), for each layer. The A stand below the W
+    in one matrix: beside a few tokens, a small product takes as long as a large one.
     """
 
-    def __init__(self, base: nn.Module, A: torch.Tensor, B: torch.Tensor, rows: RowAdapters) -> None:
+    def __init__(self, bases: list[Any], As: list[torch.Tensor], Bs: list[torch.Tensor], rows: RowAdapters) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
-        self.register_buffer("A", A.contiguous(), persistent=False)
-        self.register_buffer("B_t", B.t().contiguous(), persistent=False)
-        self.A: torch.Tensor
+        self.rows, self.widths = rows, [len(B) for B in Bs]
+        self.base: nn.Module | None = None
+        weights, bias = As, None
+        if not all(type(base) is nn.Linear for base in bases):
+            (self.base,) = bases  # quantised, or stored the other way round
+        else:
+            weights = [base.weight.detach() for base in bases] + As
+            if any(base.bias is not None for base in bases):
+                parts = [
+                    As[0].new_zeros(len(B)) if base.bias is None else base.bias.detach()
+                    for base, B in zip(bases, Bs, strict=True)
+                ]
+                bias = torch.cat([*parts, As[0].new_zeros(sum(map(len, As)))])
+        self.register_buffer("weight", torch.cat(weights), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("B_t", torch.block_diag(*[B.t() for B in Bs]).contiguous(), persistent=False)
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
         self.B_t: torch.Tensor
 
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the output of each layer. x: (B, T, in)."""
+        product = nn.functional.linear(x, self.weight, self.bias)
+        y, hidden = (
+            (self.base(x), product)
+            if self.base is not None
+            else product.split([sum(self.widths), len(self.B_t)], dim=-1)
+        )
+        if self.rows.mask is not None:
+            hidden = hidden.unflatten(-1, (len(self.widths), -1)) * self.rows.mask[:, :, None]
+            y = torch.addmm(y.flatten(0, 1), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
+        outputs: tuple[torch.Tensor, ...] = y.split(self.widths, dim=-1)
+        return outputs
+
+
+class Member(nn.Module):
+    """Stand where one of several stacked layers stood; the first to be asked computes for all."""
+
+    def __init__(self, stack: StackedLinears, index: int, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self.stack, self.index, self.shared = stack, index, shared
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
-        mask = self.rows.mask
-        if mask is None:
-            return y
-        hidden = nn.functional.linear(x, self.A) * mask
-        return torch.addmm(y.view(-1, y.shape[-1]), hidden.view(-1, hidden.shape[-1]), self.B_t).view(y.shape)
+        source, output = self.shared.pop(self.index, (None, None))
+        if output is None or source is not x:
+            self.shared.update({index: (x, part) for index, part in enumerate(self.stack(x))})
+            _, output = self.shared.pop(self.index)
+        return output
 
 
 def load_models(config: Config, machine: Machine) -> Models:
@@ -213,23 +249,45 @@ def _lora_weights(network: Any, path: Path, machine: Machine) -> tuple[Any, dict
 def stack_adapters(
     network: Any, weights: dict[str, dict[str, LoraWeights]], device: str, dtype: torch.dtype
 ) -> RowAdapters:
-    """Replace every adapted linear layer by one that holds all adapters; ranks and targets may differ."""
+    """Replace adapted linear layers by ones that hold all adapters; ranks and targets may differ."""
     ranks = {name: max(len(layer.A) for layer in layers.values()) for name, layers in weights.items()}
     rows = RowAdapters(ranks, device, dtype)
-    for target in sorted({layer for layers in weights.values() for layer in layers}):
-        sample = next(layers[target] for layers in weights.values() if target in layers)
-        A = torch.zeros(sum(ranks.values()), sample.A.shape[1])
-        B = torch.zeros(sample.B.shape[0], sum(ranks.values()))
-        start = 0
-        for name, layers in weights.items():
-            if target in layers:
-                rank = len(layers[target].A)
-                A[start : start + rank], B[:, start : start + rank] = layers[target].A, layers[target].B
-            start += ranks[name]
-        parent, _, child = target.rpartition(".")
-        owner = network.get_submodule(parent)
-        setattr(owner, child, StackedLinear(getattr(owner, child), A.to(device, dtype), B.to(device, dtype), rows))
+    for targets in _that_read_the_same(network, {layer for layers in weights.values() for layer in layers}):
+        bases, As, Bs = [network.get_submodule(target) for target in targets], [], []
+        for target in targets:
+            sample = next(layers[target] for layers in weights.values() if target in layers)
+            A = torch.zeros(sum(ranks.values()), sample.A.shape[1])
+            B = torch.zeros(sample.B.shape[0], sum(ranks.values()))
+            start = 0
+            for name, layers in weights.items():
+                if target in layers:
+                    rank = len(layers[target].A)
+                    A[start : start + rank], B[:, start : start + rank] = layers[target].A, layers[target].B
+                start += ranks[name]
+            As.append(A.to(device, dtype))
+            Bs.append(B.to(device, dtype))
+        stack = StackedLinears(bases, As, Bs, rows)
+        shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, target in enumerate(targets):
+            owner, _, child = target.rpartition(".")
+            setattr(network.get_submodule(owner), child, Member(stack, index, shared))
+    for parameter in network.parameters():  # while one weight lies in the mapped file, all of it stays in memory
+        parameter.data = parameter.data.clone()
     return rows
+
+
+SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def _that_read_the_same(network: Any, targets: set[str]) -> list[list[str]]:
+    """Group layers that are known to be given the same input one after the other; the others stay alone."""
+    groups: dict[tuple[str, int | str], list[str]] = {}
+    for target in sorted(targets):
+        owner, _, child = target.rpartition(".")
+        family = next((number for number, names in enumerate(SIBLINGS) if child in names), child)
+        alone = type(network.get_submodule(target)) is not nn.Linear
+        groups.setdefault((owner, child if alone else family), []).append(target)
+    return list(groups.values())
 
 
 def _describe(manifests: dict[str, dict[str, Any]]) -> dict[str, Served]:

@@ -29,8 +29,9 @@ from serve.sampling import Sampler, TextStream
 log = logging.getLogger(__name__)
 
 # Between two tokens of a running request at most this much prompt of others is read, padding included, which bounds
-# the pause.
+# the pause. To many that come at once the first token matters more, and reading more at once is faster.
 PREFILL_TOKENS_PER_STEP = 256
+BURST_FACTOR = 4
 MAX_RETRIES = 2
 
 
@@ -265,7 +266,7 @@ class Engine:
             client, jobs = next(iter(self.waiting.items()))
             job = jobs[0]
             width = max(width, len(job.prompt))
-            alone = job.retries or width * (len(taken) + 1) > PREFILL_TOKENS_PER_STEP
+            alone = job.retries or width * (len(taken) + 1) > self._prefill_tokens([*taken, job])
             if taken and (alone or taken[0].retries):
                 break
             job.scheduled, job.length = job.scheduled or time.monotonic(), 0
@@ -274,6 +275,12 @@ class Engine:
             if jobs:
                 self.waiting[client] = jobs
         return taken
+
+    def _prefill_tokens(self, jobs: list[Job]) -> int:
+        """Return how much of these prompts may be read in one step; scored answers need many logits, so little."""
+        arriving = min(len(jobs) + sum(map(len, self.waiting.values())), self.slots - len(self.rows))
+        burst = 2 * arriving >= len(self.rows) and not any(job.scored for job in jobs)
+        return PREFILL_TOKENS_PER_STEP * (BURST_FACTOR if burst else 1)
 
     def _drop_ended(self) -> None:
         """Let go of jobs that were cancelled or ran out of time."""
@@ -304,7 +311,8 @@ class Engine:
         if not jobs:
             return
         start = jobs[0].length
-        end = min(max(len(job.prompt) for job in jobs), start + PREFILL_TOKENS_PER_STEP)
+        longest = max(len(job.prompt) for job in jobs)  # several are read whole: together they are short enough
+        end = longest if len(jobs) > 1 else min(longest, start + self._prefill_tokens(jobs))
         # The logits at position p measure the token at p + 1; those at a prompt's end choose the first new token.
         needed = {p for job in jobs for p in range(len(job.prompt) - 1 - job.scored, len(job.prompt))}
         place = {p: index for index, p in enumerate(sorted(needed & set(range(start, end))))}
@@ -412,7 +420,7 @@ class Engine:
 
     def _emit(self, jobs: list[Job], logits: torch.Tensor) -> None:
         """Choose each row's token, hand its text on, and end the rows that are complete."""
-        best, tokens = logits.max(-1)
+        best, tokens = logits.float().max(-1)  # several times faster than in bf16
         finite, greedy = torch.isfinite(best).tolist(), tokens.tolist()
         now = time.monotonic()
         for index, job in enumerate(jobs):

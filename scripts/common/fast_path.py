@@ -142,6 +142,35 @@ class _LinearInInputDtype(torch.nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype))
 
 
+class _AdaptedProduct(torch.autograd.Function):
+    """Compute x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, equation 3) and its gradients, adding in place.
+
+    Operation by operation, the scaling and the sums each pass over a matrix of the size of the output once more,
+    forwards and backwards. Shapes: x (…, I), weight (O, I), A (R, I), B (O, R).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
+    ) -> torch.Tensor:  # fmt: skip
+        rows, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        down = rows @ A.T
+        output = functional.linear(rows, weight, bias).addmm_(down, B.T, alpha=s)
+        ctx.save_for_backward(rows, weight, A, B, down)
+        ctx.scaling = s
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, A, B, down = ctx.saved_tensors
+        slope = gradient.reshape(-1, gradient.shape[-1])
+        inner = (slope @ B).mul_(ctx.scaling)
+        towards_x = (
+            (slope @ weight).addmm_(inner, A).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        )
+        return towards_x, None, None, (inner.T @ rows).float(), (slope.T @ down).float().mul_(ctx.scaling), None
+
+
 def speed_up(model: Any) -> None:
     """Choose the faster of equal computations for a model with adapters; call it before either adapter is first asked."""
     multiply_adapters_in_base_dtype(model)
@@ -151,9 +180,24 @@ def speed_up(model: Any) -> None:
 def multiply_adapters_in_base_dtype(model: Any) -> None:
     """Let bf16 activations meet fp32 adapter weights in bf16, where PEFT would multiply in fp32.
 
-    The weights that the optimizer moves stay fp32. With an fp32 base this changes nothing.
+    The weights that the optimizer moves stay fp32. With an fp32 base this changes nothing but the speed.
     """
+    from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import LoraLayer
+
+    class LeanLoraLinear(LoraLinear):
+        """PEFT's layer, with one fused product where a single plain adapter is at work."""
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            names = [name for name in self.active_adapters if name in self.lora_A]
+            if self.disable_adapters or self.merged or args or kwargs or len(names) != 1 or x.device.type != "cpu":
+                return super().forward(x, *args, **kwargs)
+            (name,), base = names, self.base_layer
+            plain = name not in self.lora_variant and isinstance(self.lora_dropout[name], torch.nn.Identity)
+            if not plain or base.weight.requires_grad or self.lora_B[name].bias is not None:
+                return super().forward(x)
+            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            return _AdaptedProduct.apply(x, base.weight, base.bias, A, B, self.scaling[name])
 
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -161,6 +205,8 @@ def multiply_adapters_in_base_dtype(model: Any) -> None:
             for linears in (module.lora_A, module.lora_B):
                 for linear in linears.values():
                     linear.__class__ = _LinearInInputDtype
+            if type(module) is LoraLinear and type(module.base_layer) is torch.nn.Linear:
+                module.__class__ = LeanLoraLinear
 
 
 def _attend(
