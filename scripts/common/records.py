@@ -126,7 +126,7 @@ def load_datasets(
 
 
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
-    path = _existing(source.path)
+    path = find_file(source.path)
     if path is None:
         rows, digest = _hub_rows(source.path, key)
     else:
@@ -152,7 +152,7 @@ def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> Datas
     return DatasetFile(source.path, digest, source.weight, tuple(records), tuple(bad))
 
 
-def _existing(name: str) -> Path | None:
+def find_file(name: str) -> Path | None:
     """Find a file from the working folder or the repository; None means the name is meant for the Hub."""
     for path in (Path(name), ROOT / name):
         if path.is_file():
