@@ -237,7 +237,7 @@ def describe_records(config: LoadedConfig, name: str) -> Finding:
     section, key = getattr(config.values, name), f"{name}.dataset_path"
     given = section.dataset_path
     names = [given] if isinstance(given, str) else [source.path for source in given]
-    files = [find_file(path) for path in names]
+    files = [find_file(path, key) for path in names]
     size = sum(path.stat().st_size for path in files if path)
     if None in files or size > LARGE_BYTES:
         return Finding("ok", f"{key}: {some(names)}: not read here; python -m scripts.train_{name} --dry-run does")

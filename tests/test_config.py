@@ -102,7 +102,7 @@ def test_empty_file_gives_the_defaults(config_file) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"base_model_id: caf\xe9\n", "wanted a YAML file in UTF-8"),
+        (b"base_model_id: caf\xe9\n", "my.yaml:1: byte 19 is not UTF-8. Save the file as UTF-8"),
         ("- a\n- b\n", "found list, wanted `key: value` lines"),
         ("just words\n", "found str, wanted `key: value` lines"),
         ("seed: 1\nlora: {r: 8\n", "not valid YAML"),

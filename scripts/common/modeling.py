@@ -15,7 +15,7 @@ from typing import Any
 
 from scripts.common.artifacts import read_manifest
 from scripts.common.config import ROOT
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, did_you_mean
 from scripts.common.rendering import PLAIN_TEMPLATE, template_sha256, tokenizer_sha256
 from scripts.common.runtime import Machine
 from scripts.common.schema import Config, Lora
@@ -87,7 +87,11 @@ def _hub_folder(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if not _HUB_ID.fullmatch(model_id):
-        mend = " Run `python -m scripts.get_demo_model` first." if model_id == DEMO_MODEL else " Correct base_model_id."
+        mend = (
+            " Run `python -m scripts.get_demo_model` first."
+            if model_id == DEMO_MODEL
+            else did_you_mean(model_id) or did_you_mean(ROOT / model_id) or " Correct base_model_id."
+        )
         raise UserError(f"{model_id}: no such model folder.{mend}")
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=MODEL_FILES))
