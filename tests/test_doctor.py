@@ -46,6 +46,7 @@ def screen(
 
     def run(*overrides: str) -> tuple[int, dict[str, list[str]]]:
         code = doctor.main(["--config", str(path), *(part for item in overrides for part in ("--set", item))])
+        name = ""
         found: dict[str, list[str]] = {}
         for line in capsys.readouterr().out.splitlines()[:-1]:
             if line.startswith(" "):
