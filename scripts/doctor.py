@@ -256,9 +256,13 @@ def describe_records(config: LoadedConfig, name: str) -> Finding:
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
     """Say which adapters are there, whole, and made on the configured base."""
     values = config.values
-    named = {"sft.output_dir": values.sft.output_dir, "dpo.output_dir": values.dpo.output_dir}
-    made = {*named.values(), values.export.output_dir}
-    named |= {"dpo.init_from": values.dpo.init_from, "serve.adapter_path": values.serve.adapter_path}
+    named: dict[str, str | None] = {
+        "sft.output_dir": values.sft.output_dir,
+        "dpo.output_dir": values.dpo.output_dir,
+        "dpo.init_from": values.dpo.init_from,
+        "serve.adapter_path": values.serve.adapter_path,
+    }
+    made = {values.sft.output_dir, values.dpo.output_dir, values.export.output_dir}
     named |= {f"serve.adapters.{name}": path for name, path in values.serve.adapters.items()}
     keys = {path: key for key, path in reversed(named.items()) if path}
     for path, key in reversed(keys.items()):
