@@ -129,12 +129,11 @@ def check_hardware(config: LoadedConfig) -> Iterator[Finding]:
 def check_memory(config: LoadedConfig) -> Iterator[Finding]:
     """Compare free memory with the most that a run can take: batches full of the longest records allowed."""
     from scripts.common.memory import available_memory_gib, estimate_memory
-    from scripts.common.modeling import find_local_model
     from scripts.common.runtime import choose_machine
 
     values, machine = config.values, choose_machine(config.values)
     free = f"{available_memory_gib(machine.device):.1f} GiB free"
-    folder = find_local_model(values.base_model_id, values.base_model_revision)
+    folder = base_folder(config)
     if folder is None:
         yield Finding("ok", f"{free}; what a run takes is known once the base model is here")
         return
@@ -198,6 +197,16 @@ def hub_answers() -> bool:
     thread.start()
     thread.join(TIMEOUT_SECONDS)
     return answers == [True]
+
+
+def base_folder(config: LoadedConfig) -> Path | None:
+    """Return the folder of the base where there is one; what is wrong with it is told under `model`."""
+    from scripts.common.modeling import find_local_model
+
+    try:
+        return find_local_model(config.values.base_model_id, config.values.base_model_revision)
+    except UserError:
+        return None
 
 
 def check_model(config: LoadedConfig) -> Iterator[Finding]:
@@ -284,9 +293,9 @@ def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
 def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
     """Prove that a finished folder is whole and of the configured base."""
     from scripts.common.artifacts import read_manifest
-    from scripts.common.modeling import base_fingerprint, find_local_model
+    from scripts.common.modeling import base_fingerprint
 
-    base = find_local_model(config.values.base_model_id, config.values.base_model_revision)
+    base = base_folder(config)
     manifest = read_manifest(folder, stages=("sft", "dpo", "merged"), verify=False)
     if manifest["stage"] == "merged":  # as large as its base: hashing it takes longer than anyone waits
         return Finding("ok", f"{path}: a merged model, its files not looked at")

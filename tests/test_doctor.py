@@ -242,6 +242,16 @@ def test_model_that_nobody_can_give_is_bad_and_the_demo_model_is_named(
     assert time.monotonic() - started < 60, "a silent Hub is not waited for"
 
 
+def test_misspelt_model_is_told_once(screen: Screen, tmp_path: Path) -> None:
+    finished(tmp_path / "outputs/sft_adapter", "f" * 64)
+
+    code, found = screen("base_model_id=models/smollm")
+
+    assert code == 1
+    assert [name for name, lines in found.items() for line in lines if line.startswith("bad")] == ["model"]
+    assert "models/smollm: no such model folder." in found["model"][0]
+
+
 def test_offline_does_not_ask_the_hub(screen: Screen, hub: str, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "hub_answers", lambda: pytest.fail("asked"))
 
