@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from scripts.common.config import load_config
+from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError
 from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
 from tests.conftest import run_python
@@ -244,3 +246,12 @@ def test_config_error_needs_no_heavy_library(config_file) -> None:
     assert done.returncode == 2, done.stderr
     assert "did you mean `seed`?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_give_the_same_configuration_to_the_next_stage(config_file) -> None:
+    first = load_config(config_file("seed: 3\n"), ["data.system_prompt=Be kind, 'friend'", "lora.r=4"])
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    again = parser.parse_args(shlex.split(first.flags))
+
+    assert load_config(again.config, again.overrides).values == first.values

@@ -247,7 +247,11 @@ def test_own_table_in_a_folder_with_spaces_is_trained_from_another_working_folde
     (home / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     monkeypatch.chdir(home)
 
-    assert train_sft.main(["--config", "mine.yaml"]) == 0, capsys.readouterr().err
+    code = train_sft.main(["--config", "mine.yaml", "--set", "data.system_prompt=Be kind"])
 
+    shown = capsys.readouterr().err
+    assert code == 0, shown
+    assert "next           python -m scripts.train_dpo --config mine.yaml --set 'data.system_prompt=Be kind'\n" in shown
+    assert 'mlflow ui --port 5000 --backend-store-uri "sqlite:///my runs.db"' in shown
     assert manifest(home / "my outputs" / "sft")["datasets"][0]["train"] in range(10, 20)
     assert (home / "my runs.db").is_file()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,11 @@ _Yaml12Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A valid configuration together with where each value came from."""
+    """A valid configuration together with where each value came from, and the flags that give it to another stage."""
 
     values: Config
     origins: dict[str, str]
+    flags: str = ""
 
     def to_yaml(self) -> str:
         """Write the resolved configuration; loading it again gives the same values."""
@@ -113,7 +115,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
     problems = list(_trainer_problems(values, origins, str(path)))
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
-    return LoadedConfig(values, origins)
+    flags = ["--config", str(path), *(part for item in overrides for part in ("--set", item))]
+    return LoadedConfig(values, origins, shlex.join(flags))
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
