@@ -241,16 +241,24 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
 
 def describe_records(config: LoadedConfig, name: str) -> Finding:
     """Count the records of a stage on both sides of the split."""
-    from scripts.common.records import find_file, load_datasets, parse_preference, parse_record, split_records
+    from scripts.common.records import (
+        find_file,
+        load_datasets,
+        parse_preference,
+        parse_record,
+        sources_of,
+        split_records,
+    )
 
     section, key = getattr(config.values, name), f"{name}.dataset_path"
-    given = section.dataset_path
-    names = [given] if isinstance(given, str) else [source.path for source in given]
+    names = [source.path for source in sources_of(section.dataset_path)]
     files = [find_file(path, key) for path in names]
     size = sum(path.stat().st_size for path in files if path)
     if None in files or size > LARGE_BYTES:
         return Finding("ok", f"{key}: {some(names)}: not read here; python -m scripts.train_{name} --dry-run does")
-    datasets = load_datasets(given, parse_record if name == "sft" else parse_preference, config.values.data, key)
+    datasets = load_datasets(
+        section.dataset_path, parse_record if name == "sft" else parse_preference, config.values.data, key
+    )
     split = split_records(datasets, config.values.data, config.values.seed)
     skipped = sum(len(file.bad_rows) for file in datasets)
     text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} held out"

@@ -109,8 +109,7 @@ def load_datasets(
 
     Raises: UserError with file, line, field and reason of all bad rows, unless `data.on_bad_row` is `skip`.
     """
-    sources = [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path)
-    files = [_load(source, parse, data, key) for source in sources]
+    files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
     for file in files if data.on_bad_row == "stop" else ():
         if len({(row.field, row.reason) for row in file.bad_rows}) == 1 and not file.records and len(file.bad_rows) > 1:
@@ -129,6 +128,11 @@ def load_datasets(
     if not any(file.records for file in files):
         raise UserError(f"{key}: found no usable record in {', '.join(file.path for file in files)}.")
     return files
+
+
+def sources_of(dataset_path: str | Sequence[WeightedDataset]) -> list[WeightedDataset]:
+    """Return what a `dataset_path` names as a list in any case."""
+    return [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path)
 
 
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
