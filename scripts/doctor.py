@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.common.errors import UserError, entry_point
+from scripts.common.errors import UserError, did_you_mean, entry_point
 
 # Everything else of the project is imported where it is used: packages may be missing, and that is what is to be told.
 if TYPE_CHECKING:
@@ -281,21 +281,23 @@ def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
     }
     made = {values.sft.output_dir, values.dpo.output_dir, values.export.output_dir}
     named |= {f"serve.adapters.{name}": path for name, path in values.serve.adapters.items()}
-    keys = {path: key for key, path in reversed(named.items()) if path}
-    for path, key in reversed(keys.items()):
+    keys: dict[str, str] = {}
+    for key, given in named.items():
+        if given:
+            keys.setdefault(given, key)
+    for path, key in keys.items():
         folder = next((place for place in (Path(path), ROOT / path) if place.exists()), None)
         try:
             if folder:
                 yield describe_adapter(config, path, folder)
             elif path not in made:
-                raise UserError(
-                    f"{key}: {path}: no such folder, and no stage of this configuration writes it\ncorrect {key}"
-                )
+                mend = did_you_mean(path).strip() or f"correct {key}"
+                raise UserError(f"{key}: {path}: no such folder, and no stage of this configuration writes it\n{mend}")
         except UserError as error:
             yield failed(error)
     absent = [path for path in keys if path in made and not Path(path).exists() and not (ROOT / path).exists()]
     if absent:
-        yield Finding("ok", f"not there yet: {some(absent[::-1])}")
+        yield Finding("ok", f"not there yet: {some(absent)}")
 
 
 def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:

@@ -318,7 +318,7 @@ def test_adapters_are_proved_whole_and_of_the_configured_base(screen: Screen, tm
     assert lines["cut"].startswith("bad cut_off: no valid manifest.json")
     assert "adapter_model.safetensors: changed since manifest.json" in lines["changed"]
     assert lines["misspelt"].startswith("bad serve.adapters.mine: outputs/sft_adaptor: no such folder")
-    assert lines["misspelt"].endswith("mend: correct serve.adapters.mine")
+    assert lines["misspelt"].endswith("mend: Did you mean outputs/sft_adapter?")
 
 
 def older_schema(path: Path) -> None:

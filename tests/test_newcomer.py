@@ -180,6 +180,7 @@ def test_missing_configuration_names_the_nearest_and_ones_that_can_be_typed_here
     ("wrong", "mend"),
     [
         ("models/smollm2-instuct", "Did you mean models/smollm2-instruct?"),
+        ("models/smol", "Did you mean models/smollm2-instruct?"),
         ("models\\smollm2-instruct", "Write / between folders: models/smollm2-instruct."),
         ("./model/smollm2-instruct", "Did you mean models?"),
     ],

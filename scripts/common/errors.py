@@ -49,7 +49,8 @@ def did_you_mean(path: str | Path) -> str:
         return f" Write / between folders: {slashes}."
     if not folder.is_dir():
         return "" if folder == folder.parent else did_you_mean(folder)
-    near = difflib.get_close_matches(Path(path).name, os.listdir(folder), n=1)
+    name, known = Path(path).name, sorted(os.listdir(folder))
+    near = difflib.get_close_matches(name, known, n=1) or [entry for entry in known if name and entry.startswith(name)]
     return f" Did you mean {folder / near[0]}?" if near else ""
 
 
