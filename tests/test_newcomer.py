@@ -12,8 +12,9 @@ from scripts import deid_presidio, train_dpo, train_sft
 from scripts.common.config import load_config
 from scripts.common.errors import UserError
 from scripts.common.modeling import base_fingerprint, find_model
-from scripts.common.records import load_datasets, parse_preference, parse_record
+from scripts.common.records import load_datasets, parse_preference, parse_record, read_rows
 from scripts.common.schema import Data
+from scripts.deid.files import open_output, read_input
 from tests.chain import manifest, write_chain
 from tests.conftest import ROOT, run_python, write_jsonl
 
@@ -44,6 +45,17 @@ def test_csv_of_any_country_is_read(tmp_path: Path, separator: str, mark: bytes)
 
     assert record.messages[0]["content"] == "Schreibe höflich\n\nGröße: 42, rot"
     assert record.answer == "Sehr geehrte Frau Müller"
+
+
+def test_deidentified_copy_of_such_a_csv_has_the_same_rows(tmp_path: Path) -> None:
+    source, out = tmp_path / "mine.csv", tmp_path / "mine.deid.csv"
+    source.write_bytes(b"\xef\xbb\xbf" + GERMAN.encode())
+    with open_output(out, source) as write:
+        for _, row in read_input(source):
+            write(row)
+
+    assert [row for _, row in read_rows(out)] == [row for _, row in read_rows(source)]
+    assert [list(row) for _, row in read_rows(out)] == [["instruction", "input", "output"]]
 
 
 @pytest.mark.parametrize(
