@@ -34,6 +34,7 @@ from scripts.common.artifacts import (
 )
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
+from scripts.common.records import sources_of
 from scripts.common.runtime import (
     apply_machine,
     choose_machine,
@@ -67,7 +68,8 @@ def find_adapters(config: LoadedConfig) -> dict[str, tuple[Path, dict[str, Any]]
     """
     data = config.values.data
     found = {}
-    for name, folder in (("sft", config.values.sft.output_dir), ("dpo", config.values.dpo.output_dir)):
+    for name, section in (("sft", config.values.sft), ("dpo", config.values.dpo)):
+        folder = section.output_dir
         if not Path(folder).is_dir():
             log.warning("%s: no adapter there, so %s is left out of the comparison", folder, name)
             continue
@@ -77,6 +79,12 @@ def find_adapters(config: LoadedConfig) -> dict[str, tuple[Path, dict[str, Any]]
                 f"{folder}: was trained with the split {manifest['split']}, but the configuration holds out by seed "
                 f"{data.split_seed} and ratio {data.validation_ratio}, so it may have seen these prompts. Use its split."
             )
+        trained_on = [entry["path"] for entry in manifest["datasets"]]
+        if set(trained_on) != {portable_path(source.path) for source in sources_of(section.dataset_path)}:
+            log.warning(
+                "%s: was trained on %s, but is compared on what %s.dataset_path names; mean its own data? --set %s.dataset_path=%s",
+                folder, " and ".join(trained_on), name, name, trained_on[0],
+            )  # fmt: skip
         found[name] = (Path(folder), manifest)
     if not found:
         raise UserError(

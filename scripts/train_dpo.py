@@ -183,7 +183,7 @@ def run(stage: Stage) -> None:
         lambda: build_trainer(stage, machine, origin, train, validation),
         before_training=before_training,
         after_training=after_training,
-        next_command="python -m eval.compare, with the same --config",
+        next_command=f"python -m eval.compare {stage.config.flags}",
     )
 
 

@@ -110,7 +110,7 @@ def run(stage: Stage) -> None:
         origin,
         dataset_entries(files, split),
         lambda: build_trainer(stage, machine, origin, train, validation),
-        next_command="python -m scripts.train_dpo, with the same --config",
+        next_command=f"python -m scripts.train_dpo {stage.config.flags}",
     )
 
 

@@ -184,3 +184,15 @@ def test_several_seeds_aggregate_to_mean_and_spread(compared: Path, tmp_path: Pa
         for model in row["models"].values():
             assert model["spread"] == pytest.approx(0, abs=1e-9)
             assert model["mean"] == pytest.approx(model["values"][0])
+
+
+def test_comparing_on_other_data_than_the_adapter_was_trained_on_is_told(compared: Path, caplog) -> None:
+    """Who trains with --set sft.dataset_path=… and forgets it here would read figures about the sample data."""
+    config = compared / "config.yaml"
+
+    compare.find_adapters(load_config(config))
+    assert caplog.text == ""
+    compare.find_adapters(load_config(config, ["sft.dataset_path=data/sft/sample_sft.jsonl"]))
+
+    assert f"--set sft.dataset_path={compared}/sft.jsonl" in caplog.text
+    assert "dpo.dataset_path" not in caplog.text

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from scripts.common.config import load_config
+from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError
 from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
 from tests.conftest import run_python
@@ -102,7 +104,7 @@ def test_empty_file_gives_the_defaults(config_file) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"base_model_id: caf\xe9\n", "wanted a YAML file in UTF-8"),
+        (b"base_model_id: caf\xe9\n", "my.yaml:1: byte 19 is not UTF-8. Save the file as UTF-8"),
         ("- a\n- b\n", "found list, wanted `key: value` lines"),
         ("just words\n", "found str, wanted `key: value` lines"),
         ("seed: 1\nlora: {r: 8\n", "not valid YAML"),
@@ -244,3 +246,12 @@ def test_config_error_needs_no_heavy_library(config_file) -> None:
     assert done.returncode == 2, done.stderr
     assert "did you mean `seed`?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_give_the_same_configuration_to_the_next_stage(config_file) -> None:
+    first = load_config(config_file("seed: 3\n"), ["data.system_prompt=Be kind, 'friend'", "lora.r=4"])
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    again = parser.parse_args(shlex.split(first.flags))
+
+    assert load_config(again.config, again.overrides).values == first.values

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from scripts.common.config import ROOT
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, did_you_mean
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -109,7 +109,10 @@ def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: b
     folder = Path(folder)
     mend_interrupted_publish(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Run the stage that writes it first, or correct the path.")
+        raise UserError(
+            f"{folder}: no such folder. Run the stage that writes it first (`python -m scripts.train_sft`, then "
+            f"`python -m scripts.train_dpo`), or correct the path.{did_you_mean(folder)}"
+        )
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,9 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,20 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from scripts.common.errors import UserError, listing
+from scripts.common.errors import UserError, did_you_mean, listing, not_utf8
 from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILE = ROOT / "configs" / "schema.json"
 DEFAULT_CONFIG = "configs/config.yaml"
 TRAINER_SECTIONS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
+
+# What PyYAML says, with what to do about it.
+YAML_MENDS = {
+    "'\\t'": "indent with spaces, not with tabs",
+    "escape": 'in "double quotes" \\ has a meaning; write paths with /, or without quotes',
+    "mapping values": "a space follows each key's colon, keys of a section stand below each other, text that holds `: ` stands in quotes",
+}
 
 Key = tuple[str, ...]
 
@@ -45,10 +54,11 @@ _Yaml12Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A valid configuration together with where each value came from."""
+    """A valid configuration together with where each value came from, and the flags that give it to another stage."""
 
     values: Config
     origins: dict[str, str]
+    flags: str = ""
 
     def to_yaml(self) -> str:
         """Write the resolved configuration; loading it again gives the same values."""
@@ -105,17 +115,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
     problems = list(_trainer_problems(values, origins, str(path)))
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
-    return LoadedConfig(values, origins)
+    flags = ["--config", str(path), *(part for item in overrides for part in ("--set", item))]
+    return LoadedConfig(values, origins, shlex.join(flags))
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")))
-        raise UserError(f"{path}: no such configuration file. Shipped ones: {known}") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: found {error.__class__.__name__}, wanted a YAML file in UTF-8.") from None
+        known = ", ".join(sorted(os.path.relpath(p) for p in (ROOT / "configs").glob("*.yaml")))
+        raise UserError(f"{path}: no such configuration file.{did_you_mean(path)} There are: {known}") from None
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, wanted a YAML file.") from None
     loader = _Yaml12Loader(text)
     try:
         node = loader.get_single_node()
@@ -124,11 +137,15 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+        problem = getattr(error, "problem", None) or str(error)
+        mend = next((f"; {mend}" for sign, mend in YAML_MENDS.items() if sign in problem), "")
+        raise UserError(f"{path}{line}: not valid YAML: {problem}{mend}.") from None
     finally:
         loader.dispose()
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: found {type(tree).__name__}, wanted `key: value` lines.")
+        raise UserError(
+            f"{path}: found {type(tree).__name__}, wanted `key: value` lines, with a space after the colon."
+        )
     return _with_empty_sections(tree), lines
 
 

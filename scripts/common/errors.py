@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 EXIT_MISTAKE = 2  # what argparse uses too
 EXIT_SIGINT = 130
@@ -34,6 +37,31 @@ def listing(head: str, problems: Iterable[str], next_step: str = "") -> str:
     if next_step:
         lines.append(next_step)
     return "\n".join(lines)
+
+
+def did_you_mean(path: str | Path) -> str:
+    """Return a sentence on how to write a path that leads nowhere, or nothing."""
+    text, folder = str(path), Path(path).parent
+    if text.startswith("~"):
+        return f" Only a shell knows ~; write {Path(text).expanduser()}."
+    if "\\" in text and os.name != "nt":
+        slashes = text.replace("\\", "/")
+        return f" Write / between folders: {slashes}."
+    if not folder.is_dir():
+        return "" if folder == folder.parent else did_you_mean(folder)
+    name, known = Path(path).name, sorted(os.listdir(folder))
+    near = difflib.get_close_matches(name, known, n=1) or [entry for entry in known if name and entry.startswith(name)]
+    return f" Did you mean {folder / near[0]}?" if near else ""
+
+
+def not_utf8(path: str | Path, error: UnicodeDecodeError) -> UserError:
+    """Say where a file stops being UTF-8 and how to save it so."""
+    line = error.object.count(b"\n", 0, error.start) + 1
+    utf16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return UserError(
+        f"{path}:{line}: {'is UTF-16' if utf16 else f'byte {error.start + 1} is not UTF-8'}. Save the file as UTF-8: "
+        f"in Excel as `CSV UTF-8`, in an editor under Encoding, or `iconv -f {'UTF-16' if utf16 else 'CP1252'} -t UTF-8 OLD > NEW`."
+    )
 
 
 def entry_point(main: Callable[..., int]) -> Callable[..., int]:

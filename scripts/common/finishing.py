@@ -158,13 +158,15 @@ def print_summary(
 ) -> None:
     """Tell in a few lines what came out, where it is and what to do next."""
     before, after = metrics["held_out_loss_before"], metrics["held_out_loss"]
+    store = config.values.tracking.mlflow_tracking_uri
+    runs = f"open {store}" if store.startswith("http") else f'mlflow ui --port 5000 --backend-store-uri "{store}"'
     lines = [
         f"{stage} is done",
         "held-out loss  " + ("nothing was held out" if after is None else f"{before:.4f} → {after:.4f}"),
         f"speed          {metrics['tokens_per_second']:.0f} tokens/s, {metrics['steps']} steps, {metrics['train_seconds']:.0f} s",
         f"peak memory    {metrics['peak_memory_gib']:.1f} GiB",
         f"adapter        {output_dir}",
-        f"MLflow         mlflow ui --port 5000   (store: {config.values.tracking.mlflow_tracking_uri})",
+        f"MLflow         {runs}",
         f"next           {next_command}",
     ]
     log.info("%s", "\n  ".join(lines))

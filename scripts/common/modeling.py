@@ -15,7 +15,7 @@ from typing import Any
 
 from scripts.common.artifacts import read_manifest
 from scripts.common.config import ROOT
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, did_you_mean
 from scripts.common.rendering import PLAIN_TEMPLATE, template_sha256, tokenizer_sha256
 from scripts.common.runtime import Machine
 from scripts.common.schema import Config, Lora
@@ -45,6 +45,7 @@ UNIMPORTANT = {
     "pad_token_id",
 }
 SAMPLES_PER_TENSOR = 16
+_HUB_ID = re.compile(r"(?!\.|models/)[\w.-]+(/[\w.-]+)?")
 
 
 def find_model(model_id: str, revision: str | None = None) -> Path:
@@ -65,11 +66,32 @@ def find_model(model_id: str, revision: str | None = None) -> Path:
     return folder
 
 
+def find_local_model(model_id: str, revision: str | None = None) -> Path | None:
+    """Return a model's folder when it is on this machine; None stands for a Hub id that would have to be downloaded.
+
+    Raises: UserError when the folder that is meant holds no model.
+    """
+    named = any(path.is_dir() for path in (Path(model_id), ROOT / model_id))
+    if named or model_id == DEMO_MODEL or not _HUB_ID.fullmatch(model_id):
+        return find_model(model_id)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return find_model(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, UserError):  # never asked for, no id, or a download cut off
+        return None
+
+
 def _hub_folder(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or model_id.startswith((".", "models/")):
-        mend = " Run `python -m scripts.get_demo_model` first." if model_id == DEMO_MODEL else " Correct base_model_id."
+    if not _HUB_ID.fullmatch(model_id):
+        mend = (
+            " Run `python -m scripts.get_demo_model` first."
+            if model_id == DEMO_MODEL
+            else did_you_mean(model_id) or did_you_mean(ROOT / model_id) or " Correct base_model_id."
+        )
         raise UserError(f"{model_id}: no such model folder.{mend}")
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=MODEL_FILES))
@@ -216,7 +238,20 @@ def base_fingerprint(folder: Path) -> str:
     """Identify a base by its configuration and sampled weights, whatever folder, id or float type it is stored in.
 
     Samples are rounded to bf16, so that an fp32 and a bf16 copy of one model are the same base.
+
+    Raises: UserError when a file cannot be read whole, such as after a copy that was cut off.
     """
+    from safetensors import SafetensorError
+
+    try:
+        return _fingerprint(folder)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{folder}: its config.json or a *.safetensors is damaged or cut off ({error}). Remove the folder and bring the model again."
+        ) from None
+
+
+def _fingerprint(folder: Path) -> str:
     import torch
     from safetensors import safe_open
 

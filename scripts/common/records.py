@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
 import random
@@ -10,11 +11,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.config import ROOT
-from scripts.common.errors import UserError, listing
+from scripts.common.errors import UserError, did_you_mean, listing, not_utf8
 from scripts.common.schema import Data, WeightedDataset
 
 Message = dict[str, str]
@@ -108,9 +109,13 @@ def load_datasets(
 
     Raises: UserError with file, line, field and reason of all bad rows, unless `data.on_bad_row` is `skip`.
     """
-    sources = [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path)
-    files = [_load(source, parse, data, key) for source in sources]
+    files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
+    for file in files if data.on_bad_row == "stop" else ():
+        if len({(row.field, row.reason) for row in file.bad_rows}) == 1 and not file.records and len(file.bad_rows) > 1:
+            raise UserError(
+                f"{key}: none of the {len(file.bad_rows)} rows can be used, all for one reason\n  {file.bad_rows[0]}"
+            )
     if bad and data.on_bad_row == "stop":
         total = sum(len(file.records) for file in files) + len(bad)
         raise UserError(
@@ -125,8 +130,13 @@ def load_datasets(
     return files
 
 
+def sources_of(dataset_path: str | Sequence[WeightedDataset]) -> list[WeightedDataset]:
+    """Return what a `dataset_path` names as a list in any case."""
+    return [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path)
+
+
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
-    path = _existing(source.path)
+    path = find_file(source.path, key)
     if path is None:
         rows, digest = _hub_rows(source.path, key)
     else:
@@ -152,16 +162,19 @@ def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> Datas
     return DatasetFile(source.path, digest, source.weight, tuple(records), tuple(bad))
 
 
-def _existing(name: str) -> Path | None:
+def find_file(name: str, key: str) -> Path | None:
     """Find a file from the working folder or the repository; None means the name is meant for the Hub."""
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
         if path.is_dir():
-            raise UserError(f"{name}: is a folder, wanted one file; list several files with their weights.")
+            raise UserError(f"{key}: {name}: is a folder, wanted one file; list several files with their weights.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|parquet)$", name):
         return None
-    raise UserError(f"{name}: no such file. Correct the path, or give a Hub dataset id of the form owner/name.")
+    near = did_you_mean(name) or did_you_mean(ROOT / name)
+    raise UserError(
+        f"{key}: {name}: no such file.{near or ' Correct the path, or give a Hub dataset id of the form owner/name.'}"
+    )
 
 
 def _hub_rows(name: str, key: str) -> tuple[list[tuple[str, Any]], str]:
@@ -183,7 +196,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path}: found the ending `{path.suffix}`, wanted one of {', '.join(readers)}.")
+        sheet = " Save the sheet as `CSV UTF-8`." if path.suffix.lower() in (".xlsx", ".xls", ".ods", ".tsv") else ""
+        raise UserError(f"{path}: found the ending `{path.suffix}`, wanted one of {', '.join(readers)}.{sheet}")
     return reader(path)
 
 
@@ -196,15 +210,24 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
+                if number == 1 and text.strip() in ("[", "{"):
+                    raise UserError(
+                        f"{where}: JSON that goes over several lines, wanted one object per line. "
+                        "A list [...] is read from a file that ends in .json."
+                    )
                 row = json.loads(text)
             except UnicodeDecodeError as error:
+                if number == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise not_utf8(path, error) from None
                 row = BadRow(
                     where, "encoding", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
                 )
             except (ValueError, RecursionError) as error:
-                row = BadRow(where, "json", f"not valid JSON ({error}); one object per line")
+                comma = ", without a comma at its end" if text.rstrip().endswith(",") else ""
+                row = BadRow(where, "json", f"not valid JSON ({error}); one object per line{comma}")
             if not isinstance(row, dict | BadRow):
-                row = BadRow(where, "json", f"found {type(row).__name__}, wanted an object {{…}}")
+                mend = "; a list of records is read from a file that ends in .json" if isinstance(row, list) else ""
+                row = BadRow(where, "json", f"found {type(row).__name__}, wanted an object {{…}}{mend}")
             yield where, row
 
 
@@ -212,14 +235,16 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start + 1} is not UTF-8. Save the file as UTF-8.") from None
+        raise not_utf8(path, error) from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects.") from None
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects; one object per line is .jsonl."
+        ) from None
     except RecursionError:
         raise UserError(f"{path}: not valid JSON (nested too deeply). Wanted a list of objects.") from None
     if not isinstance(rows, list):
@@ -237,24 +262,33 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     # newline="\n" keeps the line breaks inside quoted cells as they are; the file is streamed.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        reader = csv.reader(file, strict=True)
         try:
+            reader = csv.reader(file, strict=True, delimiter=delimiter_of(file))
             header = next(reader, [])
             for cells in reader:
-                if not cells:
+                if not any(map(str.strip, cells)):  # Excel leaves such rows behind
                     continue
                 where = f"{path}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
                 if len(cells) == len(header):
                     yield where, dict(zip(header, cells, strict=True))
                 else:
                     reason = f"found {len(cells)} cells, wanted the {len(header)} of the header"
+                    reason += (
+                        '; put "quotes" around a text that holds the separator' if len(cells) > len(header) else ""
+                    )
                     yield where, BadRow(where, "columns", reason, cells)
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
         except UnicodeDecodeError:
-            raise UserError(
-                f"{path}: what follows line {reader.line_num} is not UTF-8. Save the file as UTF-8."
-            ) from None
+            _read_text(path)  # says where; decoding a stream knows only the place within a block
+            raise
+
+
+def delimiter_of(file: TextIO) -> str:
+    """Tell by the header which separator a CSV uses: Excel writes what the country's settings say."""
+    header = file.readline()
+    file.seek(0)
+    return max(",;\t", key=header.count)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -283,8 +317,20 @@ def format_of(row: dict[str, Any]) -> str:
     for name, keys in FORMATS.items():
         if all(key in row for key in keys):
             return name
+    for keys in FORMATS.values():
+        absent = [key for key in keys if key not in row]
+        near = [_nearest_name(key, row) for key in absent]
+        if all(near):
+            renamed = ", ".join(f"`{old}` to `{new}`" for old, new in zip(near, absent, strict=True))
+            raise _RowError("fields", f"found {', '.join(map(str, row))}; rename {renamed}")
     wanted = "; ".join(" + ".join(keys) for keys in FORMATS.values())
     raise _RowError("fields", f"found {', '.join(map(str, row)) or 'none'}; wanted one of: {wanted}")
+
+
+def _nearest_name(key: str, row: dict[str, Any]) -> str | None:
+    names = {str(name).strip().lower(): str(name) for name in row}
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    return names[near[0]] if near else None
 
 
 def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:

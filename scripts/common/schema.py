@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
+
+def _as_written(path: str) -> str:
+    """Refuse what would make a folder of an odd name instead of the one that is meant."""
+    if path.startswith("~"):
+        raise ValueError("a path without ~, which only a shell knows")
+    if "\\" in path and os.name != "nt":
+        raise ValueError("/ between folders, which every system reads")
+    return path
+
+
+OutputPath = Annotated[str, AfterValidator(_as_written)]
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 
@@ -65,7 +77,7 @@ class Training(Section):
     """What SFT and DPO have in common."""
 
     dataset_path: str | list[WeightedDataset]
-    output_dir: str
+    output_dir: OutputPath
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training records.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of the adapter.")
     per_device_train_batch_size: Positive = Field(8, description="Records per forward pass and device.")
@@ -84,7 +96,7 @@ class Sft(Training):
     dataset_path: str | list[WeightedDataset] = Field(
         "data/sft/sample_sft.jsonl", description="Instruction records: a file, a Hub dataset id, or a weighted list."
     )
-    output_dir: str = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
+    output_dir: OutputPath = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
 
 
 DpoLoss = Literal[
@@ -97,7 +109,7 @@ class Dpo(Training):
     dataset_path: str | list[WeightedDataset] = Field(
         "data/dpo/sample_dpo.jsonl", description="Preference pairs: a file, a Hub dataset id, or a weighted list."
     )
-    output_dir: str = Field("outputs/dpo_adapter", description="Folder of the finished adapter.")
+    output_dir: OutputPath = Field("outputs/dpo_adapter", description="Folder of the finished adapter.")
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training pairs.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of the adapter.")
     per_device_train_batch_size: Positive = Field(
@@ -189,7 +201,7 @@ class Judge(Section):
 
 
 class Eval(Section):
-    output_dir: str = Field("outputs/comparison", description="Folder of the comparison report.")
+    output_dir: OutputPath = Field("outputs/comparison", description="Folder of the comparison report.")
     max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
     batch_size: Positive = Field(16, description="Prompts answered at once.")
     max_prompts: Positive | None = Field(None, description="Most held-out prompts that are answered; null takes all.")
@@ -198,7 +210,9 @@ class Eval(Section):
 
 
 class LmEval(Section):
-    output_dir: str = Field("outputs/eval", description="Folder of the lm-eval results; further calls add to it.")
+    output_dir: OutputPath = Field(
+        "outputs/eval", description="Folder of the lm-eval results; further calls add to it."
+    )
     batch_size: Positive = Field(16, description="Sequences scored or answered at once.")
     apply_chat_template: bool = Field(
         False, description="Put lm-eval's questions into the model's chat template; `domain` always is."
@@ -279,15 +293,17 @@ class Serve(Section):
     api_keys_file: str | None = Field(
         None, description="File with one API key per line, readable by its owner only; SERVE_API_KEYS adds to it."
     )
-    votes_path: str | None = Field(
+    votes_path: OutputPath | None = Field(
         None,
         description="JSONL file to which the playground appends votes as preference records; null turns votes off.",
     )
 
 
 class Export(Section):
-    output_dir: str = Field("outputs/merged_full_model", description="Folder of the merged model.")
-    gguf_dir: str = Field("outputs/merged_gguf", description="Folder of the merged model as GGUF (`--format gguf`).")
+    output_dir: OutputPath = Field("outputs/merged_full_model", description="Folder of the merged model.")
+    gguf_dir: OutputPath = Field(
+        "outputs/merged_gguf", description="Folder of the merged model as GGUF (`--format gguf`)."
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Type of the merged weights; `auto` takes the base's own. Merging itself is done in fp32."
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import re
+import sqlite3
 import time
 import traceback
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,3 +212,59 @@ def _status(run_id: str | None) -> str | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def describe_store(uri: str, timeout_seconds: float) -> str:
+    """Say what a store is and holds, without importing MLflow, which takes seconds.
+
+    Raises: UserError when no run could be kept there, with what to type.
+    """
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_seconds):
+                return f"{uri} answers"
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{uri}: {error}\nmlflow server --port 5000, or tracking.mlflow_tracking_uri: sqlite:///mlflow.db"
+            ) from None
+    path = Path(re.sub(r"^(sqlite:///|file:(//)?)", "", uri)).absolute()
+    if not uri.startswith("sqlite:///"):
+        return (
+            f"{uri}: another store, not looked into"
+            if "://" in uri and not uri.startswith("file:")
+            else f"folder {path}"
+        )
+    if not path.parent.is_dir():
+        raise UserError(f'{uri}: no such folder\nmkdir -p "{path.parent}"')
+    if not path.exists():
+        return f"{uri}: made by the first run"
+    try:
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=timeout_seconds)
+        try:
+            (found,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            (runs,) = connection.execute("SELECT count(*) FROM runs").fetchone()
+        finally:
+            connection.close()
+    except (sqlite3.Error, TypeError) as error:
+        raise UserError(f'{path}: is no usable MLflow database ({error})\nmv "{path}" "{path}.old"') from None
+    older, newest = _schemas()
+    if found not in newest:
+        mend = (
+            f'cp "{path}" "{path}.old" && mlflow db upgrade "{uri}"' if found in older else f'mv "{path}" "{path}.old"'
+        )
+        other = "an older" if found in older else "another, perhaps newer"
+        raise UserError(f"{uri}: its tables are of {other} MLflow (schema {found})\n{mend}")
+    return f"{uri}: {runs} runs, its tables are current"
+
+
+def _schemas() -> tuple[set[str], set[str]]:
+    """Return the schemas that the installed MLflow's migrations lead away from, and the one they end at."""
+    spec = importlib.util.find_spec("mlflow")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("mlflow is not installed", name="mlflow")
+    files = (Path(spec.origin).parent / "store" / "db_migrations" / "versions").glob("*.py")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    older, known = (
+        set(re.findall(rf'^{name} = "(\w+)"', text, re.MULTILINE)) for name in ("down_revision", "revision")
+    )
+    return older, known - older

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scripts.common.errors import UserError
-from scripts.common.records import BadRow, read_rows
+from scripts.common.errors import UserError, did_you_mean
+from scripts.common.records import BadRow, delimiter_of, read_rows
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 LINES = (".jsonl", ".csv", ".txt")
@@ -81,7 +81,7 @@ def _json(path: Path, source: Path) -> Iterator[Callable[[Row], None]]:
 
 def _csv(path: Path, source: Path) -> Iterator[Callable[[Row], None]]:
     with source.open(encoding="utf-8-sig", newline="\n") as file:
-        header = next(csv.reader(file), [])
+        header = next(csv.reader(file, delimiter=delimiter_of(file)), [])
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
         writer.writeheader()
@@ -122,7 +122,7 @@ def _written(_: Any) -> None:
 def check_paths(source: Path, out: Path, *, overwrite: bool) -> None:
     """Refuse paths that would lose or mix something up."""
     if not source.is_file():
-        raise UserError(f"--in {source}: no such file.")
+        raise UserError(f"--in {source}: no such file.{did_you_mean(source)}")
     for flag, path in (("--in", source), ("--out", out)):
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{flag} {path}: found the ending `{path.suffix}`, wanted one of {', '.join(ENDINGS)}.")

@@ -1,0 +1,395 @@
+"""Say on one screen whether this machine and this configuration are ready, and what to type where they are not.
+
+Reads the configuration with the data, models and adapters it names; writes and downloads nothing. Exit code 1 when anything
+is bad. Needs requirements.txt, and says so where that is not installed.
+
+    python -m scripts.doctor --config configs/config.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.common.errors import UserError, did_you_mean, entry_point
+
+# Everything else of the project is imported where it is used: packages may be missing, and that is what is to be told.
+if TYPE_CHECKING:
+    from scripts.common.config import LoadedConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST_PYTHON = (3, 11)
+PIN_FILES = {
+    "requirements.txt": "everything",
+    "requirements.gpu.txt": "4- and 8-bit loading",
+    "requirements.extra.txt": "de-identification",
+}
+PORTS = {8000: "uvicorn ... --port 8001", 5000: "mlflow ui --port 5001"}
+TIMEOUT_SECONDS = 2.0
+LARGE_BYTES = 50 * 2**20  # of data; reading more takes longer than anyone waits for an answer
+SCARCE_DISK_GIB, ENOUGH_DISK_GIB = 0.5, 5.0
+
+
+class Finding(NamedTuple):
+    """One line on the screen, and what to type unless it is `ok`."""
+
+    status: str
+    text: str
+    mend: str = ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The flags of every stage, written again: what adds them there cannot be imported without packages.
+    parser.add_argument("--config", default="configs/config.yaml", metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key"
+    )
+    return parser
+
+
+# --- the machine ---
+
+
+def check_python() -> Iterator[Finding]:
+    """Compare the interpreter with the oldest one that works."""
+    found, oldest = (".".join(map(str, numbers)) for numbers in (sys.version_info[:3], OLDEST_PYTHON))
+    if sys.version_info < OLDEST_PYTHON:
+        yield Finding(
+            "bad", f"found {found}, wanted {oldest} or newer", f"rm -rf .venv; make setup PYTHON=python{oldest}"
+        )
+    else:
+        yield Finding("ok", f"{found}, {sys.executable}")
+
+
+def check_packages() -> Iterator[Finding]:
+    """Compare what is installed with the pins of each requirements file."""
+    for file, purpose in PIN_FILES.items():
+        pins = re.findall(r"^([\w.-]+)==([^\s;#]+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        missing, others = [], []
+        for name, pin in pins:
+            try:
+                found = version(name).partition("+")[0]
+            except PackageNotFoundError:
+                missing.append(name)
+            else:
+                others += [] if found == pin else [f"{name} {found} instead of {pin}"]
+        if not missing and not others:
+            yield Finding("ok", f"{file}: {len(pins)} as pinned")
+            continue
+        problems = [f"without {some(missing)}"] * bool(missing) + [some(others)] * bool(others)
+        status = "bad" if missing and file == "requirements.txt" else "warn"
+        yield Finding(
+            status, f"{file} (for {purpose}): {'; '.join(problems)}", activation() or f"pip install -r {file}"
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """List the first few."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def activation() -> str:
+    """Return the command that enters the environment of `make setup` when this is another one."""
+    folder = ROOT / ".venv"
+    if not folder.is_dir() or Path(sys.prefix).resolve() == folder.resolve():
+        return ""
+    return rf'& "{folder}\Scripts\Activate.ps1"' if os.name == "nt" else f'source "{folder}/bin/activate"'
+
+
+def check_hardware(config: LoadedConfig) -> Iterator[Finding]:
+    """Say what will compute, in which type, and why."""
+    import torch
+
+    from scripts.common.runtime import choose_machine
+
+    machine = choose_machine(config.values)
+    gpu = [torch.cuda.get_device_name()] if machine.device == "cuda" else []
+    yield Finding("ok", "; ".join([*gpu, *machine.reasons, f"{machine.threads} threads"]))
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        mend = "nvidia-smi; then install torch for the CUDA version it shows, see pytorch.org/get-started/locally"
+        yield Finding("warn", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU", mend)
+
+
+def check_memory(config: LoadedConfig) -> Iterator[Finding]:
+    """Compare free memory with the most that a run can take: batches full of the longest records allowed."""
+    from scripts.common.memory import available_memory_gib, estimate_memory
+    from scripts.common.runtime import choose_machine
+
+    values, machine = config.values, choose_machine(config.values)
+    free = f"{available_memory_gib(machine.device):.1f} GiB free"
+    folder = base_folder(config)
+    if folder is None:
+        yield Finding("ok", f"{free}; what a run takes is known once the base model is here")
+        return
+    most = {}
+    for name, section, sequences in (("sft", values.sft, 1), ("dpo", values.dpo, 2)):
+        tokens = section.per_device_train_batch_size * section.max_length * sequences
+        most[name] = estimate_memory(
+            folder, values, batch_tokens=tokens, answer_tokens=tokens, bytes_per_value=machine.dtype.itemsize,
+            cpu=machine.device == "cpu", checkpointing=values.performance.gradient_checkpointing is True,
+        ).total  # fmt: skip
+    name = max(most, key=lambda stage: most[stage])
+    text = f"{free}; training takes {most[name]:.1f} at most ({name}, batches full of {name}.max_length)"
+    fits = most[name] <= available_memory_gib(machine.device)
+    mend = f"python -m scripts.train_{name} --dry-run says what your records take; lower {name}.max_length if need be"
+    yield Finding("ok", text) if fits else Finding("warn", text, mend)
+
+
+def check_disk(config: LoadedConfig) -> Iterator[Finding]:
+    """Say how much room there is where results will go, and whether they can be written."""
+    outputs = Path(config.values.sft.output_dir).absolute()
+    folder = next(path for path in (outputs, *outputs.parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free / 2**30
+    text, mend = f"{free:.1f} GiB free in {folder}", "free some space, or --set sft.output_dir=... on another disk"
+    if not os.access(folder, os.W_OK):
+        yield Finding("bad", f"{folder} cannot be written", "--set sft.output_dir=... where you may write")
+    elif free < ENOUGH_DISK_GIB:
+        yield Finding("bad" if free < SCARCE_DISK_GIB else "warn", text, mend)
+    else:
+        yield Finding("ok", text)
+
+
+def check_ports(config: LoadedConfig) -> Iterator[Finding]:
+    """Say whether something listens already where the server and MLflow would."""
+    taken = []
+    for port in PORTS:
+        with socket.socket() as probe:
+            probe.settimeout(TIMEOUT_SECONDS)
+            taken += [port] if probe.connect_ex(("127.0.0.1", port)) == 0 else []
+    for port in taken:
+        yield Finding("warn", f"something listens on {port} already", PORTS[port])
+    if not taken:
+        yield Finding("ok", f"{' and '.join(map(str, PORTS))} are free")
+
+
+# --- what the configuration names ---
+
+
+def hub_answers() -> bool:
+    """Ask the Hub for a sign of life; looking up a host name knows no time-out, hence the thread."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
+                answers.append(True)
+        except OSError as error:
+            answers.append(hasattr(error, "code"))  # a refusal is an answer too
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_SECONDS)
+    return answers == [True]
+
+
+def base_folder(config: LoadedConfig) -> Path | None:
+    """Return the folder of the base where there is one; what is wrong with it is told under `model`."""
+    from scripts.common.modeling import find_local_model
+
+    try:
+        return find_local_model(config.values.base_model_id, config.values.base_model_revision)
+    except UserError:
+        return None
+
+
+def check_model(config: LoadedConfig) -> Iterator[Finding]:
+    """Say whether the base model is here, or can be brought from the Hub."""
+    from scripts.common.memory import parameter_count
+    from scripts.common.modeling import DEMO_MODEL, base_fingerprint, find_local_model
+
+    values = config.values
+    folder = find_local_model(values.base_model_id, values.base_model_revision)
+    asked = not values.offline and os.environ.get("HF_HUB_OFFLINE") != "1"
+    reachable = asked and hub_answers()
+    hub = "the Hub answers" if reachable else "the Hub does not answer" if asked else "the Hub is not asked (offline)"
+    if folder:
+        fingerprint = base_fingerprint(folder)
+        text = f"{values.base_model_id}: {parameter_count(folder) / 1e6:.0f} M parameters, {fingerprint[:12]}; {hub}"
+        yield Finding("ok", text) if reachable or not asked else Finding("warn", text, "--set offline=true")
+    elif reachable:
+        yield Finding("ok", f"{values.base_model_id}: not here yet; {hub}, and the first run downloads it")
+    else:
+        text = f"{values.base_model_id}: neither a folder nor in the Hub's cache; {hub}"
+        yield Finding("bad", text, f"python -m scripts.get_demo_model; then --set base_model_id={DEMO_MODEL}")
+
+
+def check_data(config: LoadedConfig) -> Iterator[Finding]:
+    """Read and split the records of both stages as training does."""
+    for name in ("sft", "dpo"):
+        try:
+            yield describe_records(config, name)
+        except UserError as error:
+            yield failed(error)
+
+
+def describe_records(config: LoadedConfig, name: str) -> Finding:
+    """Count the records of a stage on both sides of the split."""
+    from scripts.common.records import (
+        find_file,
+        load_datasets,
+        parse_preference,
+        parse_record,
+        sources_of,
+        split_records,
+    )
+
+    section, key = getattr(config.values, name), f"{name}.dataset_path"
+    names = [source.path for source in sources_of(section.dataset_path)]
+    files = [find_file(path, key) for path in names]
+    size = sum(path.stat().st_size for path in files if path)
+    if None in files or size > LARGE_BYTES:
+        return Finding("ok", f"{key}: {some(names)}: not read here; python -m scripts.train_{name} --dry-run does")
+    datasets = load_datasets(
+        section.dataset_path, parse_record if name == "sft" else parse_preference, config.values.data, key
+    )
+    split = split_records(datasets, config.values.data, config.values.seed)
+    skipped = sum(len(file.bad_rows) for file in datasets)
+    text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} held out"
+    text += f", {skipped} bad ones set aside" if skipped else ""
+    if split.validation:
+        return Finding("ok", text)
+    return Finding(
+        "warn", text, "--set data.validation_ratio=0.2, or more records: nothing would tell whether it helped"
+    )
+
+
+def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
+    """Say which adapters are there, whole, and made on the configured base."""
+    values = config.values
+    named: dict[str, str | None] = {
+        "sft.output_dir": values.sft.output_dir,
+        "dpo.output_dir": values.dpo.output_dir,
+        "dpo.init_from": values.dpo.init_from,
+        "serve.adapter_path": values.serve.adapter_path,
+    }
+    made = {values.sft.output_dir, values.dpo.output_dir, values.export.output_dir}
+    named |= {f"serve.adapters.{name}": path for name, path in values.serve.adapters.items()}
+    keys: dict[str, str] = {}
+    for key, given in named.items():
+        if given:
+            keys.setdefault(given, key)
+    for path, key in keys.items():
+        folder = next((place for place in (Path(path), ROOT / path) if place.exists()), None)
+        try:
+            if folder:
+                yield describe_adapter(config, path, folder)
+            elif path not in made:
+                mend = did_you_mean(path).strip() or f"correct {key}"
+                raise UserError(f"{key}: {path}: no such folder, and no stage of this configuration writes it\n{mend}")
+        except UserError as error:
+            yield failed(error)
+    absent = [path for path in keys if path in made and not Path(path).exists() and not (ROOT / path).exists()]
+    if absent:
+        yield Finding("ok", f"not there yet: {some(absent)}")
+
+
+def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
+    """Prove that a finished folder is whole and of the configured base."""
+    from scripts.common.artifacts import read_manifest
+    from scripts.common.modeling import base_fingerprint
+
+    base = base_folder(config)
+    manifest = read_manifest(folder, stages=("sft", "dpo", "merged"), verify=False)
+    if manifest["stage"] == "merged":  # as large as its base: hashing it takes longer than anyone waits
+        return Finding("ok", f"{path}: a merged model, its files not looked at")
+    read_manifest(folder)
+    made_on = manifest["base_model"]
+    if base and made_on["fingerprint"] != base_fingerprint(base):
+        mend = f"--set base_model_id={made_on['id']}, or train it again"
+        return Finding("bad", f"{path}: whole, but made on another base, {made_on['id']}", mend)
+    return Finding("ok", f"{path}: whole, {manifest['stage']} on {made_on['id']}")
+
+
+def check_store(config: LoadedConfig) -> Iterator[Finding]:
+    """Say whether MLflow can keep runs where the configuration wants them."""
+    from scripts.common.tracking import describe_store
+
+    yield Finding("ok", describe_store(config.values.tracking.mlflow_tracking_uri, TIMEOUT_SECONDS))
+
+
+# --- the screen ---
+
+CHECKS = {
+    "hardware": check_hardware,
+    "model": check_model,
+    "memory": check_memory,
+    "disk": check_disk,
+    "data": check_data,
+    "adapters": check_adapters,
+    "store": check_store,
+    "ports": check_ports,
+}
+
+
+def failed(error: UserError) -> Finding:
+    """Turn a message for a user into a line: its last line says what to do."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(lines[:2] if len(lines) > 2 else lines[:1])
+    return Finding("bad", text, lines[-1] if len(lines) > 1 else "")
+
+
+def show(name: str, check: Callable[..., Iterator[Finding]], *arguments: Any) -> list[str]:
+    """Run one check and write its lines as they come; return how each fared."""
+    statuses = []
+
+    def write(finding: Finding) -> None:
+        mend = f"{'':15}mend: {finding.mend}\n" if finding.mend else ""
+        sys.stdout.write(f"{finding.status:5}{name:10}{finding.text}\n{mend}")
+        sys.stdout.flush()
+        statuses.append(finding.status)
+
+    try:
+        for finding in check(*arguments):
+            write(finding)
+    except ImportError as error:
+        write(Finding("warn", f"not checked without the package {error.name or error}", "see packages above"))
+    except UserError as error:
+        write(failed(error))
+    return statuses
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every check, one line each, and say what comes next."""
+    arguments = build_parser().parse_args(argv)
+    loaded: list[LoadedConfig] = []
+
+    def check_config() -> Iterator[Finding]:
+        from scripts.common.config import load_config
+        from scripts.common.runtime import prepare_environment
+
+        loaded.append(load_config(arguments.config, arguments.overrides))
+        prepare_environment(loaded[0].values)
+        yield Finding("ok", f"{arguments.config} is valid")
+
+    statuses = show("python", check_python) + show("packages", check_packages) + show("config", check_config)
+    for config in loaded:
+        for name, check in CHECKS.items():
+            statuses += show(name, check, config)
+    bad, odd = statuses.count("bad"), statuses.count("warn")
+    if bad:
+        sys.stdout.write(f"{bad} bad, {odd} to look at: begin at the top, then run this again\n")
+        return 1
+    sys.stdout.write(f"ready: python -m scripts.train_sft --config {shlex.quote(arguments.config)} --dry-run\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
