@@ -6,9 +6,12 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,22 @@ SCHEMA_FILE = ROOT / "configs" / "schema.json"
 DEFAULT_CONFIG = "configs/config.yaml"
 TRAINER_SECTIONS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 
+MAX_KEYS = 100_000  # aliases can make a few lines expand without end
+
 Key = tuple[str, ...]
 
 
 class _Yaml12Loader(yaml.SafeLoader):
     """Read `2e-4` as a number (YAML 1.1 sees text) and leave everything else to PyYAML."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value; PyYAML lets what Python says of an impossible one (2026-99-99) pass as it is."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"found {str(node.value)[:40]!r}, which is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _Yaml12Loader.yaml_implicit_resolvers = {
@@ -102,7 +116,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
         raise UserError(
             listing("the configuration is not valid", _schema_problems(error, origins, str(path)))
         ) from None
-    problems = list(_trainer_problems(values, origins, str(path)))
+    problems = [*_trainer_problems(values, origins, str(path)), *_contradictions(values, origins, str(path))]
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
     return LoadedConfig(values, origins)
@@ -111,22 +125,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")))
         raise UserError(f"{path}: no such configuration file. Shipped ones: {known}") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: found {error.__class__.__name__}, wanted a YAML file in UTF-8.") from None
-    loader = _Yaml12Loader(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: found {reason}, wanted a YAML file in UTF-8.") from None
     try:
+        loader = _Yaml12Loader(text)
         node = loader.get_single_node()
-        lines = dict(_key_lines(node, (), str(path))) if node else {}
+        lines = dict(islice(_key_lines(node, (), str(path)), MAX_KEYS)) if node else {}
+        if len(lines) == MAX_KEYS:
+            raise UserError(f"{path}: holds more than {MAX_KEYS} keys and list entries. Do its aliases (*name) expand?")
         tree = loader.construct_document(node) if node else {}
+    except yaml.reader.ReaderError as error:
+        line_number = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{path}:{line_number}: not valid YAML: found the control character {error.character:#04x}."
+        ) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
-    finally:
-        loader.dispose()
+        if "escape character" in str(problem):
+            problem = f"{problem}; in a Windows path use / or single quotes"
+        raise UserError(f"{path}{line}: not valid YAML: {problem}.") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply, or an alias (*name) holds itself.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, wanted `key: value` lines.")
     return _with_empty_sections(tree), lines
@@ -147,6 +171,7 @@ def _with_empty_sections(tree: dict[str, Any], prefix: str = "") -> dict[str, An
 def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, int]]:
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            yield (*prefix, str(index)), item.start_mark.line + 1
             yield from _key_lines(item, (*prefix, str(index)), path)
     if not isinstance(node, yaml.MappingNode):
         return
@@ -168,7 +193,7 @@ def _parse_override(item: str) -> tuple[Key, Any]:
         raise UserError(f"--set {item}: wanted KEY=VALUE, such as --set sft.learning_rate=1e-4")
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     return tuple(name.strip().split(".")), value
 
@@ -247,6 +272,29 @@ def _parents(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
+OUTPUTS = (
+    "sft.output_dir",
+    "dpo.output_dir",
+    "eval.output_dir",
+    "lmeval.output_dir",
+    "export.output_dir",
+    "export.gguf_dir",
+)
+
+
+def _contradictions(values: Config, origins: dict[str, str], path: str) -> Iterator[str]:
+    """Find keys that are right alone and wrong together."""
+    if values.quantization.load_in_4bit and values.quantization.load_in_8bit:
+        where = origins.get("quantization.load_in_8bit", path)
+        yield f"{where}: quantization.load_in_8bit: found true beside load_in_4bit: true; wanted only one of them"
+    folders = {key: os.path.abspath(attrgetter(key)(values)) for key in OUTPUTS}
+    for (first, one), (second, other) in combinations(folders.items(), 2):
+        if Path(one).is_relative_to(other) or Path(other).is_relative_to(one):
+            where = origins.get(second) or origins.get(first) or path
+            found = attrgetter(second)(values)
+            yield f"{where}: {second}: found {found}, wanted a folder apart from that of {first}: one would replace the other"
+
+
 def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Iterator[str]:
     """Check the pass-through blocks against TRL's field names without importing TRL."""
     definitions = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))["$defs"]
@@ -254,9 +302,9 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
         if section not in Config.model_fields:
             continue
         given = getattr(values, section).trainer
-        known = set(definitions[trl_class]["properties"])
+        known = definitions[trl_class]["properties"]
         own = set(_section_of([section]).model_fields) - {"trainer"}
-        for name in given:
+        for name, value in given.items():
             key = f"{section}.trainer.{name}"
             where = origins.get(key, path)
             if name in own:
@@ -267,3 +315,21 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
                 yield f"{where}: {key}: no longer exists; use {REMOVED_TRAINER_ARGUMENTS[name].format(section=section)}"
             elif name not in known:
                 yield f"{where}: {key}: TRL's {trl_class} has no such argument; {_suggest(name, sorted(known), f'{section}.trainer.')}"
+            elif not _is_of_type(value, known[name]):
+                wanted = " or ".join(json.dumps(choice) for choice in known[name].get("enum", [])) or " or ".join(
+                    known[name]["type"]
+                )
+                yield f"{where}: {key}: found {json.dumps(value, ensure_ascii=False)[:80]}; wanted {wanted}"
+
+
+JSON_TYPES = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "array": list, "object": dict, "null": type(None)}  # fmt: skip
+
+
+def _is_of_type(value: Any, wanted: dict[str, Any]) -> bool:
+    if "enum" in wanted:
+        return value in wanted["enum"]
+    kinds = wanted.get("type", JSON_TYPES)
+    return any(
+        isinstance(value, JSON_TYPES[kind]) and not (type(value) is bool and kind in ("integer", "number"))
+        for kind in kinds
+    )

@@ -126,7 +126,7 @@ def load_datasets(
 
 
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
-    path = _existing(source.path)
+    path = _existing(source.path, key)
     if path is None:
         rows, digest = _hub_rows(source.path, key)
     else:
@@ -152,16 +152,19 @@ def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> Datas
     return DatasetFile(source.path, digest, source.weight, tuple(records), tuple(bad))
 
 
-def _existing(name: str) -> Path | None:
+def _existing(name: str, key: str) -> Path | None:
     """Find a file from the working folder or the repository; None means the name is meant for the Hub."""
     for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise UserError(f"{name}: is a folder, wanted one file; list several files with their weights.")
+        try:
+            if path.is_file():
+                return path
+            if path.is_dir():
+                raise UserError(f"{key}: {name}: is a folder, wanted one file; list several files with their weights.")
+        except OSError as error:  # a name that no file can have
+            raise UserError(f"{key}: {name}: {error.strerror}. Correct the path.") from None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|parquet)$", name):
         return None
-    raise UserError(f"{name}: no such file. Correct the path, or give a Hub dataset id of the form owner/name.")
+    raise UserError(f"{key}: {name}: no such file. Correct the path, or give a Hub dataset id of the form owner/name.")
 
 
 def _hub_rows(name: str, key: str) -> tuple[list[tuple[str, Any]], str]:
@@ -196,16 +199,27 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
-                row = json.loads(text)
+                row = json.loads(text, object_pairs_hook=_unique_keys)
             except UnicodeDecodeError as error:
                 row = BadRow(
                     where, "encoding", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
                 )
             except (ValueError, RecursionError) as error:
-                row = BadRow(where, "json", f"not valid JSON ({error}); one object per line")
+                row = BadRow(where, "json", f"not valid JSON ({error}); wanted one object per line")
+                if number == 1 and text.strip() == "[":
+                    raise UserError(f"{path}:1: begins one list over several lines. Then name it .json.") from None
             if not isinstance(row, dict | BadRow):
-                row = BadRow(where, "json", f"found {type(row).__name__}, wanted an object {{…}}")
+                row = BadRow(where, "json", f"found {type(row).__name__}, wanted an object {{…}} in each line")
             yield where, row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; of a key written twice JSON would silently keep the last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is written twice")
+    return row
 
 
 def _read_text(path: Path) -> str:
@@ -217,9 +231,14 @@ def _read_text(path: Path) -> str:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(_read_text(path))
+        rows = json.loads(_read_text(path), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects.") from None
+        hint = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects{hint}."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Wanted a list of objects.") from None
     except RecursionError:
         raise UserError(f"{path}: not valid JSON (nested too deeply). Wanted a list of objects.") from None
     if not isinstance(rows, list):
@@ -240,6 +259,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            _check_header(header, path)
             for cells in reader:
                 if not cells:
                     continue
@@ -250,11 +270,24 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     reason = f"found {len(cells)} cells, wanted the {len(header)} of the header"
                     yield where, BadRow(where, "columns", reason, cells)
         except csv.Error as error:
+            if "new-line character" in str(error):
+                error = csv.Error(
+                    "a bare carriage return ends a line; save the file with line ends of today, \\n or \\r\\n"
+                )
             raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
         except UnicodeDecodeError:
             raise UserError(
                 f"{path}: what follows line {reader.line_num} is not UTF-8. Save the file as UTF-8."
             ) from None
+
+
+def _check_header(header: Sequence[str], path: Path) -> None:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}:1: the column `{twice}` stands twice. Rename or remove one.")
+    for separator, name in ((";", "`;`"), ("\t", "a tab")):
+        if len(header) == 1 and separator in header[0]:
+            raise UserError(f"{path}:1: found {name} between the cells, wanted `,`. Save the file with commas.")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -266,8 +299,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"{path}: record {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error}).") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path}: not a Parquet file that can be read ({' '.join(str(error).split())[:200]})."
+        ) from None
 
 
 FORMATS = {
@@ -374,7 +409,7 @@ def _turns(value: Any, name: str, role: str) -> list[Message]:
             raise _RowError(at, "wanted an object with role and content")
         if message["role"] not in ROLES:
             raise _RowError(f"{at}.role", f"found {message['role']!r}, wanted one of {', '.join(ROLES)}")
-        content = _text({"content": message["content"]}, "content", empty=message["role"] == "system")
+        content = _text({f"{at}.content": message["content"]}, f"{at}.content", empty=message["role"] == "system")
         turns.append({"role": message["role"], "content": content})
     return turns
 
@@ -439,7 +474,9 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
     if bad:
         lines = [
             json.dumps(
-                {"source": row.source, "field": row.field, "reason": row.reason, "row": row.row}, ensure_ascii=False
+                {"source": row.source, "field": row.field, "reason": row.reason, "row": row.row},
+                ensure_ascii=False,
+                default=str,
             )
             for row in bad
         ]
