@@ -169,7 +169,7 @@ def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
         _ModelFacts.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
-        key, problem = ".".join(map(str, first["loc"])), first["msg"].lower()
+        key, problem = ".".join(map(str, first["loc"])), first["msg"].lower().partition(" or instance")[0]
         raise UserError(f"{path}: {key}: {problem}. Restore the folder or make it again.") from None
 
 

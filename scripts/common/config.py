@@ -164,7 +164,7 @@ def _with_empty_sections(tree: dict[str, Any], prefix: str = "") -> dict[str, An
         if _is_section(key):
             value = {} if value is None else value
             value = _with_empty_sections(value, f"{key}.") if isinstance(value, dict) else value
-        filled[name] = value
+        filled[str(name)] = value
     return filled
 
 
@@ -258,6 +258,10 @@ def _schema_problems(error: ValidationError, origins: dict[str, str], path: str)
             problem = f"found {json.dumps(details['input'], default=str, ensure_ascii=False)[:80]}"
             wanted = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             wanted = re.sub(r"^a valid dictionary or instance of .*", "lines of `key: value` under it", wanted)
+            wanted = re.sub(r"^List (should have at .* items?) after validation.*", r"a list, which \1", wanted)
+            wanted = wanted.replace("String should match pattern", "a text of the pattern").replace(
+                "Keys should be strings", "a text as key"
+            )
             wanted = wanted.replace("a valid ", "a ").replace("a integer", "a whole number").replace("string", "text")
         found.setdefault(f"{where}: {key}: {problem}", []).append(wanted)
     return [

@@ -205,11 +205,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     where, "encoding", f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
                 )
             except (ValueError, RecursionError) as error:
-                row = BadRow(where, "json", f"not valid JSON ({error}); wanted one object per line")
+                row = BadRow(where, "json", f"not valid JSON ({_reason(error)}); wanted one object per line")
                 if number == 1 and text.strip() == "[":
                     raise UserError(f"{path}:1: begins one list over several lines. Then name it .json.") from None
             if not isinstance(row, dict | BadRow):
-                row = BadRow(where, "json", f"found {type(row).__name__}, wanted an object {{…}} in each line")
+                row = BadRow(
+                    where, "json", f"found {type(row).__name__}, wanted an object {{…}} in each line; one list is .json"
+                )
             yield where, row
 
 
@@ -220,6 +222,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is written twice")
     return row
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number with thousands of digits" if "integer string conversion" in str(error) else str(error)
 
 
 def _read_text(path: Path) -> str:
@@ -237,10 +245,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects{hint}."
         ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Wanted a list of objects.") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON (nested too deeply). Wanted a list of objects.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({_reason(error)}). Wanted a list of objects.") from None
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: found {type(rows).__name__}, wanted a list of objects; one object per line is .jsonl."
@@ -254,6 +260,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long document
     # newline="\n" keeps the line breaks inside quoted cells as they are; the file is streamed.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         reader = csv.reader(file, strict=True)
