@@ -13,10 +13,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +41,7 @@ from scripts.common.records import (
 )
 from scripts.common.schema import Config, Data
 from serve.fastapi_server import refuse_invalid
+from serve.metrics import Metrics
 from serve.schemas import ChatRequest, CompareRequest, CompletionRequest, GenerateRequest, ScoreRequest, VoteRequest
 from tests.conftest import ROOT
 
@@ -168,7 +171,7 @@ def read_records(ending: str) -> Callable[[bytes, Path], None]:
                     split_records(files, data, 0)
                 except UserError as error:
                     refusals.append(error)
-        if refusals:
+        if len(refusals) == 4:
             raise refusals[0]
 
     return read
@@ -204,7 +207,7 @@ def read_request(content: bytes, folder: Path) -> None:
         except ValidationError as error:
             refusals += 1
             shown = RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()])
-            answer = asyncio.run(refuse_invalid(_Asked(), shown))  # type: ignore[arg-type]
+            answer = asyncio.run(refuse_invalid(ASKED, shown))
             told = json.loads(bytes(answer.body))["error"]
             assert answer.status_code in (400, 422)
             assert told["message"]
@@ -218,13 +221,15 @@ def read_request(content: bytes, folder: Path) -> None:
         raise UserError("no request")
 
 
-class _Asked:
-    """The part of a request that the refusing handler looks at."""
+def _asked(path: str) -> Request:
+    """Return a request as the refusing handler sees it."""
+    app = FastAPI()
+    app.state.service = SimpleNamespace(metrics=Metrics())
+    server = {"scheme": "http", "server": ("localhost", 80), "path": path, "query_string": b"", "headers": []}
+    return Request({"type": "http", "app": app, "state": {"notes": {}}, **server})
 
-    class url:
-        path = "/v1/generate"
 
-
+ASKED = _asked("/v1/generate")
 DEMO = (ROOT / "configs/demo.yaml").read_bytes()
 LINES = "".join(json.dumps(row) + "\n" for row in (*ROWS, PAIR)).encode()
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], None]]] = {

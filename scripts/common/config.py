@@ -114,7 +114,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
         values = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(
-            listing("the configuration is not valid", _schema_problems(error, origins, str(path)))
+            listing("the configuration is not valid", _schema_problems(error, tree, origins, str(path)))
         ) from None
     problems = [*_trainer_problems(values, origins, str(path)), *_contradictions(values, origins, str(path))]
     if problems:
@@ -237,14 +237,11 @@ def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
     return "known keys: " + ", ".join(sorted(known)) if known else "remove it"
 
 
-def _schema_problems(error: ValidationError, origins: dict[str, str], path: str) -> list[str]:
+def _schema_problems(error: ValidationError, tree: Any, origins: dict[str, str], path: str) -> list[str]:
     """Turn pydantic's findings into one line per key; what each member of a union wanted is joined by `or`."""
     found: dict[str, list[str]] = {}
     for details in error.errors():
-        # pydantic adds the names of union members to the location; they are no keys of ours.
-        location = [
-            p for p in details["loc"] if not re.search(r"[\[\]()]|^(str|bool|int|literal|constrained|function)", str(p))
-        ]
+        location = _location(details["loc"], tree, absent=details["type"] == "missing")
         key = ".".join(str(part) for part in location)
         where = next((origins[k] for k in _parents(key) if k in origins), path)
         if details["type"] == "extra_forbidden":
@@ -268,6 +265,18 @@ def _schema_problems(error: ValidationError, origins: dict[str, str], path: str)
         f"{head}; {'' if head.endswith(('key', 'missing')) else 'wanted '}{' or '.join(wanted)}"
         for head, wanted in found.items()
     ]
+
+
+def _location(parts: Sequence[str | int], tree: Any, *, absent: bool) -> list[str | int]:
+    """Keep what leads through the values given; pydantic adds the names of union members, which are no keys of ours."""
+    location: list[str | int] = []
+    for place, part in enumerate(parts, 1):
+        if part in (tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()):
+            tree = tree[part]
+            location.append(part)
+        elif absent and place == len(parts):
+            location.append(part)
+    return location
 
 
 def _parents(key: str) -> Iterator[str]:
