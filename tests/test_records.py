@@ -233,7 +233,7 @@ BAD_ROWS = [
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "messages: found the turns assistant; wanted"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "messages: found the turns system; wanted"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "messages: found the turns user, user"),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 1}]}', "content: found int"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 1}]}', "messages[1].content: found int"),
     ('{"prompt": "q", "completion": [{"role": "user", "content": "a"}]}', "messages: found the turns user, user"),
 ]  # fmt: skip
 
