@@ -25,7 +25,6 @@ from scripts.common.artifacts import (
 from scripts.common.errors import UserError
 from tests.conftest import ROOT
 
-
 FACTS: dict = {
     "base_model": {"id": "model", "revision": None, "fingerprint": "f"}, "tokenizer_sha256": "t", "chat_template_sha256": "c",
     "parent": None, "datasets": [], "split": {}, "config": {}, "mlflow": {"run_id": None}, "metrics": {},

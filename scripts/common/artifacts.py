@@ -254,6 +254,8 @@ def publish(part: Path, output_dir: str | Path) -> None:
 
 def mend_interrupted_publish(output_dir: Path) -> None:
     """Bring the previous folder back when a run died between the two renames."""
+    if not output_dir.name:  # `.` or `/`
+        return
     old = output_dir.with_name(output_dir.name + ".old")
     if old.is_dir() and not output_dir.exists():
         old.rename(output_dir)

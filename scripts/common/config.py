@@ -111,7 +111,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
         origins = {known: origin for known, origin in origins.items() if not known.startswith(".".join(key) + ".")}
         origins[".".join(key)] = origin
     try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
         values = Config.model_validate(tree)
+    except UnicodeEncodeError as error:
+        around = ascii(error.object[max(0, error.start - 40) : error.end])
+        raise UserError(
+            f"{path} or {origin}: a text holds what is no character (not UTF-8): {around}. Retype it."
+        ) from None
     except ValidationError as error:
         raise UserError(
             listing("the configuration is not valid", _schema_problems(error, tree, origins, str(path)))
@@ -126,6 +132,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
+        if not path.is_absolute() and (ROOT / path).is_file():  # as for data: from any working folder
+            return _read_yaml(ROOT / path)
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")))
         raise UserError(f"{path}: no such configuration file. Shipped ones: {known}") from None
     except (OSError, ValueError) as error:
@@ -189,7 +197,7 @@ def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, i
 
 def _parse_override(item: str) -> tuple[Key, Any]:
     name, equals, text = item.partition("=")
-    if not equals or not name.strip():
+    if not equals or not all(part.strip() for part in name.split(".")):
         raise UserError(f"--set {item}: wanted KEY=VALUE, such as --set sft.learning_rate=1e-4")
     try:
         value = json.loads(text)
@@ -243,7 +251,8 @@ def _schema_problems(error: ValidationError, tree: Any, origins: dict[str, str],
     for details in error.errors():
         location = _location(details["loc"], tree, absent=details["type"] == "missing")
         key = ".".join(str(part) for part in location)
-        where = next((origins[k] for k in _parents(key) if k in origins), path)
+        below = [origin for known, origin in origins.items() if known.startswith(f"{key}.")]
+        where = next((origins[k] for k in _parents(key) if k in origins), below[0] if below else path)
         if details["type"] == "extra_forbidden":
             model = _section_of(location[:-1])
             prefix = "".join(f"{part}." for part in location[:-1])
@@ -329,12 +338,15 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
             elif name not in known:
                 yield f"{where}: {key}: TRL's {trl_class} has no such argument; {_suggest(name, sorted(known), f'{section}.trainer.')}"
             elif not _is_of_type(value, known[name]):
-                wanted = " or ".join(json.dumps(choice) for choice in known[name].get("enum", [])) or " or ".join(
-                    known[name]["type"]
-                )
+                wanted = " or ".join(json.dumps(choice) for choice in known[name].get("enum", []))
+                wanted = wanted or " or ".join(IN_WORDS[kind] for kind in known[name]["type"])
                 yield f"{where}: {key}: found {json.dumps(value, ensure_ascii=False)[:80]}; wanted {wanted}"
 
 
+IN_WORDS = {
+    "boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text", "array": "a list",
+    "object": "lines of `key: value`", "null": "null",
+}  # fmt: skip
 JSON_TYPES = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "array": list, "object": dict, "null": type(None)}  # fmt: skip
 
 
