@@ -48,16 +48,12 @@ SAMPLES_PER_TENSOR = 16
 FLOATS = ("F32", "BF16", "F16")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
 # What an adapter of this project may say otherwise than PEFT's defaults do.
 ADAPTER_KEYS: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value == "CAUSAL_LM",
-    "r": _is_count,
-    "lora_alpha": _is_count,
+    "r": lambda value: type(value) is int and 0 < value < 2**31,
+    "lora_alpha": lambda value: type(value) in (int, float) and 0 < value < 2**31,
     "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
     "target_modules": lambda value: (
         isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in value)
@@ -113,6 +109,8 @@ def _told_as(path: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # they raise a dozen kinds for files that are damaged or not for them
+        if "memory" in str(error):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path}: cannot be used: {reason}\nCorrect base_model_id, or fetch the model again.") from None
 
