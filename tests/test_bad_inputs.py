@@ -193,6 +193,7 @@ CONFIGS: dict[str, tuple[str | bytes, str]] = {
     "one output for two stages": ("sft:\n  output_dir: o\ndpo:\n  output_dir: ./o\n", "dpo.output_dir"),
     "comparison over the adapter": ("eval:\n  output_dir: outputs/sft_adapter\n", "eval.output_dir"),
     "unknown trainer argument": ("sft:\n  trainer:\n    max_step: 3\n", "did you mean `sft.trainer.max_steps`?"),
+    "NaN for TRL": ("sft:\n  trainer:\n    weight_decay: .nan\n", "sft.trainer.weight_decay: found NaN; wanted a finite number"),
     "one judge": ("eval:\n  judge:\n    models: [sft]\n", "eval.judge.models"),
     "judge with a password": ("eval:\n  judge:\n    base_url: http://me:secret@host/v1\n", "eval.judge.base_url"),
     "judge by file": ("eval:\n  judge:\n    base_url: file:///etc/passwd\n", "eval.judge.base_url"),
