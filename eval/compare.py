@@ -25,6 +25,7 @@ from eval.held_out import read_held_out
 from eval.lmeval_results import find_benchmarks
 from scripts.common.artifacts import (
     artifact_sha256,
+    check_replaceable,
     locked_run_dir,
     parent_entry,
     portable_path,
@@ -255,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_rules(config.values.eval.checks)
     prepare_environment(config.values)
     output_dir = config.values.eval.output_dir
+    check_replaceable(output_dir, "comparison", "eval.output_dir")
     with trapped_signals(), locked_run_dir(output_dir) as run_dir:
         set_up_logging(run_dir / "log.txt")
         adapters = find_adapters(config)

@@ -25,6 +25,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 from scripts.common.artifacts import (
     MANIFEST,
     artifact_sha256,
+    check_replaceable,
     locked_run_dir,
     parent_entry,
     publish,
@@ -74,20 +75,6 @@ def check_arguments(arguments: argparse.Namespace, config: LoadedConfig) -> None
         raise UserError(f"--push_to_hub: found {arguments.push_to_hub}, wanted OWNER/NAME.")
     if arguments.push_to_hub and (config.values.offline or os.environ.get("HF_HUB_OFFLINE") == "1"):
         raise UserError("--push_to_hub: found offline: true or HF_HUB_OFFLINE=1. Set offline to false to upload.")
-
-
-def check_replaceable(out_dir: Path) -> None:
-    """Refuse to put the result in the place of anything but an earlier export."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())) and not is_export(out_dir):
-        raise UserError(f"{out_dir}: is there already and is no merged model. Choose another --out_dir, or remove it.")
-
-
-def is_export(folder: Path) -> bool:
-    """Tell whether a folder is an earlier export, whole or not."""
-    try:
-        return bool(read_manifest(folder, verify=False)["stage"] == "merged")
-    except UserError:
-        return False
 
 
 class Export:
@@ -244,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(arguments, config)
     section = config.values.export
     out_dir = Path(arguments.out_dir or (section.gguf_dir if arguments.format == "gguf" else section.output_dir))
-    check_replaceable(out_dir)
+    check_replaceable(out_dir, "merged", "--out_dir")
     prepare_environment(config.values)
     with trapped_signals(), locked_run_dir(out_dir) as run_dir:
         set_up_logging(run_dir / "log.txt")

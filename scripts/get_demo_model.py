@@ -113,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (out / "NOTICE").is_file():
         log.info("%s is there already", out)
         return 0
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already and is not the demo model. Choose another one, or remove it.")
     with locked_run_dir(out) as run_dir, tempfile.TemporaryDirectory(dir=run_dir) as scratch:
         log.info("downloading %s (86 MB)", PACKAGE)
         part = Path(scratch) / "model"

@@ -99,7 +99,13 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
 
     from scripts.common.fast_path import score_answers_only
     from scripts.common.preferences import PreferenceTrainer
-    from scripts.common.training import EVALUATIONS_PER_RUN, plan_training, total_steps, trainer_arguments
+    from scripts.common.training import (
+        EVALUATIONS_PER_RUN,
+        make_arguments,
+        plan_training,
+        total_steps,
+        trainer_arguments,
+    )
 
     values = stage.config.values
     plan = plan_training(values, values.dpo, origin.base_folder, machine, train, sequences_per_row=2)
@@ -125,7 +131,9 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)
     return PreferenceTrainer(
         model=policy,
-        args=DPOConfig(
+        args=make_arguments(
+            DPOConfig,
+            stage,
             **arguments,
             beta=values.dpo.beta,
             loss_type=[values.dpo.loss_type, "sft"] if mixed else [values.dpo.loss_type],

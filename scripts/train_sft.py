@@ -60,7 +60,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
 
     from scripts.common.fast_path import score_answers_only, speed_up
     from scripts.common.modeling import add_lora, load_base, save_initialisation
-    from scripts.common.training import AnswerLossTrainer, plan_training, total_steps, trainer_arguments
+    from scripts.common.training import AnswerLossTrainer, make_arguments, plan_training, total_steps, trainer_arguments
 
     assert stage.run_dir is not None
     values = stage.config.values
@@ -83,7 +83,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     )
     return AnswerLossTrainer(
         model=model,
-        args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=make_arguments(SFTConfig, stage, **arguments, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=train_set,
         eval_dataset=validation_set if validation else None,
         processing_class=origin.tokenizer,

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from jinja2 import TemplateError
 from starlette.types import Receive, Scope, Send
 
+from scripts.common.errors import UserError
 from scripts.common.rendering import render_completion, render_prompt
 from scripts.common.runtime import Machine
 from scripts.common.schema import Config
@@ -188,9 +188,8 @@ class Service:
             raise ServingError(422, "context_length_exceeded", message, "prompt")
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, render)
-        except TemplateError as error:
-            message = f"the model's chat template refuses this conversation: {error.message or 'no reason given'}"
-            raise ServingError(422, "invalid_messages", message, "messages") from None
+        except UserError as error:
+            raise ServingError(422, "invalid_messages", str(error), "messages") from None
         if not ids:
             raise ServingError(422, "empty_prompt", "the prompt has no token", "prompt")
         return ids

@@ -25,13 +25,18 @@ from scripts.common.artifacts import (
 from scripts.common.errors import UserError
 from tests.conftest import ROOT
 
+FACTS: dict = {
+    "base_model": {"id": "model", "revision": None, "fingerprint": "f"}, "tokenizer_sha256": "t", "chat_template_sha256": "c",
+    "parent": None, "datasets": [], "split": {}, "config": {}, "mlflow": {"run_id": None}, "metrics": {},
+}  # fmt: skip
+
 
 def make_artifact(folder: Path, text: str = "weights", stage: str = "sft", **facts: object) -> Path:
     """Write a small finished folder."""
     (folder / "inner").mkdir(parents=True)
     (folder / "weights.bin").write_text(text)
     (folder / "inner" / "more.txt").write_text("more")
-    write_manifest(folder, stage, **facts)
+    write_manifest(folder, stage, **{**FACTS, **facts})
     return folder
 
 

@@ -481,8 +481,10 @@ def test_folder_of_something_else_is_never_replaced(adapter: Path, export, capsy
     mine.mkdir()
     (mine / "chapter1.txt").write_text("years of work")
 
-    assert "is there already and is no merged model" in refused(export, capsys, adapter, "--out_dir", "thesis")
-    assert "is no merged model" in refused(export, capsys, adapter, "--out_dir", str(adapter))
+    assert "is there already and is no folder of stage `merged`" in refused(
+        export, capsys, adapter, "--out_dir", "thesis"
+    )
+    assert "is no folder of stage `merged`" in refused(export, capsys, adapter, "--out_dir", str(adapter))
     assert (mine / "chapter1.txt").read_text() == "years of work"
     assert read_manifest(adapter)["stage"] == "sft"
 

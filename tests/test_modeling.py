@@ -68,6 +68,7 @@ def trained_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
     write_manifest(
         folder, "sft", tokenizer_sha256=tokenizer_sha256(tokenizer), chat_template_sha256=template_sha256(tokenizer),
         base_model={"id": str(tiny_llama), "revision": None, "fingerprint": base_fingerprint(tiny_llama)},
+        parent=None, datasets=[], split={}, config={}, mlflow={"run_id": None}, metrics={},
     )  # fmt: skip
     return folder
 

@@ -147,6 +147,13 @@ def test_csv_row_is_located_by_its_line_even_after_quoted_newlines(tmp_path: Pat
     assert "2 of 3 rows cannot be used" in told
 
 
+def test_csv_cell_as_long_as_a_document_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\nq," + "word " * 60_000 + "\n", encoding="utf-8")
+
+    assert len(load(path)[0].answer) == 300_000
+
+
 def test_csv_with_an_open_quote_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('instruction,output\nq,"never closed\n', encoding="utf-8")
@@ -233,7 +240,7 @@ BAD_ROWS = [
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "messages: found the turns assistant; wanted"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "messages: found the turns system; wanted"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "messages: found the turns user, user"),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 1}]}', "content: found int"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 1}]}', "messages[1].content: found int"),
     ('{"prompt": "q", "completion": [{"role": "user", "content": "a"}]}', "messages: found the turns user, user"),
 ]  # fmt: skip
 

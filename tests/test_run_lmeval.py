@@ -83,7 +83,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merged.save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
     facts = {key: value for key, value in manifest(folder / "dpo_adapter").items() if key not in ("files", "stage")}
-    kept = ("base_model", "tokenizer_sha256", "chat_template_sha256", "split", "mlflow")
+    kept = (
+        "base_model",
+        "tokenizer_sha256",
+        "chat_template_sha256",
+        "datasets",
+        "split",
+        "config",
+        "mlflow",
+        "metrics",
+    )
     write_manifest(folder / "merged", "merged", **{key: facts[key] for key in kept})
     (folder / "gguf").mkdir()
     write_gguf(load_base(base, Config(), CPU), folder / "gguf/model.gguf")
@@ -396,7 +405,16 @@ def rename_tensors(adapter: Path) -> None:
     about = manifest(adapter)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name.replace("model.layers", "model.blocks"): w for name, w in weights.items()}, adapter / "adapter_model.safetensors")  # fmt: skip
-    kept = ("base_model", "tokenizer_sha256", "chat_template_sha256", "split", "mlflow")
+    kept = (
+        "base_model",
+        "tokenizer_sha256",
+        "chat_template_sha256",
+        "datasets",
+        "split",
+        "config",
+        "mlflow",
+        "metrics",
+    )
     write_manifest(adapter, "sft", **{key: about[key] for key in kept})
 
 

@@ -15,13 +15,45 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError, did_you_mean
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+LOADED = (".safetensors", ".json", ".jinja")  # what libraries read on their own account
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "mlflow", "lm-eval")
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _BaseModelFacts(_Facts):
+    id: str
+    revision: str | None
+    fingerprint: str
+
+
+class _RunFacts(_Facts):
+    run_id: str | None
+
+
+class _ModelFacts(_Facts):
+    """What every reader of an adapter or a merged model relies on."""
+
+    base_model: _BaseModelFacts
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    datasets: list[dict[str, Any]]
+    split: dict[str, Any]
+    config: dict[str, Any]
+    mlflow: _RunFacts
+    metrics: dict[str, Any]
+
+
+MODEL_STAGES = ("sft", "dpo", "merged")
 
 
 def sha256_file(path: Path) -> str:
@@ -116,8 +148,8 @@ def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: b
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, stage = manifest["files"], manifest["stage"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        files, stage = dict(manifest["files"]), str(manifest["stage"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{folder}: no valid {MANIFEST}, so it was not finished by this project. "
             "Run the stage that writes it again (with --resume to go on from its last checkpoint)."
@@ -128,13 +160,51 @@ def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: b
         )
     if stages and stage not in stages:
         raise UserError(f"{folder}: found a folder of stage `{stage}`, wanted {' or '.join(stages)}.")
+    if stage in MODEL_STAGES:
+        _check_facts(path, manifest)
     if verify:
-        for name, digest in files.items():
-            file = folder / name
-            if not file.is_file() or sha256_file(file) != digest:
-                what = "changed" if file.is_file() else "is missing"
-                raise UserError(f"{file}: {what} since {MANIFEST} was written. Restore the folder or make it again.")
+        _check_files(folder, files)
     return dict(manifest)
+
+
+def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
+    try:
+        _ModelFacts.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, problem = ".".join(map(str, first["loc"])), first["msg"].lower().partition(" or instance")[0]
+        raise UserError(f"{path}: {key}: {problem}. Restore the folder or make it again.") from None
+
+
+def _check_files(folder: Path, files: dict[str, Any]) -> None:
+    mend = f"since {MANIFEST} was written. Restore the folder or make it again."
+    for name, digest in files.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise UserError(f"{folder / MANIFEST}: files: found {name!r}, wanted names inside the folder.")
+        if not file.is_file() or sha256_file(file) != digest:
+            raise UserError(f"{file}: {'changed' if file.is_file() else 'is missing'} {mend}")
+    for file in folder.iterdir():
+        if file.suffix in LOADED and file.name not in (MANIFEST, *files):
+            raise UserError(f"{file}: was added {mend}")
+
+
+def check_replaceable(output_dir: str | Path, stage: str, key: str) -> None:
+    """Refuse to put a result in the place of anything but an earlier one of its stage.
+
+    Raises: UserError when something else is there, which a finished run would remove.
+    """
+    folder = Path(output_dir)
+    mend_interrupted_publish(folder)
+    if not folder.is_symlink() and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
+        return
+    try:
+        read_manifest(folder, stages=(stage,), verify=False)
+    except UserError:
+        raise UserError(
+            f"{key}: {folder} is there already and is no folder of stage `{stage}`, so it will not be replaced. "
+            "Choose another one, or remove it."
+        ) from None
 
 
 def write_text_durably(path: Path, text: str) -> None:
@@ -187,6 +257,8 @@ def publish(part: Path, output_dir: str | Path) -> None:
 
 def mend_interrupted_publish(output_dir: Path) -> None:
     """Bring the previous folder back when a run died between the two renames."""
+    if not output_dir.name:  # `.` or `/`
+        return
     old = output_dir.with_name(output_dir.name + ".old")
     if old.is_dir() and not output_dir.exists():
         old.rename(output_dir)

@@ -11,6 +11,8 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,22 @@ YAML_MENDS = {
     "escape": 'in "double quotes" \\ has a meaning; write paths with /, or without quotes',
     "mapping values": "a space follows each key's colon, keys of a section stand below each other, text that holds `: ` stands in quotes",
 }
+MAX_KEYS = 100_000  # aliases can make a few lines expand without end
 
 Key = tuple[str, ...]
 
 
 class _Yaml12Loader(yaml.SafeLoader):
     """Read `2e-4` as a number (YAML 1.1 sees text) and leave everything else to PyYAML."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value; PyYAML lets what Python says of an impossible one (2026-99-99) pass as it is."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"found {str(node.value)[:40]!r}, which is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _Yaml12Loader.yaml_implicit_resolvers = {
@@ -107,12 +119,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
         origins = {known: origin for known, origin in origins.items() if not known.startswith(".".join(key) + ".")}
         origins[".".join(key)] = origin
     try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
         values = Config.model_validate(tree)
+    except UnicodeEncodeError as error:
+        around = ascii(error.object[max(0, error.start - 40) : error.end])
+        raise UserError(
+            f"{path} or {origin}: a text holds what is no character (not UTF-8): {around}. Retype it."
+        ) from None
     except ValidationError as error:
         raise UserError(
-            listing("the configuration is not valid", _schema_problems(error, origins, str(path)))
+            listing("the configuration is not valid", _schema_problems(error, tree, origins, str(path)))
         ) from None
-    problems = list(_trainer_problems(values, origins, str(path)))
+    problems = [*_trainer_problems(values, origins, str(path)), *_contradictions(values, origins, str(path))]
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
     flags = ["--config", str(path), *(part for item in overrides for part in ("--set", item))]
@@ -122,26 +140,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_absolute() and (ROOT / path).is_file():  # as for data: from any working folder
+            return _read_yaml(ROOT / path)
         known = ", ".join(sorted(os.path.relpath(p) for p in (ROOT / "configs").glob("*.yaml")))
         raise UserError(f"{path}: no such configuration file.{did_you_mean(path)} There are: {known}") from None
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, wanted a YAML file.") from None
-    loader = _Yaml12Loader(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: found {reason}, wanted a YAML file in UTF-8.") from None
     try:
+        loader = _Yaml12Loader(text)
         node = loader.get_single_node()
-        lines = dict(_key_lines(node, (), str(path))) if node else {}
+        lines = dict(islice(_key_lines(node, (), str(path)), MAX_KEYS)) if node else {}
+        if len(lines) == MAX_KEYS:
+            raise UserError(f"{path}: holds more than {MAX_KEYS} keys and list entries. Do its aliases (*name) expand?")
         tree = loader.construct_document(node) if node else {}
+    except yaml.reader.ReaderError as error:
+        line_number = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{path}:{line_number}: not valid YAML: found the control character {error.character:#04x}."
+        ) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        mend = next((f"; {mend}" for sign, mend in YAML_MENDS.items() if sign in problem), "")
+        mend = next((f"; {mend}" for sign, mend in YAML_MENDS.items() if sign in str(problem)), "")
         raise UserError(f"{path}{line}: not valid YAML: {problem}{mend}.") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply, or an alias (*name) holds itself.") from None
     if not isinstance(tree, dict):
         raise UserError(
             f"{path}: found {type(tree).__name__}, wanted `key: value` lines, with a space after the colon."
@@ -157,13 +184,14 @@ def _with_empty_sections(tree: dict[str, Any], prefix: str = "") -> dict[str, An
         if _is_section(key):
             value = {} if value is None else value
             value = _with_empty_sections(value, f"{key}.") if isinstance(value, dict) else value
-        filled[name] = value
+        filled[str(name)] = value
     return filled
 
 
 def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, int]]:
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            yield (*prefix, str(index)), item.start_mark.line + 1
             yield from _key_lines(item, (*prefix, str(index)), path)
     if not isinstance(node, yaml.MappingNode):
         return
@@ -181,11 +209,11 @@ def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, i
 
 def _parse_override(item: str) -> tuple[Key, Any]:
     name, equals, text = item.partition("=")
-    if not equals or not name.strip():
+    if not equals or not all(part.strip() for part in name.split(".")):
         raise UserError(f"--set {item}: wanted KEY=VALUE, such as --set sft.learning_rate=1e-4")
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     return tuple(name.strip().split(".")), value
 
@@ -229,16 +257,14 @@ def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
     return "known keys: " + ", ".join(sorted(known)) if known else "remove it"
 
 
-def _schema_problems(error: ValidationError, origins: dict[str, str], path: str) -> list[str]:
+def _schema_problems(error: ValidationError, tree: Any, origins: dict[str, str], path: str) -> list[str]:
     """Turn pydantic's findings into one line per key; what each member of a union wanted is joined by `or`."""
     found: dict[str, list[str]] = {}
     for details in error.errors():
-        # pydantic adds the names of union members to the location; they are no keys of ours.
-        location = [
-            p for p in details["loc"] if not re.search(r"[\[\]()]|^(str|bool|int|literal|constrained|function)", str(p))
-        ]
+        location = _location(details["loc"], tree, absent=details["type"] == "missing")
         key = ".".join(str(part) for part in location)
-        where = next((origins[k] for k in _parents(key) if k in origins), path)
+        below = [origin for known, origin in origins.items() if known.startswith(f"{key}.")]
+        where = next((origins[k] for k in _parents(key) if k in origins), below[0] if below else path)
         if details["type"] == "extra_forbidden":
             model = _section_of(location[:-1])
             prefix = "".join(f"{part}." for part in location[:-1])
@@ -250,6 +276,10 @@ def _schema_problems(error: ValidationError, origins: dict[str, str], path: str)
             problem = f"found {json.dumps(details['input'], default=str, ensure_ascii=False)[:80]}"
             wanted = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             wanted = re.sub(r"^a valid dictionary or instance of .*", "lines of `key: value` under it", wanted)
+            wanted = re.sub(r"^List (should have at .* items?) after validation.*", r"a list, which \1", wanted)
+            wanted = wanted.replace("String should match pattern", "a text of the pattern").replace(
+                "Keys should be strings", "a text as key"
+            )
             wanted = wanted.replace("a valid ", "a ").replace("a integer", "a whole number").replace("string", "text")
         found.setdefault(f"{where}: {key}: {problem}", []).append(wanted)
     return [
@@ -258,10 +288,45 @@ def _schema_problems(error: ValidationError, origins: dict[str, str], path: str)
     ]
 
 
+def _location(parts: Sequence[str | int], tree: Any, *, absent: bool) -> list[str | int]:
+    """Keep what leads through the values given; pydantic adds the names of union members, which are no keys of ours."""
+    location: list[str | int] = []
+    for place, part in enumerate(parts, 1):
+        if part in (tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()):
+            tree = tree[part]
+            location.append(part)
+        elif absent and place == len(parts):
+            location.append(part)
+    return location
+
+
 def _parents(key: str) -> Iterator[str]:
     while key:
         yield key
         key = key.rpartition(".")[0]
+
+
+OUTPUTS = (
+    "sft.output_dir",
+    "dpo.output_dir",
+    "eval.output_dir",
+    "lmeval.output_dir",
+    "export.output_dir",
+    "export.gguf_dir",
+)
+
+
+def _contradictions(values: Config, origins: dict[str, str], path: str) -> Iterator[str]:
+    """Find keys that are right alone and wrong together."""
+    if values.quantization.load_in_4bit and values.quantization.load_in_8bit:
+        where = origins.get("quantization.load_in_8bit", path)
+        yield f"{where}: quantization.load_in_8bit: found true beside load_in_4bit: true; wanted only one of them"
+    folders = {key: os.path.abspath(attrgetter(key)(values)) for key in OUTPUTS}
+    for (first, one), (second, other) in combinations(folders.items(), 2):
+        if Path(one).is_relative_to(other) or Path(other).is_relative_to(one):
+            where = origins.get(second) or origins.get(first) or path
+            found = attrgetter(second)(values)
+            yield f"{where}: {second}: found {found}, wanted a folder apart from that of {first}: one would replace the other"
 
 
 def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Iterator[str]:
@@ -271,9 +336,9 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
         if section not in Config.model_fields:
             continue
         given = getattr(values, section).trainer
-        known = set(definitions[trl_class]["properties"])
+        known = definitions[trl_class]["properties"]
         own = set(_section_of([section]).model_fields) - {"trainer"}
-        for name in given:
+        for name, value in given.items():
             key = f"{section}.trainer.{name}"
             where = origins.get(key, path)
             if name in own:
@@ -284,3 +349,24 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
                 yield f"{where}: {key}: no longer exists; use {REMOVED_TRAINER_ARGUMENTS[name].format(section=section)}"
             elif name not in known:
                 yield f"{where}: {key}: TRL's {trl_class} has no such argument; {_suggest(name, sorted(known), f'{section}.trainer.')}"
+            elif not _is_of_type(value, known[name]):
+                wanted = " or ".join(json.dumps(choice) for choice in known[name].get("enum", []))
+                wanted = wanted or " or ".join(IN_WORDS[kind] for kind in known[name]["type"])
+                yield f"{where}: {key}: found {json.dumps(value, ensure_ascii=False)[:80]}; wanted {wanted}"
+
+
+IN_WORDS = {
+    "boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text", "array": "a list",
+    "object": "lines of `key: value`", "null": "null",
+}  # fmt: skip
+JSON_TYPES: dict[str, Any] = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "array": list, "object": dict, "null": type(None)}  # fmt: skip
+
+
+def _is_of_type(value: Any, wanted: dict[str, Any]) -> bool:
+    if "enum" in wanted:
+        return value in wanted["enum"]
+    kinds = wanted.get("type", JSON_TYPES)
+    return any(
+        isinstance(value, JSON_TYPES[kind]) and not (type(value) is bool and kind in ("integer", "number"))
+        for kind in kinds
+    )

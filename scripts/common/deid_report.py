@@ -28,11 +28,13 @@ def check_deid_report(dataset_path: str | Path, sha256: str, report: str | Path 
         content = json.loads(path.read_text(encoding="utf-8"))
         vouched, counts = content["output"]["sha256"], content["counts"]
         schema = content["schema"]
+        if not isinstance(vouched, str):
+            raise TypeError(vouched)
     except FileNotFoundError:
         raise UserError(
             f"deid.required: {path}: no such report for {dataset_path}. Make both with: {make_it}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"deid.required: {path}: not a de-identification report. Make it again: {make_it}") from None
     if schema != REPORT_SCHEMA:
         raise UserError(f"{path}: found schema {schema}, wanted {REPORT_SCHEMA}. Make it again: {make_it}")

@@ -14,6 +14,10 @@ EXIT_MISTAKE = 2  # what argparse uses too
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 SHOWN = 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -78,11 +82,15 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             message, code = "interrupted", EXIT_SIGINT
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            if error.errno not in FULL + UNUSABLE:
                 raise
             where = f" at {error.filename}" if error.filename else ""
-            message = f"error: cannot write{where}: {error.strerror}. Free some space or choose another folder."
-            code = EXIT_MISTAKE
+            message, code = (
+                f"error: cannot write{where}: {error.strerror}. Free some space or choose another folder.",
+                EXIT_MISTAKE,
+            )
+            if error.errno in UNUSABLE:
+                message = f"error: {error.filename or 'a file'}: {error.strerror}. Correct the path or its permissions."
         if message:
             sys.stderr.write(message + "\n")
         return code

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,27 @@ UNIMPORTANT = {
 }
 SAMPLES_PER_TENSOR = 16
 _HUB_ID = re.compile(r"(?!\.|models/)[\w.-]+(/[\w.-]+)?")
+FLOATS = ("F32", "BF16", "F16")
+
+
+# What an adapter of this project may say otherwise than PEFT's defaults do.
+ADAPTER_KEYS: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value == "LORA",
+    "task_type": lambda value: value == "CAUSAL_LM",
+    "r": lambda value: type(value) is int and 0 < value < 2**31,
+    "lora_alpha": lambda value: type(value) in (int, float) and 0 < value < 2**31,
+    "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "target_modules": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in value)
+    ),
+    "init_lora_weights": lambda value: value in (True, False, "gaussian", "orthogonal"),
+    "use_rslora": lambda value: type(value) is bool,
+    "use_dora": lambda value: type(value) is bool,
+    "fan_in_fan_out": lambda value: type(value) is bool,
+    "inference_mode": lambda value: True,
+    "base_model_name_or_path": lambda value: True,
+    "peft_version": lambda value: True,
+}
 
 
 def find_model(model_id: str, revision: str | None = None) -> Path:
@@ -63,6 +84,7 @@ def find_model(model_id: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{model_id}: the folder holds no *.safetensors; other weight files are never read. Convert it first."
         )
+    _check_model(folder)
     return folder
 
 
@@ -81,6 +103,34 @@ def find_local_model(model_id: str, revision: str | None = None) -> Path | None:
         return find_model(snapshot_download(model_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, UserError):  # never asked for, no id, or a download cut off
         return None
+
+
+def _check_model(folder: Path) -> None:
+    """Refuse a folder whose configuration or weight files are no language model that transformers knows."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _told_as(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"{config.model_type} is no causal language model")
+    for file in folder.glob("*.safetensors"):
+        with _told_as(file):
+            safe_open(file, framework="pt")
+
+
+@contextmanager
+def _told_as(path: Path) -> Iterator[None]:
+    """Say of which file a library's refusal speaks."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # they raise a dozen kinds for files that are damaged or not for them
+        if "memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{path}: cannot be used: {reason}\nCorrect base_model_id, or fetch the model again.") from None
 
 
 def _hub_folder(model_id: str, revision: str | None) -> Path:
@@ -125,7 +175,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     inside = None if (folder / "tokenizer_config.json").is_file() else gguf_file(folder)
     where = {"gguf_file": inside} if inside else {}
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+    with _told_as(folder / (inside or "tokenizer.json")):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+        tokenizer.backend_tokenizer.to_str()
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{folder}: its tokenizer has no EOS token, so an answer could never end. Use another base model."
@@ -153,14 +205,18 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
         model.config.use_cache = False
         return model
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=machine.dtype,
-        quantization_config=_quantization_config(config, machine) if quantized else None,
-        device_map={"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized and machine.device == "cuda" else None,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    quantization = _quantization_config(config, machine) if quantized else None
+    with _told_as(folder):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=machine.dtype,
+            quantization_config=quantization,
+            device_map={"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized and machine.device == "cuda" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _check_loaded(folder, loading)
     if quantized and machine.device == "cpu":
         _keep_4bit_weights_unpacked(model)
     if not quantized:
@@ -173,6 +229,15 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
     if machine.device == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
     return model
+
+
+def _check_loaded(folder: Path, loading: dict[str, Any]) -> None:
+    # transformers fills what a file lacks with random values, and only logs it.
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise UserError(
+            f"{folder}: its weight files lack {len(absent)} tensors, the first is {absent[0]}. Fetch the model again."
+        )
 
 
 def _make_contiguous(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,7 +263,11 @@ def load_full_precision(folder: Path) -> Any:
         tensors = safe_open(file, framework="pt", backend="pread")
         weights.update({name: tensors.get_slice(name) for name in tensors.keys()})  # noqa: SIM118
     architecture = AutoModelForCausalLM._model_mapping[type(config)]
-    model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+    with _told_as(folder):
+        model, loading = architecture.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        )
+    _check_loaded(folder, loading)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
@@ -340,6 +409,46 @@ def save_initialisation(model: Any, scratch: Path) -> None:
         model.save_pretrained(scratch / "initial_adapter", save_embedding_layers=False)
 
 
+def _check_adapter_config(path: Path, weights: Path) -> None:
+    """Refuse an adapter whose configuration asks PEFT for more than a LoRA on named modules.
+
+    PEFT matches patterns of it against every module, imports modules it names, and reserves memory for any rank.
+    """
+    from peft import LoraConfig
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        plain = LoraConfig(task_type="CAUSAL_LM").to_dict()
+        unknown = {
+            name: value for name, value in found.items() if value != plain.get(name) and name not in ADAPTER_KEYS
+        }
+        wrong = [(name, value) for name, value in unknown.items() if value or name not in plain]
+        wrong += [(name, found.get(name)) for name, is_right in ADAPTER_KEYS.items() if not is_right(found.get(name))]
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as an adapter's configuration ({type(error).__name__}). Train it again."
+        ) from None
+    if wrong:
+        name, value = wrong[0]
+        raise UserError(
+            f"{path}: {name}: found {json.dumps(value)[:80]}, which no adapter of this project has, so it is not loaded. "
+            "Train it again."
+        )
+    try:
+        with safe_open(weights, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(key)
+                if part.get_dtype() not in FLOATS:
+                    raise UserError(f"{weights}: {key}: found {part.get_dtype()}, wanted one of {', '.join(FLOATS)}.")
+                if "lora_A" in key and part.get_shape()[:1] != [found["r"]]:
+                    raise UserError(
+                        f"{path}: r: found {found['r']}, but {key} has the shape {part.get_shape()}. Train it again."
+                    )
+    except SafetensorError as error:
+        raise UserError(f"{weights}: cannot be read ({error}). Train the adapter again.") from None
+
+
 def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, name: str = "default") -> Any:
     """Put a finished adapter on its base, or beside those that are on it already.
 
@@ -352,6 +461,7 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
+    _check_adapter_config(Path(adapter) / "adapter_config.json", weights)
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True)

@@ -165,10 +165,13 @@ def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> Datas
 def find_file(name: str, key: str) -> Path | None:
     """Find a file from the working folder or the repository; None means the name is meant for the Hub."""
     for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise UserError(f"{key}: {name}: is a folder, wanted one file; list several files with their weights.")
+        try:
+            if path.is_file():
+                return path
+            if path.is_dir():
+                raise UserError(f"{key}: {name}: is a folder, wanted one file; list several files with their weights.")
+        except OSError as error:  # a name that no file can have
+            raise UserError(f"{key}: {name}: {error.strerror}. Correct the path.") from None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|parquet)$", name):
         return None
     near = did_you_mean(name) or did_you_mean(ROOT / name)
@@ -215,7 +218,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                         f"{where}: JSON that goes over several lines, wanted one object per line. "
                         "A list [...] is read from a file that ends in .json."
                     )
-                row = json.loads(text)
+                row = json.loads(text, object_pairs_hook=_unique_keys)
             except UnicodeDecodeError as error:
                 if number == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise not_utf8(path, error) from None
@@ -224,11 +227,26 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 )
             except (ValueError, RecursionError) as error:
                 comma = ", without a comma at its end" if text.rstrip().endswith(",") else ""
-                row = BadRow(where, "json", f"not valid JSON ({error}); one object per line{comma}")
+                row = BadRow(where, "json", f"not valid JSON ({_reason(error)}); one object per line{comma}")
             if not isinstance(row, dict | BadRow):
                 mend = "; a list of records is read from a file that ends in .json" if isinstance(row, list) else ""
                 row = BadRow(where, "json", f"found {type(row).__name__}, wanted an object {{…}}{mend}")
             yield where, row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; of a key written twice JSON would silently keep the last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is written twice")
+    return row
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number with thousands of digits" if "integer string conversion" in str(error) else str(error)
 
 
 def _read_text(path: Path) -> str:
@@ -240,13 +258,14 @@ def _read_text(path: Path) -> str:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(_read_text(path))
+        rows = json.loads(_read_text(path), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
+        hint = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
         raise UserError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects; one object per line is .jsonl."
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Wanted a list of objects{hint}."
         ) from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON (nested too deeply). Wanted a list of objects.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({_reason(error)}). Wanted a list of objects.") from None
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: found {type(rows).__name__}, wanted a list of objects; one object per line is .jsonl."
@@ -260,11 +279,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long document
     # newline="\n" keeps the line breaks inside quoted cells as they are; the file is streamed.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         try:
             reader = csv.reader(file, strict=True, delimiter=delimiter_of(file))
             header = next(reader, [])
+            _check_header(header, path)
             for cells in reader:
                 if not any(map(str.strip, cells)):  # Excel leaves such rows behind
                     continue
@@ -278,6 +299,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     )
                     yield where, BadRow(where, "columns", reason, cells)
         except csv.Error as error:
+            if "new-line character" in str(error):
+                error = csv.Error(
+                    "a bare carriage return ends a line; save the file with line ends of today, \\n or \\r\\n"
+                )
             raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
         except UnicodeDecodeError:
             _read_text(path)  # says where; decoding a stream knows only the place within a block
@@ -291,6 +316,12 @@ def delimiter_of(file: TextIO) -> str:
     return max(",;\t", key=header.count)
 
 
+def _check_header(header: Sequence[str], path: Path) -> None:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}:1: the column `{twice}` stands twice. Rename or remove one.")
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
@@ -300,8 +331,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"{path}: record {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error}).") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path}: not a Parquet file that can be read ({' '.join(str(error).split())[:200]})."
+        ) from None
 
 
 FORMATS = {
@@ -420,7 +453,7 @@ def _turns(value: Any, name: str, role: str) -> list[Message]:
             raise _RowError(at, "wanted an object with role and content")
         if message["role"] not in ROLES:
             raise _RowError(f"{at}.role", f"found {message['role']!r}, wanted one of {', '.join(ROLES)}")
-        content = _text({"content": message["content"]}, "content", empty=message["role"] == "system")
+        content = _text({f"{at}.content": message["content"]}, f"{at}.content", empty=message["role"] == "system")
         turns.append({"role": message["role"], "content": content})
     return turns
 
@@ -485,7 +518,9 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
     if bad:
         lines = [
             json.dumps(
-                {"source": row.source, "field": row.field, "reason": row.reason, "row": row.row}, ensure_ascii=False
+                {"source": row.source, "field": row.field, "reason": row.reason, "row": row.row},
+                ensure_ascii=False,
+                default=str,
             )
             for row in bad
         ]

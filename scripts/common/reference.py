@@ -9,8 +9,10 @@ import dataclasses
 import json
 import sys
 import textwrap
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -51,11 +53,13 @@ def schema_json() -> str:
 
     schema = Config.model_json_schema()
     for section, class_name in TRAINER_SECTIONS.items():
-        names = {field.name for field in dataclasses.fields(getattr(trl, class_name)) if field.init}
+        trl_class = getattr(trl, class_name)
+        hints = get_type_hints(trl_class)
+        names = {field.name for field in dataclasses.fields(trl_class) if field.init}
         names -= {*OWNED_TRAINER_ARGUMENTS, *REMOVED_TRAINER_ARGUMENTS}
         schema["$defs"][class_name] = {
             "type": "object",
-            "properties": {name: {} for name in sorted(names)},
+            "properties": {name: json_type(hints[name]) for name in sorted(names)},
             "additionalProperties": False,
         }
         model = schema["$defs"].get(section.capitalize())
@@ -67,6 +71,25 @@ def schema_json() -> str:
                 "default": {},
             }
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def json_type(hint: Any) -> dict[str, Any]:
+    """Describe a Python type as JSON schema does, as far as JSON has it; {} allows everything."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Enum):
+            return {"enum": [choice.value for choice in member]}
+    names = {
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        str: "string",
+        list: "array",
+        dict: "object",
+        type(None): "null",
+    }
+    kinds = [names.get(get_origin(member) or member) for member in members]
+    return {} if None in kinds else {"type": kinds}
 
 
 def default_of(field: FieldInfo) -> Any:

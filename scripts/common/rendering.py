@@ -173,8 +173,14 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def _ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
+    try:
+        rendered = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, sanitize_control_tokens=True, return_dict=True
-        )["input_ids"]
-    )
+        )
+    except Exception as error:  # a template is a program of the base model's; it can raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the model's chat template refuses this conversation: {reason}. Its turns: "
+            f"{', '.join(message['role'] for message in messages)}; change the data (data.system_prompt), or the base model."
+        ) from None
+    return list(rendered["input_ids"])

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 
 def _as_written(path: str) -> str:
-    """Refuse what would make a folder of an odd name instead of the one that is meant."""
+    """Refuse what would make a file or folder of an odd name instead of the one that is meant."""
     if path.startswith("~"):
         raise ValueError("a path without ~, which only a shell knows")
     if "\\" in path and os.name != "nt":
@@ -17,9 +17,17 @@ def _as_written(path: str) -> str:
     return path
 
 
-OutputPath = Annotated[str, AfterValidator(_as_written)]
-Positive = Annotated[int, Field(gt=0)]
+def _is_replaceable(folder: str) -> str:
+    name = _as_written(folder).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    if name in ("", ".", "..") or "\0" in folder:
+        raise ValueError("the name of a folder of its own, which a run replaces whole")
+    return folder
+
+
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+OutputPath = Annotated[str, AfterValidator(_as_written)]
+OutputFolder = Annotated[str, AfterValidator(_is_replaceable)]
 
 
 class Section(BaseModel):
@@ -70,14 +78,19 @@ class Data(Section):
 
 class WeightedDataset(Section):
     path: str = Field(description="File (jsonl, json, csv, parquet) or Hub dataset id.")
-    weight: float = Field(1.0, gt=0, description="Times each record is seen per epoch; 0.5 takes a fixed random half.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="Times each record is seen per epoch; 0.5 takes a fixed random half."
+    )
+
+
+Datasets = Annotated[list[WeightedDataset], Field(min_length=1)]
 
 
 class Training(Section):
     """What SFT and DPO have in common."""
 
-    dataset_path: str | list[WeightedDataset]
-    output_dir: OutputPath
+    dataset_path: str | Datasets
+    output_dir: OutputFolder
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training records.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of the adapter.")
     per_device_train_batch_size: Positive = Field(8, description="Records per forward pass and device.")
@@ -93,10 +106,10 @@ class Training(Section):
 
 
 class Sft(Training):
-    dataset_path: str | list[WeightedDataset] = Field(
+    dataset_path: str | Datasets = Field(
         "data/sft/sample_sft.jsonl", description="Instruction records: a file, a Hub dataset id, or a weighted list."
     )
-    output_dir: OutputPath = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
+    output_dir: OutputFolder = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
 
 
 DpoLoss = Literal[
@@ -106,10 +119,10 @@ DpoLoss = Literal[
 
 
 class Dpo(Training):
-    dataset_path: str | list[WeightedDataset] = Field(
+    dataset_path: str | Datasets = Field(
         "data/dpo/sample_dpo.jsonl", description="Preference pairs: a file, a Hub dataset id, or a weighted list."
     )
-    output_dir: OutputPath = Field("outputs/dpo_adapter", description="Folder of the finished adapter.")
+    output_dir: OutputFolder = Field("outputs/dpo_adapter", description="Folder of the finished adapter.")
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training pairs.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of the adapter.")
     per_device_train_batch_size: Positive = Field(
@@ -143,7 +156,7 @@ class Performance(Section):
         "auto",
         description="Type of the frozen base weights; `auto` takes bf16 where the hardware computes in it. Adapters are fp32.",
     )
-    threads: Literal["auto"] | Positive = Field(
+    threads: Literal["auto"] | Annotated[int, Field(gt=0, le=1024)] = Field(
         "auto", description="CPU threads; `auto` takes the cores this process may use."
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
@@ -201,7 +214,7 @@ class Judge(Section):
 
 
 class Eval(Section):
-    output_dir: OutputPath = Field("outputs/comparison", description="Folder of the comparison report.")
+    output_dir: OutputFolder = Field("outputs/comparison", description="Folder of the comparison report.")
     max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
     batch_size: Positive = Field(16, description="Prompts answered at once.")
     max_prompts: Positive | None = Field(None, description="Most held-out prompts that are answered; null takes all.")
@@ -210,7 +223,7 @@ class Eval(Section):
 
 
 class LmEval(Section):
-    output_dir: OutputPath = Field(
+    output_dir: OutputFolder = Field(
         "outputs/eval", description="Folder of the lm-eval results; further calls add to it."
     )
     batch_size: Positive = Field(16, description="Sequences scored or answered at once.")
@@ -300,8 +313,8 @@ class Serve(Section):
 
 
 class Export(Section):
-    output_dir: OutputPath = Field("outputs/merged_full_model", description="Folder of the merged model.")
-    gguf_dir: OutputPath = Field(
+    output_dir: OutputFolder = Field("outputs/merged_full_model", description="Folder of the merged model.")
+    gguf_dir: OutputFolder = Field(
         "outputs/merged_gguf", description="Folder of the merged model as GGUF (`--format gguf`)."
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -324,7 +337,7 @@ class Config(Section):
     base_model_revision: str | None = Field(
         None, description="Commit or tag of the base on the Hub; null takes the default branch."
     )
-    seed: int = Field(0, ge=0, description="Seed of adapter initialisation, data order and dropout.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of adapter initialisation, data order and dropout.")
     offline: bool = Field(False, description="Never reach for the Hub; use local folders and the cache only.")
     quantization: Quantization = Quantization()
     lora: Lora = Lora()

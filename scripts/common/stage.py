@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.common.artifacts import locked_run_dir, write_text_durably
+from scripts.common.artifacts import check_replaceable, locked_run_dir, write_text_durably
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError, listing
@@ -79,6 +79,7 @@ def run_stage(
         set_up_logging()
         dry_run(Stage(name, config, section, None, StopSignal(), deid_report=arguments.require_deid_report))
         return 0
+    check_replaceable(section.output_dir, name, f"{name}.output_dir")
     with trapped_signals() as stop, locked_run_dir(section.output_dir) as run_dir:
         set_up_logging(run_dir / "log.txt")
         write_text_durably(run_dir / "config.resolved.yaml", config.to_yaml())

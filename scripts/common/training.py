@@ -154,6 +154,17 @@ def trainer_arguments(
     return arguments
 
 
+def make_arguments(kind: Any, stage: Stage, **arguments: Any) -> Any:
+    """Build TRL's own arguments, which check themselves only here."""
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(
+            f"{stage.name}.trainer: TRL refuses these settings: {' '.join(str(error).split())[:300]}\n"
+            f"Given were: {', '.join(stage.section.trainer) or 'none'}."
+        ) from None
+
+
 def training_callbacks(section: Training, arguments: Any, tracker: Tracker, stop: StopSignal) -> list[TrainerCallback]:
     """Return progress with tracking, and early stopping where it was asked for and can work."""
     callbacks: list[TrainerCallback] = [ProgressAndTracking(tracker, stop)]

@@ -1,0 +1,330 @@
+"""Hostile and damaged adapters, manifests, base models, servers and stores, given to the commands as a user gives them.
+
+Each line of the tables is a case: what is spoilt, and the part of the one message that makes it helpful. Whoever made a
+hostile adapter can make its manifest vouch for it, so here it does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts.common.artifacts import sha256_file
+from tests.exporting import save_adapter
+from tests.places import Place, replace, write_place
+
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, empty_store: Path) -> Path:
+    folder = write_place(tmp_path_factory.mktemp("place"))
+    shutil.copytree(tiny_llama, folder / "model")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    save_adapter(folder / "model", folder / "sft_adapter")
+    return folder
+
+
+@pytest.fixture
+def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Place:
+    folder = tmp_path / "place"
+    shutil.copytree(template, folder, copy_function=os.link)  # files are replaced, never written into
+    (folder / "mlflow.db").unlink()
+    shutil.copy(template / "mlflow.db", folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LLM_CONFIG", "")
+    return Place(folder, capsys)
+
+
+def test_the_place_is_right_before_it_is_spoilt(place: Place) -> None:
+    for stage in ("sft", "dpo"):
+        code, told = place.run(stage, "--config", "config.yaml", "--dry-run")
+        assert code == 0, told
+    code, told = place.run("serve", "--config", "config.yaml")
+    assert code == 0, told
+
+
+# --- the command line ---
+
+CLI: list[tuple[str, list[str], str]] = [
+    ("export", ["--config", "config.yaml", "--adapter", ""], "--adapter"),
+    ("export", ["--config", "config.yaml", "--adapter", "sft.jsonl"], "sft.jsonl"),
+    ("export", ["--config", "config.yaml", "--adapter", "nowhere"], "nowhere: no such folder"),
+    ("export", ["--config", "config.yaml", "--adapter", "model"], "model: no valid manifest.json"),
+    ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "../../../etc"], "../../../etc"),
+    ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "a/b/c/d"], "a/b/c/d: no such model folder"),
+    ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "sft_adapter"], "is an adapter"),
+    ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", ""], "--task"),
+    ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", "multiple_choice=sft.jsonl"], "sft.jsonl:1: found instruction, output"),
+    ("compare", ["--config", "config.yaml", "--set", "sft.output_dir=sft_adapter", "--set", "data.validation_ratio=0.1", "--runs", "nowhere"], "nowhere"),
+    ("deid", ["--in", "sft.jsonl", "--out", "o.jsonl", "--fields", ""], "deid.fields"),
+    ("deid", ["--in", "sft.jsonl", "--out", "o.jsonl", "--set", "deid.recognizers=sft.jsonl"], "sft.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "arguments", "said"), CLI, ids=[f"{n}-{stage}" for n, (stage, *_) in enumerate(CLI)])
+def test_command_line(stage: str, arguments: list[str], said: str, place: Place) -> None:
+    place.refused(said, stage, *arguments)
+
+
+TRAINER = {
+    "save_steps=0": "sft.trainer",
+    "logging_steps=-1": "sft.trainer",
+    "deepspeed=nowhere.json": "sft.trainer",
+    "eval_steps=0": "sft.trainer",
+    "max_steps=-5": "sft.trainer",
+}
+
+
+@pytest.mark.parametrize("argument", TRAINER)
+def test_argument_that_trl_refuses(argument: str, place: Place) -> None:
+    place.refused(TRAINER[argument], "sft", "--config", "config.yaml", "--set", f"sft.trainer.{argument}")
+
+
+# --- adapters ---
+
+
+def edit_json(name: str, **changes: object) -> Change:
+    """Change keys of a JSON file; `...` removes one."""
+
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text(encoding="utf-8"))
+        tree.update(changes)
+        replace(folder / name, json.dumps({key: value for key, value in tree.items() if value is not ...}))
+
+    return change
+
+
+def write(name: str, content: str | bytes) -> Change:
+    """Replace a file."""
+    return lambda folder: replace(folder / name, content)
+
+
+def edit_tensors(change: Callable[[dict], dict], name: str = "adapter_model.safetensors") -> Change:
+    """Change the tensors of a file."""
+
+    def edit(folder: Path) -> None:
+        from safetensors.torch import load, save
+
+        replace(folder / name, save(change(load((folder / name).read_bytes())), {"format": "pt"}))
+
+    return edit
+
+
+def swap_a_and_b(tensors: dict) -> dict:
+    other = {"lora_A": "lora_B", "lora_B": "lora_A"}
+    return {name.replace(part, other[part]): value for name, value in tensors.items() for part in other if part in name}
+
+
+def header(text: str, length: int | None = None) -> bytes:
+    """Write a safetensors file of a header only."""
+    return struct.pack("<Q", len(text) if length is None else length) + text.encode()
+
+
+def seal(folder: Path) -> None:
+    """Make the manifest vouch for the files as they are, as whoever made a hostile adapter would."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"] = {name: sha256_file(folder / name) for name in manifest["files"] if (folder / name).is_file()}
+    replace(folder / "manifest.json", json.dumps(manifest))
+
+
+SLOW = "(.*a){40}$|" * 40 + "(x+x+)+y"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+ADAPTERS: dict[str, tuple[Change, str]] = {
+    "config is nothing": (write(CONFIG, ""), CONFIG),
+    "config is a list": (write(CONFIG, "[]"), CONFIG),
+    "config is empty": (write(CONFIG, "{}"), CONFIG),
+    "config is nested": (write(CONFIG, "[" * 100_000), CONFIG),
+    "config is not text": (write(CONFIG, b"\xff\xfe\x00"), CONFIG),
+    "config is gone": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
+    "regex bomb for modules": (edit_json(CONFIG, target_modules=SLOW), f"{CONFIG}: target_modules"),
+    "regex for modules": (edit_json(CONFIG, target_modules=".*proj"), f"{CONFIG}: target_modules"),
+    "modules are numbers": (edit_json(CONFIG, target_modules=[1, 2]), f"{CONFIG}: target_modules"),
+    "modules are none": (edit_json(CONFIG, target_modules=None), f"{CONFIG}: target_modules"),
+    "regex bomb for excluded modules": (edit_json(CONFIG, exclude_modules=SLOW), f"{CONFIG}: exclude_modules"),
+    "regex bomb for ranks": (edit_json(CONFIG, rank_pattern={SLOW: 4}), f"{CONFIG}: rank_pattern"),
+    "regex bomb for alphas": (edit_json(CONFIG, alpha_pattern={SLOW: 4}), f"{CONFIG}: alpha_pattern"),
+    "regex bomb for layers": (edit_json(CONFIG, layers_pattern=SLOW, layers_to_transform=[0]), f"{CONFIG}: layers_"),
+    "rank of a universe": (edit_json(CONFIG, r=10**9), f"{CONFIG}: r"),
+    "another rank": (edit_json(CONFIG, r=8), f"{CONFIG}: r"),
+    "negative rank": (edit_json(CONFIG, r=-4), f"{CONFIG}: r"),
+    "rank as text": (edit_json(CONFIG, r="4"), f"{CONFIG}: r"),
+    "no rank": (edit_json(CONFIG, r=...), f"{CONFIG}: r"),
+    "alpha as text": (edit_json(CONFIG, lora_alpha="8"), f"{CONFIG}: lora_alpha"),
+    "alpha is no number": (edit_json(CONFIG, lora_alpha=float("nan")), f"{CONFIG}: lora_alpha"),
+    "alpha without end": (edit_json(CONFIG, lora_alpha=1e308), f"{CONFIG}: lora_alpha"),
+    "alpha of 400 digits": (edit_json(CONFIG, lora_alpha=10**400), f"{CONFIG}: lora_alpha"),
+    "prompt tuning": (edit_json(CONFIG, peft_type="PROMPT_TUNING"), f"{CONFIG}: peft_type"),
+    "unknown kind": (edit_json(CONFIG, peft_type="MAGIC"), f"{CONFIG}: peft_type"),
+    "kind is a list": (edit_json(CONFIG, peft_type=["LORA"]), f"{CONFIG}: peft_type"),
+    "classification": (edit_json(CONFIG, task_type="SEQ_CLS"), f"{CONFIG}: task_type"),
+    "module of Python": (edit_json(CONFIG, megatron_config={"a": 1}, megatron_core="antigravity"), f"{CONFIG}: megatron_config"),
+    "class of Python": (edit_json(CONFIG, auto_mapping={"base_model_class": "Popen", "parent_library": "subprocess"}), f"{CONFIG}: auto_mapping"),
+    "whole modules": (edit_json(CONFIG, modules_to_save=["lm_head"]), f"{CONFIG}: modules_to_save"),
+    "copied layers": (edit_json(CONFIG, layer_replication=[[0, 2], [0, 2]]), f"{CONFIG}: layer_replication"),
+    "moves base weights": (edit_json(CONFIG, init_lora_weights="pissa"), f"{CONFIG}: init_lora_weights"),
+    "key from the future": (edit_json(CONFIG, quantum=True), f"{CONFIG}: quantum"),
+    "weights are nothing": (write(WEIGHTS, b""), "does not fit the base model"),
+    "weights are cut off": (lambda folder: replace(folder / WEIGHTS, (folder / WEIGHTS).read_bytes()[:-100]), "sft_adapter"),
+    "weights are an archive": (write(WEIGHTS, b"PK\x03\x04" + bytes(500)), "sft_adapter"),
+    "header without end": (write(WEIGHTS, header("{}", 2**63)), "sft_adapter"),
+    "header is no JSON": (write(WEIGHTS, header("{{{{{{{{")), "sft_adapter"),
+    "header beyond the file": (write(WEIGHTS, header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}')), "sft_adapter"),
+    "header of a negative shape": (write(WEIGHTS, header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}')), "sft_adapter"),
+    "no tensor": (edit_tensors(lambda tensors: {}), "does not fit the base model"),
+    "a tensor too many": (edit_tensors(lambda tensors: {**tensors, "more": next(iter(tensors.values()))}), "more has no place in the base"),
+    "a tensor too few": (edit_tensors(lambda tensors: dict(list(tensors.items())[1:])), "is missing from the file"),
+    "A and B swapped": (edit_tensors(swap_a_and_b), "sft_adapter"),
+    "whole numbers": (edit_tensors(lambda tensors: {name: value.long() for name, value in tensors.items()}), "sft_adapter"),
+    "NaN": (edit_tensors(lambda tensors: {name: value * float("nan") for name, value in tensors.items()}), "NaN or infinite"),
+    "infinite": (edit_tensors(lambda tensors: {name: value * float("inf") for name, value in tensors.items()}), "NaN or infinite"),
+    "huge": (edit_tensors(lambda tensors: {name: value * 1e30 for name, value in tensors.items()}), "NaN or infinite"),
+    "zeros": (edit_tensors(lambda tensors: {name: value * 0 for name, value in tensors.items()}), "zero"),
+    "flat": (edit_tensors(lambda tensors: {name: value.reshape(-1) for name, value in tensors.items()}), "sft_adapter"),
+    "pickle only": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "holds no adapter_model.safetensors"),
+    "weights are a folder": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), "holds no adapter_model.safetensors"),
+    "weights link to themselves": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(WEIGHTS)), "holds no adapter_model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["serve", "dpo"])
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapter(case: str, stage: str, place: Place) -> None:
+    change, said = ADAPTERS[case]
+    change(place.folder / "sft_adapter")
+    seal(place.folder / "sft_adapter")
+
+    place.refused(said, stage, "--config", "config.yaml")
+
+
+MANIFESTS: dict[str, tuple[Change, str]] = {
+    "nested": (write("manifest.json", "[" * 100_000), "no valid manifest.json"),
+    "UTF-16": (write("manifest.json", "{}".encode("utf-16")), "no valid manifest.json"),
+    "a folder": (lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").mkdir()), "no valid manifest.json"),
+    "links to itself": (lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").symlink_to("manifest.json")), "no valid manifest.json"),
+    "files are a list": (edit_json("manifest.json", files=["a"]), "no valid manifest.json"),
+    "files are none": (edit_json("manifest.json", files={}), "manifest.json"),
+    "hashes are numbers": (edit_json("manifest.json", files={"adapter_config.json": 5}), "manifest.json"),
+    "file above the folder": (edit_json("manifest.json", files={"../sft.jsonl": "0" * 64}), "manifest.json"),
+    "file from the root": (edit_json("manifest.json", files={"/etc/hostname": "0" * 64}), "manifest.json"),
+    "file with NUL": (edit_json("manifest.json", files={"a\0b": "0" * 64}), "manifest.json"),
+    "stage is a list": (edit_json("manifest.json", stage=["sft"]), "found a folder of stage"),
+    "stage of another kind": (edit_json("manifest.json", stage="merged"), "found a folder of stage `merged`, wanted sft or dpo"),
+    "schema of the future": (edit_json("manifest.json", schema=99), "found schema 99, wanted 1"),
+    "no base": (edit_json("manifest.json", base_model=...), "manifest.json"),
+    "base is text": (edit_json("manifest.json", base_model="model"), "manifest.json"),
+    "base without a fingerprint": (edit_json("manifest.json", base_model={"id": "model", "revision": None}), "manifest.json"),
+    "fingerprint is a number": (edit_json("manifest.json", base_model={"id": "model", "revision": None, "fingerprint": 5}), "manifest.json"),
+    "base is a list": (edit_json("manifest.json", base_model={"id": ["model"], "revision": None, "fingerprint": "0"}), "manifest.json"),
+    "no tokenizer": (edit_json("manifest.json", tokenizer_sha256=...), "manifest.json"),
+    "template is null": (edit_json("manifest.json", chat_template_sha256=None), "manifest.json"),
+    "no run": (edit_json("manifest.json", mlflow=None), "manifest.json"),
+    "no split": (edit_json("manifest.json", split=...), "manifest.json"),
+    "configuration is text": (edit_json("manifest.json", config="r: 8"), "manifest.json"),
+    "another base": (edit_json("manifest.json", base_model={"id": "other", "revision": None, "fingerprint": "0" * 64}), "another base model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["dpo", "export", "lmeval"])
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifest(case: str, stage: str, place: Place) -> None:
+    change, said = MANIFESTS[case]
+    change(place.folder / "sft_adapter")
+    more = {
+        "dpo": ["--dry-run"],
+        "export": ["--adapter", "sft_adapter"],
+        "lmeval": ["--model_path", "sft_adapter", "--task", "domain"],
+    }
+
+    if case == "another base" and stage != "dpo":
+        said = "model"
+    place.refused(said, stage, "--config", "config.yaml", *more[stage])
+
+
+# --- base models ---
+
+TEMPLATE = "chat_template.jinja"
+MODELS: dict[str, tuple[Change, str]] = {
+    "config is nothing": (write("config.json", ""), "model"),
+    "config is a list": (write("config.json", "[]"), "model"),
+    "config is nested": (write("config.json", "[" * 100_000), "model"),
+    "unknown architecture": (edit_json("config.json", model_type="magic"), "model"),
+    "no architecture": (edit_json("config.json", model_type=...), "model"),
+    "code of its own": (edit_json("config.json", model_type="magic", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}), "model"),
+    "an encoder": (edit_json("config.json", model_type="vit"), "model"),
+    "sizes are text": (edit_json("config.json", hidden_size="large"), "model"),
+    "other sizes": (edit_json("config.json", hidden_size=128, intermediate_size=77), "model"),
+    "layers without weights": (edit_json("config.json", num_hidden_layers=3), "model"),
+    "heads that do not divide": (edit_json("config.json", num_attention_heads=7), "model"),
+    "weights are nothing": (write("model.safetensors", b""), "model"),
+    "weights are cut off": (lambda folder: replace(folder / "model.safetensors", (folder / "model.safetensors").read_bytes()[:-100]), "model"),
+    "header without end": (write("model.safetensors", header("{}", 2**62)), "model"),
+    "header is no JSON": (write("model.safetensors", header("{{{{{{{{")), "model"),
+    "a tensor too few": (edit_tensors(lambda tensors: dict(list(tensors.items())[1:]), "model.safetensors"), "model"),
+    "tokenizer is nothing": (write("tokenizer.json", ""), "model"),
+    "tokenizer is a list": (write("tokenizer.json", "[]"), "model"),
+    "tokenizer is gone": (lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], "model"),
+    "tokenizer settings are a list": (write("tokenizer_config.json", "[]"), "model"),
+    "template that does not parse": (write(TEMPLATE, "{% for message in messages %}{{ message"), "chat template"),
+    "template that refuses": (write(TEMPLATE, "{{ raise_exception('only pirates may speak') }}"), "only pirates may speak"),
+    "template without end": (write(TEMPLATE, "{% for a in range(10**9) %}{{ a }}{% endfor %}"), "chat template"),
+    "template that looks around": (write(TEMPLATE, "{{ messages.__class__.__mro__ }}"), "chat template"),
+    "template that writes nothing": (write(TEMPLATE, "{# nothing #}"), "chat template"),
+    "template that shouts": (write(TEMPLATE, "{% for m in messages %}{{ m['content'] | upper }}{{ eos_token }}{% endfor %}"), "chat template"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["sft", "serve"])
+@pytest.mark.parametrize("case", MODELS)
+def test_base_model(case: str, stage: str, place: Place) -> None:
+    change, said = MODELS[case]
+    change(place.folder / "model")
+    place.configure(serve__adapter_path=None)
+
+    place.refused(said, stage, "--config", "config.yaml")
+
+
+# --- servers, stores, votes ---
+
+SERVERS = {
+    "base as a name": ({"serve__adapters": {"base": "sft_adapter"}}, "serve.adapters.base: wanted a name"),
+    "path as a name": ({"serve__adapters": {"../x": "sft_adapter"}}, "serve.adapters.../x: wanted a name"),
+    "file as an adapter": ({"serve__adapter_path": "sft.jsonl"}, "sft.jsonl"),
+    "data folder as an adapter": ({"serve__adapter_path": "."}, "no valid manifest.json"),
+    "empty name of an adapter": ({"serve__adapter_path": ""}, "serve.adapter_path"),
+    "name too long": ({"serve__adapter_path": "x" * 5000}, "serve.adapter_path"),
+    "name with NUL": ({"serve__adapter_path": "a\0b"}, "serve.adapter_path"),
+    "keys in no file": ({"serve__api_keys_file": "nowhere"}, "serve.api_keys_file"),
+    "keys in a folder": ({"serve__api_keys_file": "model"}, "serve.api_keys_file"),
+    "base that is no model": ({"base_model_id": "sft_adapter"}, "sft_adapter: is an adapter"),
+    "base that is a file": ({"base_model_id": "sft.jsonl"}, "sft.jsonl"),
+    "base with NUL": ({"base_model_id": "a\0b"}, "base_model_id"),
+    "base that is nothing": ({"base_model_id": ""}, "base_model_id"),
+    "base above": ({"base_model_id": "../../.."}, "../../.."),
+    "context without end": ({"serve__max_context_tokens": 10**12}, "serve.max_context_tokens"),
+}
+
+
+@pytest.mark.parametrize("case", SERVERS)
+def test_server(case: str, place: Place) -> None:
+    changes, said = SERVERS[case]
+    place.configure(**changes)
+
+    place.refused(said, "serve", "--config", "config.yaml")
+
+
+STORES = ["", "magic://host", "sqlite:///", "sqlite:////nowhere/at/all/x.db", "sft.jsonl", "sqlite:///sft.jsonl", "http://127.0.0.1:9", "a\0b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("uri", STORES)
+def test_store(uri: str, place: Place) -> None:
+    place.configure(tracking__mlflow_tracking_uri=uri)
+
+    place.refused("tracking.mlflow_tracking_uri", "sft", "--config", "config.yaml")
