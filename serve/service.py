@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from jinja2 import TemplateError
 from starlette.types import Receive, Scope, Send
 
+from scripts.common.artifacts import private
+from scripts.common.errors import UserError
 from scripts.common.rendering import render_completion, render_prompt
 from scripts.common.runtime import Machine
 from scripts.common.schema import Config
@@ -188,9 +189,8 @@ class Service:
             raise ServingError(422, "context_length_exceeded", message, "prompt")
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, render)
-        except TemplateError as error:
-            message = f"the model's chat template refuses this conversation: {error.message or 'no reason given'}"
-            raise ServingError(422, "invalid_messages", message, "messages") from None
+        except UserError as error:
+            raise ServingError(422, "invalid_messages", str(error), "messages") from None
         if not ids:
             raise ServingError(422, "empty_prompt", "the prompt has no token", "prompt")
         return ids
@@ -218,7 +218,7 @@ class Service:
         line = json.dumps({**record, "created": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=private) as file:
                 if file.tell() > MAX_VOTES_BYTES:
                     raise ServingError(503, "votes_full", "the file of votes is full; the operator must move it away")
                 file.write(line + "\n")

@@ -102,7 +102,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
         raise UserError(
             listing("the configuration is not valid", _schema_problems(error, origins, str(path)))
         ) from None
-    problems = list(_trainer_problems(values, origins, str(path)))
+    problems = [
+        *_trainer_problems(values, origins, str(path)), *_password_problems(values.model_dump(), origins, str(path)),
+    ]  # fmt: skip
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
     return LoadedConfig(values, origins)
@@ -267,3 +269,14 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
                 yield f"{where}: {key}: no longer exists; use {REMOVED_TRAINER_ARGUMENTS[name].format(section=section)}"
             elif name not in known:
                 yield f"{where}: {key}: TRL's {trl_class} has no such argument; {_suggest(name, sorted(known), f'{section}.trainer.')}"
+
+
+def _password_problems(value: Any, origins: dict[str, str], path: str, key: str = "") -> Iterator[str]:
+    """Find URLs that carry a password, without showing it: a configuration is copied into manifests and MLflow."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in inner:
+        yield from _password_problems(item, origins, path, f"{key}.{name}".removeprefix("."))
+    if isinstance(value, str) and re.search(r"://[^/\s@]*:[^/\s@]*@", value):
+        where = next((origins[k] for k in _parents(key) if k in origins), path)
+        mend = "MLflow takes MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the environment"
+        yield f"{where}: {key}: found a password in the URL, which would be copied into manifests and MLflow. Take it out; {mend}"

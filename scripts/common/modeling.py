@@ -62,7 +62,23 @@ def find_model(model_id: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{model_id}: the folder holds no *.safetensors; other weight files are never read. Convert it first."
         )
+    _check_architecture(model_id, folder)
     return folder
+
+
+def _check_architecture(model_id: str, folder: Path) -> None:
+    """Refuse what only code from the model's own folder could load; such code is never run."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{model_id}: its config.json names no model_type. Bring the model anew.") from None
+    if named not in KNOWN:
+        raise UserError(
+            f"{model_id}: its config.json names the architecture {named!r}, which the installed transformers does not have "
+            "as a causal model, and code from a model's folder is never run. Use another base model."
+        )
 
 
 def _hub_folder(model_id: str, revision: str | None) -> Path:
@@ -126,7 +142,11 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
         from transformers import GgufConfig
 
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=machine.dtype, quantization_config=GgufConfig(dequantize=True)
+            folder,
+            gguf_file=name,
+            dtype=machine.dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         ).to(machine.device)
         model.config.use_cache = False
         return model

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from jinja2 import TemplateError
+
 from scripts.common.errors import UserError
 from scripts.common.records import Message, Preference, Record, with_system_prompt
 
@@ -173,8 +175,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def _ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
+    try:
+        rendered = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, sanitize_control_tokens=True, return_dict=True
-        )["input_ids"]
-    )
+        )
+    except TemplateError as error:  # also what the sandbox forbids, in which templates run
+        raise UserError(
+            f"the model's chat template refuses this conversation: {error.message or 'no reason given'}. "
+            "Some templates take no system message, or want user and assistant to take turns."
+        ) from None
+    return list(rendered["input_ids"])
