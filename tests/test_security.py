@@ -173,7 +173,7 @@ def trap(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (folder / "modeling_own.py").write_text(code)
     (tmp_path / "module_by_name.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    change_json(folder / "config.json", auto_map={"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}, trust_remote_code=True)  # fmt: skip
+    change_json(folder / "config.json", auto_map={"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}, trust_remote_code=True, _attn_implementation_internal="somebody/kernel")  # fmt: skip
     change_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_own.C", None]}, trust_remote_code=True)  # fmt: skip
     return folder
 
