@@ -135,7 +135,7 @@ def test_secrets_stand_in_no_log_store_manifest_or_report(chain: Chain) -> None:
 
     assert [stage for stage, said in chain.said.items() if mark in said] == []
     files = [path for path in chain.folder.rglob("*") if path.is_file()]
-    assert {"mlflow.db", "manifest.json", "report.html", "log.txt", "sft.db", "comparison.votes.jsonl"} <= {
+    assert {"manifest.json", "report.html", "log.txt", "sft.db", "comparison.votes.jsonl"} <= {
         path.name for path in files
     }
     assert [path for path in files if mark.encode() in path.read_bytes()] == []
