@@ -314,7 +314,7 @@ def test_the_watch_sees_degeneration_and_stops(chain: Path, tmp_path: Path) -> N
 
 def test_a_run_that_degenerates_ends_early_when_asked(chain: Path, tmp_path: Path) -> None:
     steps = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "lr_scheduler_type": "constant"}
-    common = ["dpo.learning_rate=0.5", f"dpo.trainer={json.dumps(steps)}", f"dpo.output_dir={tmp_path}/out"]
+    common = ["dpo.learning_rate=0.1", f"dpo.trainer={json.dumps(steps)}", f"dpo.output_dir={tmp_path}/out"]
     settings = [part for item in (*common, "dpo.stop_on_degeneration=true") for part in ("--set", item)]
     assert train_dpo.main(["--config", str(chain / "config.yaml"), *settings]) == 0
     assert manifest(tmp_path / "out")["metrics"]["steps"] < 12
