@@ -212,7 +212,12 @@ def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_co
 
     async def ask() -> Job:
         request: Any = SimpleNamespace(state=SimpleNamespace(client="a"))
-        [job] = await service.begin(request, ["base"], lambda: [1, 2], 2, GenerateRequest(prompt="x"), None)
+        engine.start()
+        try:
+            [job] = await service.begin(request, ["base"], lambda: [1, 2], 2, GenerateRequest(prompt="x"), None)
+            await job.text()
+        finally:
+            await asyncio.to_thread(engine.stop)
         return job
 
     assert asyncio.run(ask()).max_new_tokens == 9
