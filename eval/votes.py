@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eval.statistics import holm, mcnemar_exact, needed_n, wilson
-from scripts.common.artifacts import sha256_json
+from scripts.common.artifacts import private, sha256_json
 from scripts.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,7 @@ class VotesFile:
         known = self.votes.get(vote.asked)
         if known and known.choice == choice:
             return
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=private) as file:
             file.write(json.dumps(asdict(vote), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from scripts.common.artifacts import private
 from scripts.common.errors import UserError
 from scripts.common.rendering import render_completion, render_prompt
 from scripts.common.runtime import Machine
@@ -217,7 +218,7 @@ class Service:
         line = json.dumps({**record, "created": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=private) as file:
                 if file.tell() > MAX_VOTES_BYTES:
                     raise ServingError(503, "votes_full", "the file of votes is full; the operator must move it away")
                 file.write(line + "\n")

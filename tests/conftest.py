@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,15 @@ def demo_model() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the demo model: python -m scripts.get_demo_model")
     return folder
+
+
+@pytest.fixture
+def no_unpickling(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuse unpickling for the length of a test, here and in processes it starts; fail on what a library swallowed."""
+    refusals = tmp_path_factory.mktemp("refusals") / "refused.txt"
+    monkeypatch.setenv("REFUSALS", str(refusals))
+    yield
+    assert not refusals.exists(), refusals.read_text()
 
 
 @pytest.fixture

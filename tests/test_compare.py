@@ -167,9 +167,31 @@ def test_refuses_when_there_is_nothing_to_compare(
 
 
 def test_without_a_dpo_adapter_base_and_sft_are_compared(compared: Path, tmp_path: Path) -> None:
+    """And only as many answers of only the length that was asked for."""
     settings = ["--set", f"dpo.output_dir={tmp_path}/none", "--set", f"eval.output_dir={tmp_path}/comparison"]
+    settings += ["--set", "eval.max_prompts=3", "--set", "eval.max_new_tokens=2"]
     assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 0
-    assert json.loads((tmp_path / "comparison/report.json").read_text())["models"] == ["base", "sft"]
+    found = json.loads((tmp_path / "comparison/report.json").read_text())
+    assert found["models"] == ["base", "sft"]
+    assert len(found["samples"]) == 3
+    assert max(health["mean_tokens"] for health in found["health"].values()) <= 2
+
+
+def test_every_check_has_its_row_by_name(report: dict) -> None:
+    assert {tuple(sample["checks"]["sft"]) for sample in report["samples"]} == {("says it is", "short")}
+
+
+def test_answers_are_given_in_batches_of_the_size_asked_for(compared: Path) -> None:
+    loaded = load_config(compared / "config.yaml", ["eval.batch_size=2", "eval.max_new_tokens=1"])
+    adapters = {"sft": compared / "out/sft_adapter"}
+    tokenizer = load_tokenizer(compared / "model")
+    prepared = Prepared(tokenizer, compare.read_held_out(loaded, adapters), loaded.values)
+    model = compare.load_models(loaded, adapters, compared / "model", tokenizer)
+    rows: list[int] = []
+    generate = model.generate
+    model.generate = lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs)
+    measure_models(model, {"sft": "sft"}, prepared, lambda what: None)
+    assert max(rows) == 2
 
 
 def test_several_seeds_aggregate_to_mean_and_spread(compared: Path, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 from scripts.common.artifacts import sha256_file
 from scripts.common.deid_report import check_deid_report, report_path
 from scripts.common.errors import UserError
+from scripts.common.schema import Deid
 from tests.conftest import ROOT, run_python, write_jsonl
 
 pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
 
-from scripts.deid_presidio import main
+from scripts.deid_presidio import main, worker_count
 
 PLUMBING = ["--profile", "secrets-only"]  # the quick profile, where names do not matter
 SECRET = "password: hunter2x"
@@ -118,6 +119,11 @@ def test_any_number_of_workers_writes_the_same_bytes(scrub, tmp_path):
     two, second = scrub(source, "--workers", 2, "--operator", "surrogate", out="two")
     assert (one, two) == (0, 0)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_as_many_processes_work_as_asked_for(tmp_path):
+    source = write_jsonl(tmp_path / "small.jsonl", [{"text": "fine"}])
+    assert [worker_count(Deid(workers=workers), source) for workers in ("auto", 3)] == [1, 3]
 
 
 def test_records_that_cannot_be_vouched_for_are_held_back_with_place_and_reason(scrub, tmp_path):

@@ -293,6 +293,21 @@ def test_a_configuration_that_cannot_work_is_refused(settings, message):
         load_detector(Deid(rampart="off", **settings))
 
 
+def test_safe_fields_are_left_alone_and_no_others(tmp_path):
+    row = {"text": "password: hunter2x", "note": "password: hunter2x"}
+    detector = load_detector(Deid(profile="secrets-only", safe_fields=["note"]))
+    [outcome] = scrub_chunk([(1, "f", row)], detector, Replacer(Deid(), 0, None))
+    assert outcome.row == {"text": "password: <SECRET>", "note": "password: hunter2x"}
+
+
+def test_rampart_is_asked_for_by_its_key():
+    """Installed or not: `on` is never taken for `auto` or `off`."""
+    french = {"language": "fr", "entities": ["EMAIL_ADDRESS"]}
+    with pytest.raises(UserError, match=r"deid\.rampart: found on"):
+        load_rampart(Deid(rampart="on", **french))
+    assert load_rampart(Deid(rampart="off", **french)) is None
+
+
 def test_allow_list_deny_list_and_own_recognizers(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(

@@ -382,6 +382,15 @@ def refused(export, capsys, adapter: Path, *arguments: str) -> str:
     return told
 
 
+def test_folders_of_the_configuration_are_used(adapter: Path, export) -> None:
+    chosen = ["export.output_dir=here", "export.gguf_dir=there", "export.dtype=bf16"]
+    settings = [part for item in chosen for part in ("--set", item)]
+    assert export(adapter, *settings) == 0
+    assert json.loads(Path("here/config.json").read_text())["dtype"] == "bfloat16"
+    assert export(adapter, *settings, "--format", "gguf") == 0
+    assert list(Path("there").glob("*.gguf"))
+
+
 def test_missing_adapter(export, capsys) -> None:
     assert "no_adapter: no such folder. Run the stage that writes it first" in refused(
         export, capsys, Path("no_adapter")

@@ -296,6 +296,29 @@ def test_the_key_goes_into_the_header_and_nowhere_else(comparison, tmp_path, mon
     assert [path for path in written if KEY.encode() in path.read_bytes()] == []
 
 
+def test_settings_of_the_endpoint_reach_it(comparison):
+    arguments = comparison(max_tokens=77, timeout_seconds=9, criteria="Kindness counts.")
+    lock, running, most = threading.Lock(), 0, 0
+
+    def reply(body: dict) -> str:
+        nonlocal running, most
+        with lock:
+            running, most = running + 1, max(most, running + 1)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return "TIE"
+
+    with endpoint(reply) as server:
+        assert judge.main([*arguments, *at(server, "--set", "eval.judge.concurrent_requests=2")]) == 0
+        loaded = load_config(arguments[1], [f"eval.judge.base_url={server.url}"])
+    assert most == 2
+    assert {(body["model"], body["max_tokens"]) for body in server.asked} == {("some-judge", 77)}
+    assert all("Kindness counts." in body["messages"][0]["content"] for body in server.asked)
+    with Endpoint(loaded.values) as asked:
+        assert asked._client.timeout.read == 9
+
+
 def test_a_proxy_of_the_environment_is_no_way_to_this_machine(comparison, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)

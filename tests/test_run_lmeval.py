@@ -266,6 +266,12 @@ def test_settings_stand_with_every_result(together: Path) -> None:
     assert changes["base"] is None
 
 
+def test_a_chat_template_is_put_around_questions_when_asked(place: Path, tmp_path: Path) -> None:
+    task = ["--model_path", "base", "--task", f"multiple_choice={place}/quiz.jsonl", "--limit", "2"]
+    assert call(place, tmp_path / "out", *task, "--set", "lmeval.apply_chat_template=true") == 0
+    assert {entry["settings"]["chat_template"] == "none" for entry in results(tmp_path / "out")["entries"]} == {False}
+
+
 def test_the_folder_is_an_artifact_with_its_run(place: Path, together: Path) -> None:
     import mlflow
 

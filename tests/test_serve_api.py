@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -213,6 +214,7 @@ def test_votes_become_preference_records(server, config):
     }  # fmt: skip
     assert server.post("/v1/votes", record).status_code == 201
     path = Path(yaml.safe_load(config.read_text())["serve"]["votes_path"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     [line] = [json.loads(line) for line in path.read_text().splitlines()]
     assert {key: line[key] for key in ("prompt", "chosen", "rejected")} == {
         key: record[key] for key in ("prompt", "chosen", "rejected")

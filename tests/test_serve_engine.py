@@ -7,6 +7,8 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from serve.adapters import Models, load_models
 from serve.engine import Engine
 from serve.jobs import Job, ServingError
 from serve.metrics import Metrics
+from serve.schemas import GenerateRequest
+from serve.service import Service
 from tests.serving import save_adapter
 
 NEW = 24
@@ -195,6 +199,28 @@ def test_one_client_cannot_take_all_seats(models):
         await asyncio.to_thread(engine.stop)
 
     asyncio.run(scenario())
+
+
+def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_config):
+    limits = {"max_concurrent": 3, "max_queue": 7, "max_queue_per_client": 5, "deadline_seconds": 11.0,
+              "queue_timeout_seconds": 13.0, "max_context_tokens": 64, "default_max_new_tokens": 9}  # fmt: skip
+    config = load_config(write_config(base_model_id=str(tiny_llama), serve={"adapter_path": None, **limits})).values
+    service = Service(config, choose_machine(config), [])
+    engine = service.engine
+    assert (engine.slots, engine.queue, engine.queue_per_client) == (3, 7, 5)
+    assert (engine.deadline_seconds, engine.queue_timeout_seconds, service.context) == (11.0, 13.0, 64)
+
+    async def ask() -> Job:
+        request: Any = SimpleNamespace(state=SimpleNamespace(client="a"))
+        engine.start()
+        try:
+            [job] = await service.begin(request, ["base"], lambda: [1, 2], 2, GenerateRequest(prompt="x"), None)
+            await job.text()
+        finally:
+            await asyncio.to_thread(engine.stop)
+        return job
+
+    assert asyncio.run(ask()).max_new_tokens == 9
 
 
 class Failing:

@@ -74,6 +74,7 @@ def test_the_first_margin_is_zero_and_the_first_loss_is_ln_2(chain: Path) -> Non
     assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
 
 
+@pytest.mark.usefixtures("no_unpickling")
 def test_killed_run_resumes_to_the_same_adapter_as_an_uninterrupted_one(chain: Path) -> None:
     steps = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "logging_steps": 1}
     common = ["--set", f"dpo.trainer={json.dumps(steps)}"]
@@ -309,6 +310,14 @@ def test_the_watch_sees_degeneration_and_stops(chain: Path, tmp_path: Path) -> N
     watch.on_evaluate(None, state, control, {"eval_logps/chosen": -10.0})
     assert control.should_training_stop
     assert len(watch.warned) >= 2
+
+
+def test_a_run_that_degenerates_ends_early_when_asked(chain: Path, tmp_path: Path) -> None:
+    steps = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "lr_scheduler_type": "constant"}
+    common = ["dpo.learning_rate=0.1", f"dpo.trainer={json.dumps(steps)}", f"dpo.output_dir={tmp_path}/out"]
+    settings = [part for item in (*common, "dpo.stop_on_degeneration=true") for part in ("--set", item)]
+    assert train_dpo.main(["--config", str(chain / "config.yaml"), *settings]) == 0
+    assert manifest(tmp_path / "out")["metrics"]["steps"] < 12
 
 
 def test_dry_run_trains_nothing(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

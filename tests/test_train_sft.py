@@ -415,10 +415,16 @@ def test_weights_of_datasets_reach_training(sft_config, tmp_path: Path) -> None:
     config = sft_config(trainer={"max_steps": 2})
     sources = [{"path": str(tmp_path / "data.jsonl"), "weight": 2.0}]
 
-    assert main(["--config", str(config), "--set", f"sft.dataset_path={json.dumps(sources)}"]) == 0
+    overrides = [f"sft.dataset_path={json.dumps(sources)}", "tracking.experiment=mine", "tracking.log_adapter=false"]
+    assert main(["--config", str(config), *(part for item in overrides for part in ("--set", item))]) == 0
 
     (dataset,) = read_manifest("outputs/sft_adapter")["datasets"]
     assert dataset["train"] == 2 * (40 - dataset["validation"])
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    kept = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert "manifest.json" in kept
+    assert "adapter" not in kept
 
 
 # --- what fails on the way
@@ -477,6 +483,7 @@ def uninterrupted(sft_config, tmp_path: Path, monkeypatch):
     return config, result
 
 
+@pytest.mark.usefixtures("no_unpickling")
 def test_killed_run_resumes_to_the_same_losses_as_an_uninterrupted_one(uninterrupted, tmp_path: Path, capsys) -> None:
     config, (wanted, adapter) = uninterrupted
     run_dir = tmp_path / "outputs/sft_adapter.run"

@@ -62,6 +62,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, for `open(…, opener=private)`."""
+    return os.open(path, flags, 0o600)
+
+
 def sha256_json(value: Any) -> str:
     """Hash a JSON value in its canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

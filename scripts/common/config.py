@@ -130,7 +130,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
         raise UserError(
             listing("the configuration is not valid", _schema_problems(error, tree, origins, str(path)))
         ) from None
-    problems = [*_trainer_problems(values, origins, str(path)), *_contradictions(values, origins, str(path))]
+    problems = [
+        *_trainer_problems(values, origins, str(path)), *_contradictions(values, origins, str(path)),
+        *_password_problems(values.model_dump(), origins, str(path)),
+    ]  # fmt: skip
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
     flags = ["--config", str(path), *(part for item in overrides for part in ("--set", item))]
@@ -370,3 +373,14 @@ def _is_of_type(value: Any, wanted: dict[str, Any]) -> bool:
         isinstance(value, JSON_TYPES[kind]) and not (type(value) is bool and kind in ("integer", "number"))
         for kind in kinds
     )
+
+
+def _password_problems(value: Any, origins: dict[str, str], path: str, key: str = "") -> Iterator[str]:
+    """Find URLs that carry a password, without showing it: a configuration is copied into manifests and MLflow."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in inner:
+        yield from _password_problems(item, origins, path, f"{key}.{name}".removeprefix("."))
+    if isinstance(value, str) and re.search(r"://[^/\s@]*:[^/\s@]*@", value):
+        where = next((origins[k] for k in _parents(key) if k in origins), path)
+        mend = "MLflow takes MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the environment"
+        yield f"{where}: {key}: found a password in the URL, which would be copied into manifests and MLflow. Take it out; {mend}"

@@ -84,6 +84,7 @@ def find_model(model_id: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{model_id}: the folder holds no *.safetensors; other weight files are never read. Convert it first."
         )
+    _check_architecture(model_id, folder)
     _check_model(folder)
     return folder
 
@@ -108,12 +109,10 @@ def find_local_model(model_id: str, revision: str | None = None) -> Path | None:
 def _check_model(folder: Path) -> None:
     """Refuse a folder whose configuration or weight files are no language model that transformers knows."""
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _told_as(folder / "config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"{config.model_type} is no causal language model")
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for file in folder.glob("*.safetensors"):
         with _told_as(file):
             safe_open(file, framework="pt")
@@ -131,6 +130,21 @@ def _told_as(path: Path) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path}: cannot be used: {reason}\nCorrect base_model_id, or fetch the model again.") from None
+
+
+def _check_architecture(model_id: str, folder: Path) -> None:
+    """Refuse what only code from the model's own folder could load; such code is never run."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{model_id}: its config.json names no model_type. Bring the model anew.") from None
+    if named not in KNOWN:
+        raise UserError(
+            f"{model_id}: its config.json names the architecture {named!r}, which the installed transformers does not have "
+            "as a causal model, and code from a model's folder is never run. Use another base model."
+        )
 
 
 def _hub_folder(model_id: str, revision: str | None) -> Path:
@@ -200,7 +214,11 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
         from transformers import GgufConfig
 
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=machine.dtype, quantization_config=GgufConfig(dequantize=True)
+            folder,
+            gguf_file=name,
+            dtype=machine.dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         ).to(machine.device)
         model.config.use_cache = False
         return model

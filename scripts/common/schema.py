@@ -206,7 +206,9 @@ class Judge(Section):
     )
     model: str | None = Field(None, description="Name of the judging model at the endpoint.")
     api_key_variable: str | None = Field(
-        None, description="Environment variable that holds the endpoint's API key; null sends none."
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable that holds the endpoint's API key; null sends none.",
     )
     concurrent_requests: Positive = Field(4, description="Questions asked of the endpoint at once.")
     timeout_seconds: float = Field(120, gt=0, description="Longest wait for a reply.")
@@ -386,7 +388,13 @@ OWNED_TRAINER_ARGUMENTS = {
     "eos_token": "nothing: the tokenizer's own",
     "packing": "performance.group_by_length (as little padding, no dense mask)",
     "padding_free": "performance.group_by_length",
-    "push_to_hub": "nothing: publish from export_lora",
+    "push_to_hub": "export_lora --push_to_hub",
+    "hub_token": "the environment variable HF_TOKEN; a configuration is copied into manifests and MLflow",
+    "hub_model_id": "export_lora --push_to_hub",
+    "hub_strategy": "export_lora --push_to_hub",
+    "hub_private_repo": "export_lora --push_to_hub",
+    "hub_always_push": "export_lora --push_to_hub",
+    "hub_revision": "export_lora --push_to_hub",
     "trust_remote_code": "nothing: never switched on",
     "loss_weights": "dpo.sft_weight",
 }

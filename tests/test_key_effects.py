@@ -1,0 +1,167 @@
+"""Keys whose effect shows before anything is trained: what they change in the trainer, the machine, the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scripts import get_demo_model, train_dpo, train_sft
+from scripts.common.config import load_config
+from scripts.common.modeling import find_model, load_base
+from scripts.common.runtime import StopSignal, choose_machine
+from scripts.common.schema import Config, Performance, Quantization
+from scripts.common.stage import Stage
+from scripts.common.training import plan_training, training_callbacks
+from tests.chain import write_chain
+from tests.exporting import save_adapter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with config, data, a base and an SFT adapter."""
+    place = tmp_path_factory.mktemp("keys")
+    write_chain(place)
+    save_adapter(place / "model", place / "out/sft_adapter")
+    return place
+
+
+def build(folder: Path, run_dir: Path, name: str, *overrides: str):
+    """Build the trainer of a stage."""
+    script = {"sft": train_sft, "dpo": train_dpo}[name]
+    config = load_config(folder / "config.yaml", overrides)
+    stage = Stage(name, config, getattr(config.values, name), run_dir, StopSignal())
+    parse = train_sft.parse_record if name == "sft" else train_dpo.parse_preference
+    _, split = script.read_data(stage, parse)
+    origin = train_dpo.find_origin(stage) if name == "dpo" else sft_origin(config.values)
+    train, validation = script.render(stage, origin.tokenizer, split)
+    return script.build_trainer(stage, choose_machine(config.values), origin, train, validation)
+
+
+def sft_origin(values: Config):
+    """Return what SFT starts from."""
+    from scripts.common.modeling import load_tokenizer
+    from scripts.common.stage import Origin
+
+    base = find_model(values.base_model_id)
+    return Origin(base, load_tokenizer(base), "")
+
+
+SHARED: list[tuple[str, Callable, object]] = [
+    ("num_train_epochs=7", lambda trainer: trainer.args.num_train_epochs, 7),
+    ("learning_rate=0.125", lambda trainer: trainer.args.learning_rate, 0.125),
+    ("per_device_train_batch_size=3", lambda trainer: trainer.args.per_device_train_batch_size, 3),
+    ("gradient_accumulation_steps=5", lambda trainer: trainer.args.gradient_accumulation_steps, 5),
+    ('trainer={"weight_decay": 0.5}', lambda trainer: trainer.args.weight_decay, 0.5),
+]
+EFFECTS = [
+    *((name, f"{name}.{setting}", seen, wanted) for name in ("sft", "dpo") for setting, seen, wanted in SHARED),
+    ("sft", "seed=9", lambda trainer: trainer.args.seed, 9),
+    ("sft", "performance.group_by_length=false", lambda trainer: trainer.group_by_length, False),
+    ("sft", "performance.gradient_checkpointing=true", lambda trainer: trainer.args.activation_checkpointing, True),
+    ("sft", "lora.init=gaussian", lambda trainer: trainer.model.peft_config["default"].init_lora_weights, "gaussian"),
+    ("dpo", "performance.fast_path=false", lambda trainer: trainer.fast_path, False),
+    ("dpo", "dpo.beta=0.7", lambda trainer: trainer.beta, 0.7),
+    ("dpo", "dpo.loss_type=ipo", lambda trainer: trainer.loss_types, ["ipo"]),
+    ("dpo", "dpo.sft_weight=0.5", lambda trainer: trainer.loss_weights, [1.0, 0.5]),
+    ("dpo", "dpo.reference=base", lambda trainer: trainer.reference_adapter, None),
+]
+
+
+@pytest.mark.parametrize(("name", "override", "seen", "wanted"), EFFECTS, ids=[effect[1] for effect in EFFECTS])
+def test_key_reaches_the_trainer(folder: Path, tmp_path: Path, name: str, override: str, seen, wanted) -> None:
+    assert seen(build(folder, tmp_path, name, override)) == wanted
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_early_stopping_is_on_only_when_asked_for(folder: Path, name: str) -> None:
+    arguments = SimpleNamespace(load_best_model_at_end=True)
+    counts = []
+    for patience in (0, 3):
+        config = load_config(folder / "config.yaml", [f"{name}.early_stopping_patience={patience}"])
+        counts.append(len(training_callbacks(getattr(config.values, name), arguments, None, StopSignal())))
+    assert counts == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "seen", "wanted"),
+    [
+        ({"dtype": "bf16"}, "dtype", torch.bfloat16),
+        ({"dtype": "fp32"}, "dtype", torch.float32),
+        ({"threads": 1023}, "threads", 1023),
+        ({"device": "cpu"}, "device", "cpu"),
+    ],
+)
+def test_machine_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, setting: dict, seen: str, wanted) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "device" in setting)
+    assert getattr(choose_machine(Config(performance=Performance(**setting))), seen) == wanted
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_is_as_asked_for(tiny_llama: Path, wanted: bool) -> None:
+    config = Config(performance=Performance(gradient_checkpointing=wanted))
+    row = SimpleNamespace(input_ids=[1] * 50, trained_tokens=10)
+    assert plan_training(config, config.sft, tiny_llama, choose_machine(config), [row]).checkpointing is wanted
+
+
+def test_8bit_loads_8bit_layers(tiny_llama: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = Config(quantization=Quantization(load_in_8bit=True))
+    model = load_base(tiny_llama, config, choose_machine(config))
+    assert any(isinstance(module, bitsandbytes.nn.Linear8bitLt) for module in model.modules())
+
+
+def test_revision_chooses_among_cached_ones(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for branch, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        shutil.copytree(tiny_llama, tmp_path / f"models--me--tiny/snapshots/{commit}")
+        (tmp_path / "models--me--tiny/refs").mkdir(exist_ok=True)
+        (tmp_path / f"models--me--tiny/refs/{branch}").write_text(commit)
+
+    config = write_chain(tmp_path / "chain")
+    found = []
+    for revision in ("null", "v2", "b" * 40):
+        chosen = [
+            "base_model_id=me/tiny",
+            f"base_model_revision={revision}",
+            "dpo.init_from=null",
+            "dpo.reference=base",
+        ]
+        loaded = load_config(config, chosen)
+        stage = Stage("dpo", loaded, loaded.values.dpo, tmp_path, StopSignal())
+        found.append(train_dpo.find_origin(stage).base_folder.name)
+
+    assert found == ["a" * 40, "b" * 40, "b" * 40]
+
+
+# --- flags
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo], ids=["sft", "dpo"])
+def test_data_without_a_report_is_refused_when_asked(folder: Path, tmp_path: Path, capsys, script) -> None:
+    common = ["--config", str(folder / "config.yaml"), "--dry-run"]
+    assert script.main(common) == 0
+    assert script.main([*common, "--require-deid-report"]) == 2
+    assert "no such report" in capsys.readouterr().err
+
+
+def test_deid_reads_the_configuration_it_is_given(tmp_path: Path) -> None:
+    pytest.importorskip("presidio_analyzer")
+    from scripts.deid_presidio import build_parser, config_of
+
+    (tmp_path / "mine.yaml").write_text("deid: {profile: strict}")
+    arguments = build_parser().parse_args(["--in", "a", "--out", "b", "--config", str(tmp_path / "mine.yaml")])
+    assert config_of(arguments).deid.profile == "strict"
+
+
+def test_demo_model_goes_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "NOTICE").touch()
+    assert get_demo_model.main(["--out", str(tmp_path)]) == 0
+    assert f"{tmp_path} is there already" in capsys.readouterr().err
