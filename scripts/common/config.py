@@ -23,6 +23,8 @@ SCHEMA_FILE = ROOT / "configs" / "schema.json"
 DEFAULT_CONFIG = "configs/config.yaml"
 TRAINER_SECTIONS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 
+UNION_MEMBER = re.compile(r"[\[\]()]|^(str|bool|int|literal|constrained|function)")
+
 Key = tuple[str, ...]
 
 
@@ -55,7 +57,7 @@ class LoadedConfig:
         return "\n".join(self._yaml_lines(self.values, "", "")) + "\n"
 
     def _yaml_lines(self, section: BaseModel, prefix: str, indent: str) -> Iterator[str]:
-        for name, value in section.model_dump(mode="json").items():
+        for name, value in section.model_dump().items():
             inner, key = getattr(section, name), f"{prefix}{name}"
             if isinstance(inner, BaseModel):
                 yield f"{indent}{name}:"
@@ -99,10 +101,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
     try:
         values = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(
-            listing("the configuration is not valid", _schema_problems(error, origins, str(path)))
-        ) from None
-    problems = list(_trainer_problems(values, origins, str(path)))
+        raise UserError(listing("the configuration is not valid", _schema_problems(error, origins))) from None
+    problems = list(_trainer_problems(values, origins))
     if problems:
         raise UserError(listing("the configuration is not valid", problems))
     return LoadedConfig(values, origins)
@@ -116,17 +116,18 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
         raise UserError(f"{path}: no such configuration file. Shipped ones: {known}") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: found {error.__class__.__name__}, wanted a YAML file in UTF-8.") from None
-    loader = _Yaml12Loader(text)
     try:
+        loader = _Yaml12Loader(text)
         node = loader.get_single_node()
-        lines = dict(_key_lines(node, (), str(path))) if node else {}
-        tree = loader.construct_document(node) if node else {}
+        if node is None:
+            return {}, {}
+        lines = dict(_key_lines(node, (), str(path)))
+        tree = loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
-    finally:
-        loader.dispose()
+        if mark is None:  # a character that no YAML file may hold
+            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{path}:{mark.line + 1}: not valid YAML: {getattr(error, 'problem', error)}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, wanted `key: value` lines.")
     return _with_empty_sections(tree), lines
@@ -175,7 +176,7 @@ def _parse_override(item: str) -> tuple[Key, Any]:
 
 def _put(tree: dict[str, Any], key: Key, value: Any) -> None:
     for depth, part in enumerate(key[:-1], 1):
-        inner = tree.setdefault(part, {})
+        inner = tree.get(part)
         if inner is None:
             inner = tree[part] = {}
         if not isinstance(inner, dict):
@@ -198,8 +199,8 @@ def _is_section(key: str) -> bool:
     return _section_of(key.split(".")) is not _section_of(key.split(".")[:-1])
 
 
-def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def _suggest(name: str, known: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(name, known)
     if near:
         return f"did you mean `{prefix}{near[0]}`?"
     for section, field in Config.model_fields.items():
@@ -212,16 +213,18 @@ def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
     return "known keys: " + ", ".join(sorted(known)) if known else "remove it"
 
 
-def _schema_problems(error: ValidationError, origins: dict[str, str], path: str) -> list[str]:
+def _schema_problems(error: ValidationError, origins: dict[str, str]) -> list[str]:
     """Turn pydantic's findings into one line per key; what each member of a union wanted is joined by `or`."""
     found: dict[str, list[str]] = {}
     for details in error.errors():
-        # pydantic adds the names of union members to the location; they are no keys of ours.
-        location = [
-            p for p in details["loc"] if not re.search(r"[\[\]()]|^(str|bool|int|literal|constrained|function)", str(p))
-        ]
+        # pydantic adds the names of union members to the location; they are no keys of ours, but a user's key may be
+        # called like one.
+        *outer, last = details["loc"]
+        location = [p for p in outer if not UNION_MEMBER.search(str(p))]
+        if details["type"] in ("extra_forbidden", "missing") or not UNION_MEMBER.search(str(last)):
+            location.append(last)
         key = ".".join(str(part) for part in location)
-        where = next((origins[k] for k in _parents(key) if k in origins), path)
+        where = _origin(key, origins)
         if details["type"] == "extra_forbidden":
             model = _section_of(location[:-1])
             prefix = "".join(f"{part}." for part in location[:-1])
@@ -231,7 +234,7 @@ def _schema_problems(error: ValidationError, origins: dict[str, str], path: str)
             problem, wanted = "missing", "it has no default, so write it down"
         else:
             problem = f"found {json.dumps(details['input'], default=str, ensure_ascii=False)[:80]}"
-            wanted = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            wanted = details["msg"].removeprefix("Input should be ")
             wanted = re.sub(r"^a valid dictionary or instance of .*", "lines of `key: value` under it", wanted)
             wanted = wanted.replace("a valid ", "a ").replace("a integer", "a whole number").replace("string", "text")
         found.setdefault(f"{where}: {key}: {problem}", []).append(wanted)
@@ -247,18 +250,21 @@ def _parents(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
-def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Iterator[str]:
+def _origin(key: str, origins: dict[str, str]) -> str:
+    """Say where a key or the block that holds it was written."""
+    return next(origins[k] for k in _parents(key) if k in origins)
+
+
+def _trainer_problems(values: Config, origins: dict[str, str]) -> Iterator[str]:
     """Check the pass-through blocks against TRL's field names without importing TRL."""
     definitions = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))["$defs"]
     for section, trl_class in TRAINER_SECTIONS.items():
-        if section not in Config.model_fields:
-            continue
         given = getattr(values, section).trainer
         known = set(definitions[trl_class]["properties"])
-        own = set(_section_of([section]).model_fields) - {"trainer"}
+        own = _section_of([section]).model_fields
         for name in given:
             key = f"{section}.trainer.{name}"
-            where = origins.get(key, path)
+            where = _origin(key, origins)
             if name in own:
                 yield f"{where}: {key}: has a place of its own; write {section}.{name}"
             elif name in OWNED_TRAINER_ARGUMENTS:
