@@ -60,9 +60,9 @@ def ratio_interval(
         return Interval(value, value, value)
     n = len(sums)
     generator = np.random.default_rng(seed)
-    drawn = []
-    for start in range(0, samples, max(1, CHUNK // n)):
-        picks = generator.integers(0, n, (min(max(1, CHUNK // n), samples - start), n))
+    drawn, rows = [], CHUNK // n + 1
+    for start in range(0, samples, rows):
+        picks = generator.integers(0, n, (min(rows, samples - start), n))
         drawn.append(sums[picks].sum(axis=1) / counts[picks].sum(axis=1))
     wide = math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1)
     low, high = np.quantile(np.concatenate(drawn), stats.norm.cdf([-wide, wide]))
@@ -93,19 +93,17 @@ def paired_p_value(a: ArrayLike, b: ArrayLike, seed: int = 0, samples: int = 10_
     difference = _difference(a, b)
     difference = difference[difference != 0]
     k = len(difference)
-    if k == 0:
-        return 1.0
     observed = abs(difference.sum()) * (1 - 1e-12)  # sums in another order differ in the last digits
     if k <= EXACT_FLIPS:
         signs = (np.arange(2**k)[:, None] >> np.arange(k) & 1) * 2 - 1
         return float(np.mean(np.abs(signs @ difference) >= observed))
     generator = np.random.default_rng(seed)
-    extreme = 0
-    for start in range(0, samples, max(1, CHUNK // k)):
-        rows = min(max(1, CHUNK // k), samples - start)
-        bits = np.unpackbits(generator.integers(0, 256, (rows, -(-k // 8)), dtype=np.uint8), axis=1, count=k)
+    extreme, rows = 0, CHUNK // k + 1
+    for start in range(0, samples, rows):
+        size = (min(rows, samples - start), -(-k // 8))
+        bits = np.unpackbits(generator.integers(0, 256, size, dtype=np.uint8), axis=1, count=k)
         # A flip of the set S changes the sum by twice the sum over S.
-        flipped = difference.sum() - 2 * (bits.astype(np.float64) @ difference)
+        flipped = difference.sum() - 2 * (bits @ difference)
         extreme += int(np.count_nonzero(np.abs(flipped) >= observed))
     return (extreme + 1) / (samples + 1)
 
@@ -129,10 +127,8 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
 
     Source: McNemar (1947) with the binomial distribution instead of chi-square.
     """
-    if len(a) != len(b):
-        raise ValueError(f"found {len(a)} and {len(b)} outcomes; wanted one of each per item")
-    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    difference = _difference(a, b)
+    only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
     return min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
@@ -141,7 +137,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6 (1979).
     """
-    adjusted, highest = [0.0] * len(p_values), 0.0
+    adjusted, highest = list(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest

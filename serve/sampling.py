@@ -57,8 +57,7 @@ class Sampler:
             )
         if s.greedy:
             return int(logits.argmax())
-        # Subtracting the maximum first keeps tiny temperatures from overflowing.
-        probabilities = torch.softmax((logits - logits.max()) / s.temperature, -1)
+        probabilities = torch.softmax(logits / s.temperature, -1)
         ids = None
         if s.top_k or s.top_p < 1:
             vocabulary = len(probabilities)
@@ -70,8 +69,8 @@ class Sampler:
             # A token stays while those before it have not reached top_p, so the first always stays.
             probabilities = top * (top.cumsum(-1) - top < s.top_p)
         cumulative = probabilities.double().cumsum(-1)
-        drawn = self.random.random() * float(cumulative[-1])
-        index = min(int(torch.searchsorted(cumulative, drawn, right=True)), len(cumulative) - 1)
+        # random() stays below 1, so the place that is drawn lies before the end.
+        index = int(torch.searchsorted(cumulative, self.random.random() * float(cumulative[-1]), right=True))
         return int(ids[index]) if ids is not None else index
 
 
@@ -104,16 +103,15 @@ class TextStream:
         text = self.held + piece
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self.held = True, ""
+            self.stopped = True
             return text[: min(found)]
-        kept = 0 if last else self._possible_stop(text)
-        self.held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+        certain = len(text) if last else self._possible_stop(text)
+        self.held = text[certain:]
+        return text[:certain]
 
     def _possible_stop(self, text: str) -> int:
-        """Return the length of the longest end of the text with which a stop string may begin."""
-        longest = min(len(text), max(map(len, self.stops), default=0))
+        """Return the first place from which on the text may be the beginning of a stop string."""
         return next(
-            (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stops)),
-            0,
+            (at for at in range(len(text)) if any(stop.startswith(text[at:]) for stop in self.stops)),
+            len(text),
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,13 @@ from scripts.common.artifacts import (
     artifact_sha256,
     git_state,
     locked_run_dir,
+    parent_entry,
     portable_path,
     publish,
     read_manifest,
     sha256_file,
+    sha256_json,
+    update_manifest,
     write_manifest,
     write_text_durably,
 )
@@ -60,6 +65,43 @@ def test_manifest_says_what_was_written_and_with_what(tmp_path: Path) -> None:
     }
     assert {"torch", "transformers", "trl", "peft"} <= manifest["packages"].keys()
     assert manifest["git"] == git_state()
+    assert manifest["schema"] == 1
+    assert datetime.now(UTC) - datetime.fromisoformat(manifest["created"]) < timedelta(minutes=5)
+    assert len(manifest["created"]) == len("2026-01-01T00:00:00+00:00"), "whole seconds, in UTC"
+
+
+def test_hashes_are_those_that_other_programs_compute(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()
+    assert sha256_json({"b": "ü", "a": 1}) == hashlib.sha256('{"a": 1, "b": "ü"}'.encode()).hexdigest()
+
+
+def test_parent_is_named_by_its_portable_path_and_its_identity(tmp_path: Path) -> None:
+    manifest = read_manifest(make_artifact(tmp_path / "a"))
+
+    assert parent_entry(ROOT / "outputs" / "a", manifest) == {
+        "path": "outputs/a",
+        "sha256": sha256_json(manifest["files"]),
+    }
+
+
+def test_manifest_is_readable_text_and_keeps_what_made_it_when_files_are_added(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "a", note="ü")
+    before = read_manifest(folder)
+    (folder / "card.md").write_text("card")
+
+    after = update_manifest(folder, before)
+
+    assert (
+        after
+        == read_manifest(folder)
+        == {**before, "files": {**before["files"], "card.md": sha256_file(folder / "card.md")}}
+    )
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    assert text.startswith('{\n "schema": 1,\n "stage": "sft",')
+    assert text.endswith("}\n")
+    assert '"note": "ü"' in text
 
 
 def test_identity_follows_the_content_and_not_the_place_or_time(tmp_path: Path) -> None:
@@ -111,7 +153,7 @@ def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
     path = folder / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
 
-    assert "found schema 99, wanted 1" in refusal(folder)
+    assert refusal(folder) == f"{path}: found schema 99, wanted 1. Make the artifact again with this version."
 
 
 def test_paths_inside_the_repository_travel_with_it(tmp_path: Path) -> None:

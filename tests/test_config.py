@@ -42,12 +42,25 @@ def refusal(path: Path, *overrides: str) -> str:
         ("lora:\n  r: 8\n  aplha: 3\n", 3, "lora.aplha: unknown key; did you mean `lora.alpha`?"),
         ("learning_rate: 1e-4\n", 1, "learning_rate: unknown key; did you mean `sft.learning_rate`?"),
         ("lora:\n  zzz: 3\n", 2, "lora.zzz: unknown key; known keys: alpha, dropout"),
+        ("eval:\n  judge:\n    modle: 3\n", 3, "eval.judge.modle: unknown key; did you mean `eval.judge.model`?"),
+        ("sft:\n  dataset_path:\n  - path: a\n    wieght: 1\n", 4, "sft.dataset_path.0.wieght: unknown key; remove it"),
+        ("strategy: 1\n", 1, "strategy: unknown key; known keys: base_model_id, "),
+        ("lora:\n  boolean: 1\n", 2, "lora.boolean: unknown key; known keys: "),
     ],
 )
 def test_unknown_key_is_refused_with_line_and_nearest_name(config_file, text: str, line: int, said: str) -> None:
     path = config_file(text)
 
-    assert f"{path}:{line}: {said}" in refusal(path)
+    told = refusal(path)
+
+    assert f"{path}:{line}: {said}" in told
+    assert told.endswith(said) or said.endswith((", ", ": ", "dropout"))
+
+
+def test_a_mistake_is_told_in_one_line_under_the_heading(config_file) -> None:
+    path = config_file("lora:\n  r: größe\n")
+
+    assert refusal(path) == f'the configuration is not valid\n  {path}:2: lora.r: found "größe"; wanted a whole number'
 
 
 @pytest.mark.parametrize(
@@ -64,8 +77,11 @@ def test_unknown_key_is_refused_with_line_and_nearest_name(config_file, text: st
         ("sft: 3\n", ":1: sft: found 3; wanted lines of `key: value` under it"),
         ("lora:\n  target_modules: q_proj\n", ":2: lora.target_modules: found \"q_proj\"; wanted 'auto' or a list"),
         ("sft:\n  dataset_path:\n  - path: a.jsonl\n    weight: 0\n", ":4: sft.dataset_path.0.weight: found 0; wanted greater"),
-        ("sft:\n  dataset_path:\n  - weight: 1\n", "sft.dataset_path.0.path: missing"),
+        ("sft:\n  dataset_path:\n  - weight: 1\n", ":2: sft.dataset_path.0.path: missing; it has no default, so write it down"),
         ("performance:\n  threads: -1\n", ":2: performance.threads: found -1; wanted 'auto' or greater than 0"),
+        ("base_model_id: 3\n", ":1: base_model_id: found 3; wanted a text"),
+        ("lora:\n  r: 2024-01-01\n", ':2: lora.r: found "2024-01-01"; wanted a whole number'),
+        (f"lora:\n  r: {'x' * 200}\n", f':2: lora.r: found "{"x" * 79}; wanted a whole number'),
     ],
 )  # fmt: skip
 def test_wrong_value_is_refused_with_line_and_what_was_wanted(config_file, text: str, said: str) -> None:
@@ -81,7 +97,9 @@ def test_all_mistakes_are_told_at_once(config_file) -> None:
 def test_key_written_twice_is_refused_with_both_lines(config_file) -> None:
     path = config_file("lora:\n  r: 8\n  alpha: 16\n  r: 4\n")
 
-    assert f"{path}:4: lora.r: written twice, first in line 2" in refusal(path)
+    assert refusal(path) == f"{path}:4: lora.r: written twice, first in line 2. Keep one."
+    path = config_file("sft:\n  dataset_path:\n  - path: a\n    path: b\n")
+    assert refusal(path).startswith(f"{path}:4: sft.dataset_path.0.path: written twice")
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.0e-4", "0.0002", ".2e-3"])
@@ -95,6 +113,7 @@ def test_words_that_hold_an_e_stay_text(config_file) -> None:
 
 def test_section_whose_keys_are_all_commented_out_is_allowed(config_file) -> None:
     assert load_config(config_file("lora:\n  # r: 8\n")).values == Config()
+    assert load_config(config_file("eval:\n  judge:\n    # model: x\n")).values == Config()
 
 
 def test_empty_file_gives_the_defaults(config_file) -> None:
@@ -107,7 +126,11 @@ def test_empty_file_gives_the_defaults(config_file) -> None:
         (b"base_model_id: caf\xe9\n", "my.yaml:1: byte 19 is not UTF-8. Save the file as UTF-8"),
         ("- a\n- b\n", "found list, wanted `key: value` lines"),
         ("just words\n", "found str, wanted `key: value` lines"),
-        ("seed: 1\nlora: {r: 8\n", "not valid YAML"),
+        ("seed: 1\nlora: {r: 8\nsft: 3", ":3: not valid YAML: expected ',' or '}', but got ':'."),
+        (
+            "seed: 1\nlora: \x07\n",
+            'my.yaml: not valid YAML: unacceptable character #x0007: special characters are not allowed in "<unicode string>", position 14.',
+        ),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
 )
@@ -124,7 +147,7 @@ def test_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:
     told = refusal(tmp_path / "absent.yaml")
 
     assert "no such configuration file" in told
-    assert "configs/demo.yaml" in told
+    assert "Shipped ones: configs/config.yaml, configs/demo.yaml, " in told
 
 
 def test_folder_as_config_is_refused(tmp_path: Path) -> None:
@@ -161,12 +184,32 @@ def test_last_set_wins_over_file_and_earlier_ones(config_file) -> None:
         ("sft.learning_rate", "wanted KEY=VALUE"),
         ("=3", "wanted KEY=VALUE"),
         ("seed.deeper=3", "seed is a value, not a section"),
+        ("sft.max_length.a.b=3", "--set sft.max_length.a.b: sft.max_length is a value, not a section."),
+        ('sft.trainer={"learning_rate": 1}', "--set: sft.trainer.learning_rate: has a place of its own"),
         ("lora.rank=3", "--set: lora.rank: unknown key"),
         ("offline=no", '--set: offline: found "no"; wanted a boolean'),
     ],
 )
 def test_bad_set_is_refused(config_file, override: str, said: str) -> None:
-    assert said in refusal(config_file("seed: 1\n"), override)
+    assert said in refusal(config_file("seed: 1\nsft:\n  max_length: 8\n"), override)
+
+
+def test_set_fills_a_block_that_stands_empty_in_the_file(config_file) -> None:
+    loaded = load_config(config_file("sft:\n  trainer:\n"), ["sft.trainer.max_steps=5"])
+
+    assert loaded.values.sft.trainer == {"max_steps": 5}
+
+
+def test_every_stage_takes_one_file_and_any_number_of_overrides() -> None:
+    parser = argparse.ArgumentParser(prog="stage")
+    add_config_arguments(parser)
+
+    assert vars(parser.parse_args([])) == {"config": "configs/config.yaml", "overrides": []}
+    assert parser.parse_args(["--set", "a=1", "--config", "my.yaml", "--set", "b=2"]).overrides == ["a=1", "b=2"]
+    assert " ".join(parser.format_help().partition("show this help message and exit")[2].split()) == (
+        "--config FILE YAML configuration (default: configs/config.yaml) "
+        "--set KEY=VALUE override one key, such as sft.learning_rate=1e-4; may be repeated; values are JSON, else plain text"
+    )
 
 
 def test_origin_of_each_value_is_known(config_file) -> None:
@@ -178,6 +221,9 @@ def test_origin_of_each_value_is_known(config_file) -> None:
     assert loaded.origin("lora.alpha") == "default"
     assert loaded.origin("seed") == "--set"
     assert loaded.origin("sft.trainer.max_steps") == f"{path}:5"
+    replaced = load_config(path, ['sft.trainer={"max_steps": 6}'])
+    assert replaced.origin("sft.trainer.max_steps") == "--set", "a block that is replaced takes its old lines with it"
+    assert replaced.origin("lora.r") == f"{path}:2"
 
 
 def test_resolved_yaml_loads_to_the_same_values(config_file, tmp_path: Path) -> None:
@@ -191,6 +237,7 @@ def test_resolved_yaml_loads_to_the_same_values(config_file, tmp_path: Path) -> 
     assert again.values == loaded.values
     assert again.digest() == loaded.digest()
     assert re.search(r"r: 8 +# .*my.yaml:1", loaded.to_yaml())
+    assert '"no # comment: ü"' in loaded.to_yaml()
 
 
 def test_digest_follows_values_and_not_their_place(config_file) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 from pathlib import Path
 
 import pytest
 
-from scripts.common import records
 from scripts.common.errors import UserError
 from scripts.common.records import (
     Record,
     count_duplicates,
     is_validation,
     load_datasets,
+    parse_preference,
     parse_record,
     shared_answers,
     split_records,
@@ -72,6 +73,60 @@ def instruction(number: int, **more: str) -> dict[str, str]:
 )
 def test_every_format_becomes_the_same_conversation(row: dict, messages: list) -> None:
     assert list(parse_record(row, "here", PLAIN).messages) == messages
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, talk("q")),
+        ({"prompt": talk("a", "b", "c"), "chosen": "good", "rejected": "bad"}, talk("a", "b", "c")),
+        ({"prompt": "q", "chosen": talk("q", "good"), "rejected": talk("q", "bad")}, talk("q")),
+        ({"prompt": "q", "chosen": talk("", "good")[1:], "rejected": "bad"}, talk("q")),
+        ({"chosen": talk("q", "good"), "rejected": talk("q", "bad")}, talk("q")),
+        ({"prompt": None, "chosen": talk("a", "b", "c", "good"), "rejected": talk("a", "b", "c", "bad")}, talk("a", "b", "c")),
+        ({"chosen": [SYSTEM, *talk("q", "good")], "rejected": [SYSTEM, *talk("q", "bad")]}, [SYSTEM, *talk("q")]),
+    ],
+)  # fmt: skip
+def test_every_preference_format_becomes_the_same_pair(row: dict, prompt: list) -> None:
+    pair = parse_preference(row, "here:1", PLAIN)
+
+    assert (pair.source, list(pair.prompt), pair.chosen, pair.rejected) == ("here:1", prompt, "good", "bad")
+    assert pair.answer == "good"
+
+
+def test_system_prompt_goes_before_a_pair_that_brings_none() -> None:
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+    assert parse_preference(row, "here:1", Data(system_prompt="Be brief.")).prompt == (SYSTEM, *talk("q"))
+
+
+BAD_PAIRS = [
+    (instruction(1), "fields: found instruction/input/output, wanted prompt, chosen and rejected; set sft.dataset_path to this file"),
+    ({"chosen": "a", "rejected": "b"}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
+    ({"chosen": "a", "rejected": talk("q", "b")}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
+    ({"chosen": talk("q", "a"), "rejected": "b"}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
+    ({"prompt": "q", "chosen": talk("q", "a", "q2", "b"), "rejected": "b"}, "chosen: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": "a", "rejected": talk("other", "b")}, "rejected: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": talk("a"), "rejected": "b"}, "chosen: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": " a", "rejected": "a\n"}, "rejected: is the same as chosen, so there is nothing to prefer"),
+    ({"prompt": talk("q", "a"), "chosen": "a", "rejected": "b"}, "messages: found the turns user, assistant; wanted [system,] user, assistant, … ending with user"),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: found int, wanted text or a list of messages with role and content"),
+    ({"prompt": "q", "chosen": " ", "rejected": "b"}, "chosen: is empty"),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: found NoneType, wanted text or a list of messages with role and content"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_PAIRS)
+def test_bad_pair_is_told_with_its_field_and_reason(tmp_path: Path, row: dict, said: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+
+    with pytest.raises(UserError) as caught:
+        load_datasets(str(path), parse_preference, PLAIN, "dpo.dataset_path")
+
+    assert str(caught.value).splitlines()[1:-1] == [f"  {path}:1: {said}"]
 
 
 def test_the_same_rows_are_read_from_every_file_type(tmp_path: Path) -> None:
@@ -252,8 +307,72 @@ def test_bad_row_is_told_with_file_line_field_and_reason(tmp_path: Path, line: s
 
     told = refusal(path)
 
-    assert "1 of 1 rows cannot be used" in told
-    assert f"{path}:2: {said}" in told
+    heading, row, mend = told.splitlines()
+    assert heading == "1 of 1 rows cannot be used"
+    assert row.startswith(f"  {path}:2: {said}")
+    assert mend == "Mend them, or set data.on_bad_row: skip to set them aside."
+
+
+WANTED = "wanted one of: instruction + output; chosen + rejected; prompt + completion; messages"
+ORDER = "wanted [system,] user, assistant, … ending with assistant"
+WHOLE_REASONS = [
+    ('{"instruction": 5, "output": "a"}', "instruction: found int, wanted text"),
+    ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
+    ('{"instruction": "q", "output": " "}', "output: is empty"),
+    ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
+    ('{"instruction": "q", "output": "\\udfff"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
+    ('{"question": "q", "answer": "a"}', f"fields: found question, answer; {WANTED}"),
+    ("{}", f"fields: found none; {WANTED}"),
+    ("[1]", "json: found list, wanted an object {…}"),
+    ("[", "json: not valid JSON (Expecting value: line 2 column 1 (char 2)); one object per line"),
+    ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "fields: found preference pairs, wanted instruction records; set dpo.dataset_path to this file"),
+    ('{"messages": []}', "messages: found list, wanted text or a list of messages with role and content"),
+    ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
+    ('{"messages": [{"role": "user"}]}', "messages[0]: wanted an object with role and content"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}', "messages[1].role: found 'x', wanted one of system, user, assistant"),
+    ('{"messages": [{"role": "user", "content": ""}]}', "content: is empty"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', f"messages: found the turns user, user; {ORDER}"),
+    ('{"prompt": 1, "completion": "a"}', "prompt: found int, wanted text or a list of messages with role and content"),
+    ('{"prompt": "q", "completion": " "}', "completion: is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "reason"), WHOLE_REASONS)
+def test_reason_of_a_bad_row_is_told_in_these_words(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+
+    assert refusal(path).splitlines()[1] == f"  {path}:2: {reason}"
+
+
+def test_reason_goes_into_the_reject_word_for_word(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\nü,a,b\nq,a\n", encoding="utf-8")
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+    write_rejects(tmp_path / "rejects.jsonl", files)
+
+    assert (tmp_path / "rejects.jsonl").read_text(encoding="utf-8") == (
+        f'{{"source": "{path}:2", "field": "columns", "reason": "found 3 cells, wanted the 2 of the header", '
+        '"row": ["ü", "a", "b"]}\n'
+    )
+
+
+def test_nothing_is_written_where_nothing_was_rejected(tmp_path: Path) -> None:
+    files = load_datasets(str(write_jsonl(tmp_path / "a.jsonl", [instruction(1)])), parse_record, PLAIN, KEY)
+
+    assert write_rejects(tmp_path / "rejects.jsonl", files) == 0
+    assert not (tmp_path / "rejects.jsonl").exists()
+
+
+def test_a_source_is_described_by_its_path_its_hash_and_its_weight(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(1)])
+
+    (file,) = load_datasets([WeightedDataset(path=str(path), weight=0.5)], parse_record, PLAIN, KEY)
+
+    assert (file.path, file.weight, file.bad_rows) == (str(path), 0.5, ())
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_datasets(str(path), parse_record, PLAIN, KEY)[0].weight == 1
 
 
 def test_line_that_is_not_utf8_is_told_with_its_place(tmp_path: Path) -> None:
@@ -399,9 +518,6 @@ def test_split_ignores_order_format_file_and_later_turns(tmp_path: Path) -> None
 
 
 def test_preference_pairs_fall_on_the_same_side_as_instruction_records(tmp_path: Path) -> None:
-    parse_preference = getattr(records, "parse_preference", None)
-    if parse_preference is None:
-        pytest.skip("preference pairs are not there yet")
     data = Data(validation_ratio=0.3)
     pairs = [{"prompt": f"question {n}", "chosen": "good", "rejected": "bad"} for n in range(60)]
     files = load_datasets(str(write_jsonl(tmp_path / "p.jsonl", pairs)), parse_preference, data, "dpo.dataset_path")

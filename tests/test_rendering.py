@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from scripts.common.errors import UserError
-from scripts.common.records import Record, parse_record
+from scripts.common.records import Preference, Record, parse_record
 from scripts.common.rendering import (
     IGNORED,
     Rendered,
     check_rendered,
     render_completion,
+    render_pair,
     render_prompt,
     render_record,
     stop_token_ids,
+    template_sha256,
+    tokenizer_sha256,
     user_turn,
 )
 from scripts.common.schema import Data
@@ -140,6 +145,32 @@ def test_every_sample_record_renders_to_exactly_its_answer(tokenizer) -> None:
         assert trained_text(tokenizer, rendered) == [sample.answer + end_of_turn(tokenizer)], sample.source
 
 
+def test_a_pair_is_two_answers_after_the_very_prompt_that_is_served(tokenizer) -> None:
+    pair = Preference("here:1", tuple(user_turn("Hi")), "Hello", "Go away and never come back")
+
+    rendered = render_pair(tokenizer, pair)
+
+    assert rendered.prompt_ids == render_prompt(tokenizer, pair.prompt)
+    assert rendered.side(rendered.chosen_ids) == render_record(tokenizer, record("Hi", pair.chosen))
+    assert rendered.side(rendered.rejected_ids) == render_record(tokenizer, record("Hi", pair.rejected))
+    assert rendered.input_ids == render_record(tokenizer, record("Hi", pair.rejected)).input_ids, "the longer one"
+    assert rendered.trained_tokens == len(rendered.chosen_ids) + len(rendered.rejected_ids)
+
+
+def test_a_pair_of_equal_answers_is_refused(tokenizer) -> None:
+    with pytest.raises(UserError) as caught:
+        render_pair(tokenizer, Preference("here:1", tuple(user_turn("Hi")), "Hello", "Hello"))
+
+    assert str(caught.value) == (
+        "here:1: chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
+    )
+
+
+def test_ids_without_labels_are_never_taken_for_whole() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        Rendered([1, 2], [1]).runs()
+
+
 # --- the check that stops a run
 
 
@@ -148,7 +179,32 @@ def test_check_passes_what_rendering_gives(tokenizer) -> None:
         check_rendered(tokenizer, chat, render_record(tokenizer, chat))
 
 
-@pytest.mark.parametrize("fault", ["prompt trained too", "end missing", "answer cut", "one token early", "nothing"])
+def test_check_wants_the_end_of_every_answer(tokenizer) -> None:
+    chat = record("a", "one", "b", "two")
+    good = render_record(tokenizer, chat)
+    labels = list(good.labels)
+    labels[labels.index(tokenizer.eos_token_id)] = IGNORED
+
+    with pytest.raises(UserError, match="with 1 end-of-turn tokens"):
+        check_rendered(tokenizer, chat, dataclasses.replace(good, labels=labels))
+
+
+def test_check_shows_the_first_200_characters_of_both_sides(tokenizer) -> None:
+    chat = record("Hi", "y" * 300)
+    good = render_record(tokenizer, chat)
+
+    with pytest.raises(UserError) as caught:
+        check_rendered(tokenizer, chat, dataclasses.replace(good, labels=[*good.labels[:-1], IGNORED]))
+
+    assert str(caught.value) == (
+        f"here:1: the trained tokens decode to {'y' * 200!r} with 0 end-of-turn tokens; wanted the answer {'y' * 200!r} and "
+        "one. The tokenizer or its chat template cannot be used for training."
+    )
+
+
+@pytest.mark.parametrize(
+    "fault", ["prompt trained too", "end missing", "answer cut", "one token early", "control token trained", "nothing"]
+)
 def test_check_refuses_a_wrong_mask(tokenizer, fault: str) -> None:
     chat = record("What colour is the sky?", "It is blue today")
     good = render_record(tokenizer, chat)
@@ -162,6 +218,8 @@ def test_check_refuses_a_wrong_mask(tokenizer, fault: str) -> None:
         labels[first] = IGNORED
     elif fault == "one token early":
         labels[first - 6 : first] = good.input_ids[first - 6 : first]
+    elif fault == "control token trained":
+        labels[first - 1] = next(t for t in tokenizer.all_special_ids if t not in stop_token_ids(tokenizer))
     else:
         labels = [IGNORED] * len(labels)
 
@@ -172,11 +230,22 @@ def test_check_refuses_a_wrong_mask(tokenizer, fault: str) -> None:
 # --- templates
 
 
+def test_template_and_tokenizer_are_known_by_their_content() -> None:
+    first, again, other = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer("{{ messages }}")
+
+    assert template_sha256(first) == hashlib.sha256(first.chat_template.encode()).hexdigest()
+    assert template_sha256(other) != template_sha256(first)
+    assert tokenizer_sha256(first) == tokenizer_sha256(again) == tokenizer_sha256(other)
+    other.add_special_tokens({"additional_special_tokens": ["<|close|>"]})
+    assert tokenizer_sha256(other) != tokenizer_sha256(first)
+
+
 def test_plain_template_is_the_documented_one(tiny_gpt2: Path) -> None:
     from scripts.common.modeling import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_gpt2)
 
+    assert user_turn("Hi") == [{"role": "user", "content": "Hi"}]
     assert tokenizer.decode(render_prompt(tokenizer, user_turn("Hi", "Be brief."))) == (
         "### System:\nBe brief.\n\n### User:\nHi\n\n### Assistant:\n"
     )
@@ -200,8 +269,12 @@ def test_template_that_rewrites_earlier_turns_is_refused_with_the_key_that_helps
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
 
-    with pytest.raises(UserError, match=r"here:1: the chat template rewrites earlier turns.*data.train_on: last"):
+    with pytest.raises(UserError) as caught:
         render_record(tokenizer, record("a", "one", "b", "two"))
+    assert str(caught.value) == (
+        "here:1: the chat template rewrites earlier turns, so the answers of one chat cannot be trained together. "
+        "Set data.train_on: last."
+    )
     last = render_record(tokenizer, record("a", "one", "b", "two", train_on="last"))
     assert trained_text(tokenizer, last) == ["two" + tokenizer.eos_token]
 
@@ -212,8 +285,12 @@ def test_template_whose_prompt_changes_once_answered_is_refused() -> None:
         "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
     )
 
-    with pytest.raises(UserError, match="renders a prompt differently once an answer follows"):
-        render_record(tokenizer, record("Hi", "Hello"))
+    with pytest.raises(UserError) as caught:
+        render_record(tokenizer, record("x" * 60, "Hello"))
+    assert str(caught.value) == (
+        "the chat template renders a prompt differently once an answer follows, so what is trained would not be what is "
+        f"served. The prompt alone ends with {'x' * 31 + '<|end|>A:'!r}. Use a base model with another template."
+    )
 
 
 def test_template_without_an_end_still_trains_eos() -> None:
@@ -231,8 +308,12 @@ def test_template_without_an_end_still_trains_eos() -> None:
 def test_template_that_closes_with_another_token_than_eos_ends_there() -> None:
     """Many instruct models close a turn with <|im_end|> while their EOS is <|endoftext|>."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|close|>"]})
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|close|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|close|>", "<|assistant|>", "<|next|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ '<|close|><|next|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
     close = tokenizer.convert_tokens_to_ids("<|close|>")
 
     rendered = render_record(tokenizer, record("Hi", "Hello"))
@@ -252,3 +333,9 @@ def test_answer_tokens_do_not_merge_into_the_prompt(tiny_gpt2: Path) -> None:
     ids = render_completion(tokenizer, prompt, prompt_ids, "\n\nHello")
 
     assert tokenizer.decode(prompt_ids + ids).startswith("### User:\nHi\n\n### Assistant:\n\n\nHello")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))]
+    )
+    assert render_completion(tokenizer, prompt, prompt_ids, "\n\nHello") == ids, (
+        "a text's own start stands only at its start"
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from eval import statistics
 from eval.statistics import (
     Interval,
     bootstrap_mean,
@@ -50,7 +51,10 @@ def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100(n):
 
 def test_equal_values_have_an_interval_without_width():
     assert bootstrap_mean([0.1] * 7) == Interval(0.1, 0.1, 0.1)
+    assert bootstrap_mean([0.3]) == Interval(0.3, 0.3, 0.3)
     assert ratio_interval([2.0, 4.0], [4, 8]) == Interval(0.5, 0.5, 0.5)
+    uneven = ratio_interval([4.0, 1.0], [1, 4])
+    assert uneven.low < uneven.value == 1 < uneven.high
 
 
 def test_the_same_outcomes_twice_differ_by_exactly_nothing():
@@ -69,6 +73,28 @@ def test_the_same_call_gives_the_same_answer_and_swapping_turns_the_sign():
     assert forward.value == pytest.approx(-backward.value)
     assert forward.low == pytest.approx(-backward.high, abs=0.02)
     assert paired_p_value(a, b) == paired_p_value(b, a)
+
+
+def test_every_interval_of_a_difference_is_one_bootstrap_with_the_settings_that_were_given():
+    a, b, ones = skewed(60, 1), skewed(60, 2), np.ones(60)
+    for settings in ({}, {"seed": 5}, {"samples": 500}, {"confidence": 0.8}):
+        wanted = ratio_interval(a - b, ones, **{"seed": 0, "samples": 10_000, "confidence": 0.95, **settings})
+        assert ratio_interval(a - b, ones, **settings) == wanted
+        assert bootstrap_mean(a - b, **settings) == wanted
+        assert paired_difference(a, b, **settings) == wanted
+        assert paired_ratio_difference(a, b, ones, **settings) == wanted
+    assert paired_p_value(a, b) == paired_p_value(a, b, seed=0, samples=10_000) != paired_p_value(a, b, seed=1)
+
+
+def test_cutting_the_work_to_bound_memory_changes_no_result(monkeypatch):
+    a, b = skewed(60, 1), skewed(60, 2)
+    whole, p_value = paired_difference(a, b, samples=1001), paired_p_value(a, b, samples=1001)
+    for chunk in (1, 1234):
+        monkeypatch.setattr(statistics, "CHUNK", chunk)
+        assert paired_difference(a, b, samples=1001) == whole
+        assert paired_p_value(a, b, samples=1001) == pytest.approx(p_value, abs=0.05)
+        # The differences sum to zero, so that every flip is as extreme: each is counted once.
+        assert paired_p_value([1, 0] * 20, [0, 1] * 20, samples=1001) == 1
 
 
 def test_loss_per_token_counts_tokens_and_not_items():
@@ -94,6 +120,9 @@ def test_the_exact_test_agrees_with_scipy_and_with_counting_by_hand():
     assert paired_p_value([1, 2, 3, 5], [0, 0, 0, 5]) == pytest.approx(2 / 8), (
         "an item without a difference says nothing"
     )
+    assert paired_p_value([1, 0], [0, 1]) == 1, "no sum is smaller than none"
+    assert paired_p_value([3], [1]) == 1
+    assert paired_p_value(np.ones(16), np.zeros(16)) == 2 / 2**16
     a, b = skewed(11, 4), skewed(11, 5)
     theirs = stats.permutation_test((a, b), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf)
     assert paired_p_value(a, b) == pytest.approx(theirs.pvalue)
@@ -109,6 +138,14 @@ def test_the_monte_carlo_test_agrees_with_scipy_and_is_never_zero():
     assert paired_p_value(np.ones(60), np.zeros(60)) == pytest.approx(1 / 10_001)
 
 
+def test_the_monte_carlo_test_flips_every_item_with_probability_one_half():
+    # Ten large and eight small items: the large ones must all have one sign (2 of 2**10 patterns) and the sum of the
+    # small signs must not point the other way, which of its 2**8 patterns (1 + C(8, 4) / 2**8) / 2 do.
+    differences = [100] * 8 + [1, -1] * 4 + [100] * 2
+    wanted = 2 / 2**10 * (1 + math.comb(8, 4) / 2**8) / 2
+    assert paired_p_value(differences, np.zeros(18), samples=200_000) == pytest.approx(wanted, rel=0.25)
+
+
 def test_the_p_value_of_a_ratio_is_that_of_its_sums():
     a, b, counts = skewed(8, 8), skewed(8, 9), np.arange(1, 9)
     observed = abs((a - b).sum() / counts.sum())
@@ -117,7 +154,7 @@ def test_the_p_value_of_a_ratio_is_that_of_its_sums():
     assert paired_p_value(a, b) == pytest.approx(extreme / 256)
 
 
-@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 1), (7, 10), (63, 80), (500, 1000)])
+@pytest.mark.parametrize(("successes", "n"), [(0, 7), (16, 16), (1, 1), (7, 10), (63, 80), (500, 1000)])
 def test_wilson_agrees_with_scipy(successes, n):
     theirs = stats.binomtest(successes, n).proportion_ci(method="wilson")
     ours = wilson(successes, n)
@@ -185,7 +222,7 @@ def test_a_gap_of_20_points_at_80_items_is_found():
     """McNemar at 50 % against 70 %, 36 % discordant (28 to 8): exact power is 0.81."""
     power = sum(
         stats.binom.pmf(m, 80, 0.36) * stats.binom.pmf(k, m, 28 / 36)
-        for m in range(81)
+        for m in range(1, 81)
         for k in range(m + 1)
         if mcnemar_exact([True] * k + [False] * (m - k), [False] * k + [True] * (m - k)) <= 0.05
     )

@@ -137,15 +137,13 @@ def render_pair(tokenizer: Any, pair: Preference) -> RenderedPair:
 
 def stop_token_ids(tokenizer: Any) -> set[int]:
     """Return the ids that end an answer: the tokenizer's EOS, and the token its template closes an answer with."""
-    known = getattr(tokenizer, "_stop_token_ids", None)
-    if known is None:
-        prompt = _ids(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
-        whole = _ids(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    if not hasattr(tokenizer, "_stop_token_ids"):
+        asked = user_turn("a")
+        whole = _ids(tokenizer, [*asked, {"role": "assistant", "content": "b"}])
         special = set(tokenizer.all_special_ids)
-        closing = [token for token in whole[len(prompt) :] if token in special]
-        known = {tokenizer.eos_token_id, *closing[:1]}
-        tokenizer._stop_token_ids = known
-    return set(known)
+        closing = [token for token in whole[len(render_prompt(tokenizer, asked)) :] if token in special]
+        tokenizer._stop_token_ids = {tokenizer.eos_token_id, *closing[:1]}
+    return set(tokenizer._stop_token_ids)
 
 
 def check_rendered(tokenizer: Any, record: Record, rendered: Rendered) -> None:
