@@ -27,11 +27,10 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from eval.benchmarks.training_growth import measure_growth
-from eval.benchmarks.training_quality import measure_quality
+from eval.benchmarks.training_quality import held_out_losses, measure_quality
 from eval.benchmarks.training_report import README, pasted, tables, write_pictures
 from eval.benchmarks.training_systems import (
     BATCH,
-    BETA,
     EPOCHS,
     LEARNING_RATE,
     SYSTEMS,
@@ -133,38 +132,6 @@ def time_systems(stage: str, systems: Sequence[System], rows: list[Row], argumen
     return found
 
 
-def held_out_losses(
-    stage: str, base: Any, tokenizer: Any, rows: list[Row], adapters: dict[str, Path]
-) -> dict[str, float]:
-    """Return each adapter's loss on records that no system has seen, and that of the base as `base`."""
-    import torch
-
-    from scripts.common.modeling import load_adapter
-    from scripts.common.scoring import mean_loss, score_answers
-
-    def log_probs() -> Any:
-        sides = [row.rendered.side(ids) for row in rows for ids in (row.rendered.chosen_ids, row.rendered.rejected_ids)]
-        scores = torch.tensor([score.logps for score in score_answers(base, sides, tokenizer.pad_token_id)])
-        return scores[::2] - scores[1::2]
-
-    reference = log_probs() if stage == "dpo" else None
-
-    def loss() -> float:
-        if stage == "sft":
-            return mean_loss(score_answers(base, [row.rendered for row in rows], tokenizer.pad_token_id))
-        return float(-torch.nn.functional.logsigmoid(BETA * (log_probs() - reference)).mean())
-
-    found = {"base": loss()}
-    for name, adapter in adapters.items():
-        if not (adapter / "adapter_model.safetensors").is_file():
-            log.warning("%s left no adapter in %s, so its loss is unknown", name, adapter)
-            continue
-        wrapped = load_adapter(base, adapter)  # puts its layers into the base itself, until they are unloaded
-        found[name] = loss()
-        wrapped.unload()
-    return found
-
-
 def figures(
     stage: str, timed: Timed, rows: list[Row], losses: dict[str, float], model: Path, limit: float
 ) -> dict[str, Any]:
@@ -193,30 +160,35 @@ def figures(
     }
 
 
+def enough_rows(stage: str, systems: list[System], arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Row], list[Row]]:  # fmt: skip
+    """Read what the longest run trains on, and records that no run sees."""
+    rows = read_rows(stage, getattr(arguments, f"{stage}_data"), tokenizer, arguments.max_length)
+    needed = max(rows_of(stage, steps) for system in systems for steps in steps_of(system, *arguments.steps))
+    if len(rows) <= needed:
+        raise UserError(
+            f"--{stage}-data: found {len(rows)} records of at most {arguments.max_length} tokens, wanted {needed} to train on "
+            "and some to hold out. Lower --steps or give more records."
+        )
+    return rows[:needed], rows[needed : needed + HELD_OUT]
+
+
 def measure_speed(arguments: argparse.Namespace, systems: list[System], model: Path, tokenizer: Any, machine: Machine, work: Path) -> dict[str, Any]:  # fmt: skip
     """Time all systems in all stages, and score what they learnt."""
     from scripts.common.modeling import load_base
 
-    few, many = arguments.steps
+    taking_part = {stage: [system for system in systems if stage in system.stages] for stage in arguments.stages}
+    taking_part = {stage: some for stage, some in taking_part.items() if some}
+    rows = {stage: enough_rows(stage, some, arguments, tokenizer) for stage, some in taking_part.items()}
     limit = matrix_limit(machine)
     found: dict[str, Any] = {"matrix_tflops": limit / 1e12, "steps": arguments.steps, "rounds": arguments.rounds}
-    for stage in arguments.stages:
-        taking_part = [system for system in systems if stage in system.stages]
-        rows = read_rows(stage, getattr(arguments, f"{stage}_data"), tokenizer, arguments.max_length)
-        needed = max(rows_of(stage, steps) for system in taking_part for steps in steps_of(system, few, many))
-        if len(rows) <= needed:
-            raise UserError(
-                f"--{stage}-data: found {len(rows)} records of at most {arguments.max_length} tokens, wanted {needed} to train on "
-                "and some to hold out. Lower --steps or give more records."
-            )
-        timed = time_systems(stage, taking_part, rows, arguments, model, work)
-        held_out = rows[needed : needed + HELD_OUT]
+    for stage, (train, held_out) in rows.items():
+        timed = time_systems(stage, taking_part[stage], train, arguments, model, work)
         adapters = {each.system.name: each.adapter for each in timed if each.adapter}
         losses = held_out_losses(stage, load_base(model, Config(), machine), tokenizer, held_out, adapters)
         found[stage] = {
-            "batch": BATCH[stage], "samples": rows_of(stage, many) * EPOCHS[stage], "held_out": len(held_out),
-            "loss_before": losses["base"],
-            "systems": [figures(stage, each, rows, losses, model, limit) for each in timed],
+            "batch": BATCH[stage], "samples": rows_of(stage, arguments.steps[1]) * EPOCHS[stage],
+            "held_out": len(held_out), "loss_before": losses["base"],
+            "systems": [figures(stage, each, train, losses, model, limit) for each in timed],
         }  # fmt: skip
     return found
 
@@ -233,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     systems = [*(SYSTEMS[name] for name in arguments.systems), *map(system_of_user, arguments.against)]
     if not systems:
         raise UserError("--systems: nothing to measure. Name at least one system, or give a command with --against.")
+    if arguments.paste:
+        pasted(Path(arguments.paste), "")  # what is wrong with it is better known before than after
     set_up_logging()
 
     from mlflow import MlflowClient
@@ -248,22 +222,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = work / SYSTEMS["ours"].folder / "mlflow.db"
     store.parent.mkdir(parents=True)
     MlflowClient(f"sqlite:///{store}").search_experiments()  # a store is made once in a user's life, and takes seconds
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     about = {"hardware": hardware(), "date": datetime.now(UTC).date().isoformat(), "model": model.name}
-    if "speed" in arguments.parts:
-        found["speed"] = about | measure_speed(arguments, systems, model, tokenizer, machine, work)
-    if "growth" in arguments.parts:
-        found["growth"] = about | {"axes": measure_growth(work)}
-    if "quality" in arguments.parts:
-        found["quality"] = about | measure_quality(arguments, systems, model, tokenizer, machine, work)
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for part in arguments.parts:
+        if part == "speed":
+            measured = measure_speed(arguments, systems, model, tokenizer, machine, work)
+        elif part == "growth":
+            measured = {"axes": measure_growth(work)}
+        else:
+            measured = measure_quality(arguments, systems, model, tokenizer, machine, work)
+        found[part] = about | measured
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(tables(found))
     (out / "training.md").write_text(text + "\n", encoding="utf-8")
     write_pictures(found, out)
     if arguments.paste:
-        readme = Path(arguments.paste)
-        readme.write_text(pasted(readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+        Path(arguments.paste).write_text(pasted(Path(arguments.paste), text), encoding="utf-8")
     sys.stdout.write(text + "\n")
     log.info("written to %s", out)
     return 0

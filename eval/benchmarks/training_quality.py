@@ -1,4 +1,4 @@
-"""Time to quality: how long a system trains until its checkpoints answer enough held-out records exactly."""
+"""What the trained adapters are worth: held-out loss after equal samples, and the time until answers are exact enough."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.training_systems import BATCH, LEARNING_RATE, Row, Running, System, Task, read_rows, write_rows
+from eval.benchmarks.training_systems import (
+    BATCH,
+    BETA,
+    LEARNING_RATE,
+    Row,
+    Running,
+    System,
+    Task,
+    read_rows,
+    write_rows,
+)
 from scripts.common.errors import UserError
 from scripts.common.runtime import Machine
 from scripts.common.schema import Config
@@ -20,6 +30,38 @@ log = logging.getLogger(__name__)
 HELD_OUT = 200  # one standard error is 3 points at 0.75
 MAX_NEW_TOKENS = 32
 SAVE_STEPS = 50
+
+
+def held_out_losses(
+    stage: str, base: Any, tokenizer: Any, rows: list[Row], adapters: dict[str, Path]
+) -> dict[str, float]:
+    """Return each adapter's loss on records that no system has seen, and that of the base as `base`."""
+    import torch
+
+    from scripts.common.modeling import load_adapter
+    from scripts.common.scoring import mean_loss, score_answers
+
+    def log_probs() -> Any:
+        sides = [row.rendered.side(ids) for row in rows for ids in (row.rendered.chosen_ids, row.rendered.rejected_ids)]
+        scores = torch.tensor([score.logps for score in score_answers(base, sides, tokenizer.pad_token_id)])
+        return scores[::2] - scores[1::2]
+
+    reference = log_probs() if stage == "dpo" else None
+
+    def loss() -> float:
+        if stage == "sft":
+            return mean_loss(score_answers(base, [row.rendered for row in rows], tokenizer.pad_token_id))
+        return float(-torch.nn.functional.logsigmoid(BETA * (log_probs() - reference)).mean())
+
+    found = {"base": loss()}
+    for name, adapter in adapters.items():
+        if not (adapter / "adapter_model.safetensors").is_file():
+            log.warning("%s left no adapter in %s, so its loss is unknown", name, adapter)
+            continue
+        wrapped = load_adapter(base, adapter)  # puts its layers into the base itself, until they are unloaded
+        found[name] = loss()
+        wrapped.unload()
+    return found
 
 
 def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row], adapter: Path) -> float:

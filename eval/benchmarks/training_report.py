@@ -14,12 +14,13 @@ START, END = "<!-- training: generated -->", "<!-- end of training -->"
 UNITS = {"sft": "samples", "dpo": "pairs"}
 
 
-def pasted(text: str, table: str) -> str:
-    """Put the tables between the markers of a file."""
+def pasted(path: Path, table: str) -> str:
+    """Return a file's text with the tables between its markers."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, start, rest = text.partition(START)
     _, end, tail = rest.partition(END)
     if not start or not end:
-        raise UserError(f"--paste: the file has no lines {START} and {END}, between which the tables go. Add them.")
+        raise UserError(f"--paste {path}: found no lines `{START}` and `{END}`, between which the tables go. Add them.")
     return f"{head}{START}\n{table}\n{END}{tail}"
 
 
