@@ -154,13 +154,14 @@ def test_clock_and_command_stand_still_during_a_pause_and_nothing_outlives_it(tm
     assert watch() == 0
 
 
-def test_checkpoint_still_being_written_is_not_scored(tmp_path: Path) -> None:
-    for step, state in ((10, '{"global_step": 10}'), (9, '{"global_step": 9}'), (20, '{"global')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state, encoding="utf-8")
-    (tmp_path / "checkpoint-30").mkdir()
+def test_checkpoint_still_being_written_is_not_scored_nor_one_of_another_run(tmp_path: Path) -> None:
+    ours, theirs = "quality.run/checkpoints/checkpoint-", "quality/checkpoint-"
+    for name, state in ((f"{ours}10", "10}"), (f"{theirs}9", "9}"), (f"{ours}20", ""), ("sft-3-0/checkpoint-3", "3}")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": ' + state, encoding="utf-8")
+    (tmp_path / f"{ours}30").mkdir()
 
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert [path.name for path in whole_checkpoints(tmp_path / "quality")] == ["checkpoint-9", "checkpoint-10"]
 
 
 @pytest.mark.drill

@@ -80,10 +80,10 @@ def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row], adapter: Path) 
     return sum(hits) / len(hits)
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints below a folder that are written to their end, oldest first."""
+def whole_checkpoints(output: Path) -> list[Path]:
+    """Return a run's checkpoints that are written to their end, oldest first: TRL's lie in `output`, ours in `output`.run."""
     found = []
-    for state in folder.glob("**/checkpoint-*/trainer_state.json"):  # the Trainer writes it last
+    for state in output.parent.glob(f"{output.name}*/**/checkpoint-*/trainer_state.json"):  # the Trainer writes it last
         try:
             found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
         except (ValueError, FileNotFoundError):
@@ -101,7 +101,7 @@ def time_to_quality(
         goes_on = True
         while goes_on and running.seconds < 60 * minutes:
             goes_on = running.goes_on()
-            fresh = [path for path in whole_checkpoints(task.output.parent) if path.name not in scored]
+            fresh = [path for path in whole_checkpoints(task.output) if path.name not in scored]
             if fresh:
                 seconds, reached = running.seconds, running.pause(partial(score, fresh[-1]))
                 scored |= {path.name for path in fresh}
