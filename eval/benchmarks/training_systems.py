@@ -32,7 +32,7 @@ BETA = 0.1
 LORA = Lora()
 # A system this fast takes more steps between its two runs, or the scatter of their start-up would hide the difference.
 OWN_FACTOR = 4
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
