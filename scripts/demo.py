@@ -24,7 +24,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 from scripts.common.artifacts import read_manifest
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError, entry_point
-from scripts.common.runtime import available_cores, bf16_support, set_up_logging
+from scripts.common.runtime import hardware, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +76,11 @@ def run_module(name: str, arguments: Sequence[str], position: str) -> float:
 
 def measured(outputs: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Collect what the run measured, for README's table and for whoever wants to compare machines."""
-    import torch
-
     folders = {"scripts.train_sft": "sft_adapter", "scripts.train_dpo": "dpo_adapter", "eval.compare": "comparison"}
     manifests = {name: read_manifest(outputs / folder, verify=False) for name, folder in folders.items()}
     report = json.loads((outputs / "comparison" / "report.json").read_text(encoding="utf-8"))
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
     return {
-        "hardware": f"{available_cores()} cores of {cpu}, {bf16_support('cpu')[1]}, no GPU used",
+        "hardware": hardware(),
         "seconds": {name: round(value) for name, value in seconds.items()},
         "peak_memory_gib": {name: manifest["metrics"]["peak_memory_gib"] for name, manifest in manifests.items()},
         "verdict": report["verdict"]["text"],

@@ -16,8 +16,9 @@ from scripts.common.schema import Config
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(?:bash|powershell)[^\n]*\n(.*?)```", README, re.DOTALL)
-INLINE = re.findall(r"`((?:python|make|uvicorn|mlflow|pytest) [^`]+)`", README)
+BENCHMARKS = (ROOT / "eval/benchmarks/README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(?:bash|powershell)[^\n]*\n(.*?)```", README + BENCHMARKS, re.DOTALL)
+INLINE = re.findall(r"`((?:python|make|uvicorn|mlflow|pytest) [^`]+)`", README + BENCHMARKS)
 COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()} | set(INLINE))
 PYTHON = [
     command for command in COMMANDS if re.match(r"(\w+=\S+ )*python (-m (scripts|eval)\.|scripts/|eval/)", command)

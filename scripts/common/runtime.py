@@ -96,6 +96,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def hardware() -> str:
+    """Name the hardware for people who compare figures."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU used"
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+    return f"{available_cores()} cores of {cpu}, {bf16_support('cpu')[1]}, {gpu}"
+
+
 def apply_machine(machine: Machine) -> None:
     """Set threads and allocator for this process."""
     import torch

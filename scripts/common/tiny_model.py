@@ -34,8 +34,8 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     return tokenizer
 
 
-def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """Save a randomly initialised two-layer model of an architecture with its tokenizer."""
+def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0, **shape_changes: int) -> Path:
+    """Save a randomly initialised two-layer model of an architecture with its tokenizer; `shape_changes` make it larger."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,6 +58,7 @@ def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0) ->
             "max_position_embeddings": 512,
             "head_dim": 8,
         }
+    shape |= shape_changes
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape))
     model.save_pretrained(folder)

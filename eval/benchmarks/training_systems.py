@@ -1,0 +1,270 @@
+"""The training systems that are compared: the same task as each one's command line, and how a run of it is watched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from scripts.common.config import ROOT
+from scripts.common.errors import UserError
+from scripts.common.records import load_datasets, parse_preference, parse_record
+from scripts.common.runtime import available_cores
+from scripts.common.schema import Data, Lora
+
+BATCH = {"sft": 8, "dpo": 4}
+EPOCHS = {"sft": 1, "dpo": 2}
+LEARNING_RATE = {"sft": 2e-4, "dpo": 5e-5}
+BETA = 0.1
+LORA = Lora()
+# A system this fast takes more steps between its two runs, or the scatter of their start-up would hide the difference.
+OWN_FACTOR = 4
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run, the same for every system. `data` is a JSONL file; the adapter goes into `output`."""
+
+    stage: str
+    model: Path
+    data: Path
+    output: Path
+    batch: int
+    epochs: int
+    max_length: int
+    learning_rate: float
+    save_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to train, as the command a user would type."""
+
+    name: str
+    command: Callable[[Task], list[str]]
+    stages: tuple[str, ...] = ("sft", "dpo")
+    factor: int = 1
+    own_folder: bool = True  # whether it starts in a folder of its own; a user's command starts where the user is
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the folder its runs write to."""
+        return re.sub(r"\W+", "-", self.name)
+
+
+def our_command(task: Task, **settings: object) -> list[str]:
+    """Return this project's command; `settings` go to the stage's section."""
+    section: dict[str, object] = {
+        "dataset_path": task.data, "output_dir": task.output, "num_train_epochs": task.epochs,
+        "per_device_train_batch_size": task.batch, "max_length": task.max_length, "learning_rate": task.learning_rate,
+        "trainer.lr_scheduler_type": "constant", "trainer.warmup_steps": 0,
+    }  # fmt: skip
+    if task.save_steps:
+        section["trainer.save_steps"] = task.save_steps
+    if task.stage == "dpo":  # as `trl dpo` does it: a fresh adapter, the bare base as reference
+        section |= {"init_from": "null", "reference": "base", "beta": BETA}
+    values = {f"{task.stage}.{key}": value for key, value in (section | settings).items()}
+    values |= {"base_model_id": task.model, "offline": "true", "data.validation_ratio": 0}
+    words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    return [sys.executable, str(ROOT / f"scripts/train_{task.stage}.py"), "--config", str(ROOT / "configs/config.yaml"), *words]  # fmt: skip
+
+
+def trl_command(task: Task, *flags: str) -> list[str]:
+    """Return TRL's own command line for the task; what decides speed is left at its defaults unless `flags` say more."""
+    program = shutil.which("trl", path=str(Path(sys.executable).parent))
+    if program is None:
+        raise UserError(
+            "trl: its command is not beside this Python. Install requirements.txt, or leave it out with --systems."
+        )
+    import torch
+
+    words: dict[str, object] = {
+        "model_name_or_path": task.model, "dataset_name": task.data.parent, "output_dir": task.output,
+        "lora_r": LORA.r, "lora_alpha": LORA.alpha, "lora_dropout": LORA.dropout, "lora_target_modules": "all-linear",
+        "per_device_train_batch_size": task.batch, "num_train_epochs": task.epochs, "max_length": task.max_length,
+        "learning_rate": task.learning_rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "report_to": "none",
+    }  # fmt: skip
+    if task.save_steps:
+        words["save_steps"] = task.save_steps
+    if task.stage == "dpo":
+        words["beta"] = BETA
+    given = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    return [program, task.stage, *given, "--use_peft", *([] if torch.cuda.is_available() else ["--use_cpu"]), *flags]
+
+
+def trl_best_command(task: Task) -> list[str]:
+    """Return TRL's command line with every flag that makes it faster on a CPU."""
+    return trl_command(task, "--dtype", "bfloat16", "--bf16", "false", "--gradient_checkpointing", "false", "--packing")
+
+
+SYSTEMS = {
+    "ours": System("this project", our_command, factor=OWN_FACTOR),
+    "trl": System("trl, defaults", trl_command),
+    "trl-best": System("trl, best flags", trl_best_command, stages=("sft",)),
+}
+
+
+def system_of_user(given: str) -> System:
+    """Read `name=command`; {stage}, {model}, {data}, {output}, {batch}, {epochs}, … in it stand for the task's values."""
+    name, equals, text = given.partition("=")
+    if not equals or not name.strip() or "{data}" not in text:
+        raise UserError(
+            f"--against {given}: wanted NAME=COMMAND with {{data}} in the command, where the records' file goes; "
+            f"also known: {', '.join('{' + key + '}' for key in Task.__dataclass_fields__)}."
+        )
+
+    def command(task: Task) -> list[str]:
+        words = shlex.split(text)
+        for key, value in vars(task).items():
+            words = [word.replace("{" + key + "}", str(value)) for word in words]
+        return words
+
+    return System(name.strip(), command, own_folder=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record in the form every system reads, with its token ids and how many tokens a system must work through."""
+
+    fields: dict[str, Any]
+    rendered: Any
+    tokens: int
+
+
+def read_rows(stage: str, path: str, tokenizer: Any, max_length: int) -> list[Row]:
+    """Read records or pairs and keep those that fit whole, in a fixed random order."""
+    from scripts.common.rendering import render_pair, render_record
+
+    rows = []
+    data = Data(on_bad_row="skip", train_on="last")
+    files = load_datasets(path, parse_record if stage == "sft" else parse_preference, data, f"--{stage}-data")
+    for record in files[0].records:
+        answers = (
+            {"completion": record.answer} if stage == "sft" else {"chosen": record.chosen, "rejected": record.rejected}
+        )
+        fields = {"prompt": list(record.prompt)} | {
+            key: [{"role": "assistant", "content": text}] for key, text in answers.items()
+        }
+        if stage == "sft":
+            rendered: Any = render_record(tokenizer, record)
+            tokens = len(rendered.input_ids)
+        else:
+            rendered = render_pair(tokenizer, record)
+            tokens = 2 * len(rendered.prompt_ids) + rendered.trained_tokens
+        if len(rendered.input_ids) <= max_length:
+            rows.append(Row(fields, rendered, tokens))
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def write_rows(rows: Sequence[Row], folder: Path) -> Path:
+    """Write records as the one file of a folder, which is what TRL reads as a dataset."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row.fields, ensure_ascii=False) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "train.jsonl"
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Return what every system runs with: all cores (accelerate alone would take one), no network, caches of its own."""
+    return {
+        **os.environ, "OMP_NUM_THREADS": str(available_cores()), "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(work / "cache"), "MLFLOW_DISABLE_TELEMETRY": "true",
+    }  # fmt: skip
+
+
+class Running:
+    """A started command with its clock and the most memory its processes have held together."""
+
+    def __init__(self, system: System, task: Task, work: Path, command: Sequence[str] | None = None) -> None:
+        self.name, self.log = system.name, task.output.with_suffix(".log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.peak_bytes, self.paused = 0, 0.0
+        words = list(command or system.command(task))
+        with self.log.open("w", encoding="utf-8") as output:
+            self.begin = time.monotonic()
+            try:
+                self.process = psutil.Popen(
+                    words, stdout=output, stderr=subprocess.STDOUT, env=environment(work),
+                    cwd=self.log.parent if system.own_folder else None,
+                )  # fmt: skip
+            except OSError as error:
+                raise UserError(f"{self.name}: cannot start {words[0]}: {error.strerror}.") from None
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.tree():
+            with suppress(psutil.Error):
+                each.kill()
+        self.process.wait()
+
+    def tree(self) -> list[psutil.Process]:
+        """Return the process and all that it started."""
+        with suppress(psutil.Error):
+            return [self.process, *self.process.children(recursive=True)]
+        return []
+
+    @property
+    def seconds(self) -> float:
+        """Return the time since the start, pauses left out."""
+        return time.monotonic() - self.begin - self.paused
+
+    def goes_on(self) -> bool:
+        """Wait a moment, look at the memory, and tell whether the command still runs.
+
+        Raises: UserError with the end of its output when it failed.
+        """
+        with suppress(psutil.TimeoutExpired):
+            code = self.process.wait(POLL_SECONDS)
+            if code:
+                end = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                raise UserError(f"{self.name} ended with exit code {code}; {self.log} ends with\n{end}")
+            return False
+        own, shared = 0, [0]
+        for each in self.tree():
+            with suppress(psutil.Error):
+                memory = each.memory_info()
+                common = getattr(memory, "shared", 0)  # libraries that several of its processes use count once
+                own += memory.rss - common
+                shared.append(common)
+        self.peak_bytes = max(self.peak_bytes, own + max(shared))
+        return True
+
+    def pause(self, work: Callable[[], Any]) -> Any:
+        """Stop the clock and the processes while something else is done."""
+        begin = time.monotonic()
+        stopped = self.tree()
+        for each in stopped:
+            with suppress(psutil.Error):
+                each.suspend()
+        try:
+            return work()
+        finally:
+            for each in stopped:
+                with suppress(psutil.Error):
+                    each.resume()
+            self.paused += time.monotonic() - begin
+
+
+def run_to_the_end(system: System, task: Task, work: Path, command: Sequence[str] | None = None) -> tuple[float, float]:
+    """Run a command; return its wall-clock seconds and the peak memory of its processes in GiB."""
+    with Running(system, task, work, command) as running:
+        while running.goes_on():
+            pass
+        return running.seconds, running.peak_bytes / 2**30
