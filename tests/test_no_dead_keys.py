@@ -188,6 +188,7 @@ WITH_SETTINGS = {  # a test that gives the script both --config and --set, and f
     "scripts.train_sft": SFT + "test_weights_of_datasets_reach_training",
     "scripts.train_dpo": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
     "scripts.export_lora": EXPORT + "test_folders_of_the_configuration_are_used",
+    "scripts.doctor": "test_doctor.py::test_data_is_read_as_training_reads_it",
     "eval.compare": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",
     "eval.judge": JUDGE + "test_settings_of_the_endpoint_reach_it",
     "eval.run_lmeval": LMEVAL + "test_a_chat_template_is_put_around_questions_when_asked",

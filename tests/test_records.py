@@ -323,14 +323,14 @@ WHOLE_REASONS = [
     ('{"instruction": "q", "output": "\\udfff"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
     ('{"question": "q", "answer": "a"}', f"fields: found question, answer; {WANTED}"),
     ("{}", f"fields: found none; {WANTED}"),
-    ("[1]", "json: found list, wanted an object {…}"),
+    ("[1]", "json: found list, wanted an object {…}; a list of records is read from a file that ends in .json"),
     ("[", "json: not valid JSON (Expecting value: line 2 column 1 (char 2)); one object per line"),
     ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "fields: found preference pairs, wanted instruction records; set dpo.dataset_path to this file"),
     ('{"messages": []}', "messages: found list, wanted text or a list of messages with role and content"),
     ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
     ('{"messages": [{"role": "user"}]}', "messages[0]: wanted an object with role and content"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}', "messages[1].role: found 'x', wanted one of system, user, assistant"),
-    ('{"messages": [{"role": "user", "content": ""}]}', "content: is empty"),
+    ('{"messages": [{"role": "user", "content": ""}]}', "messages[0].content: is empty"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', f"messages: found the turns user, user; {ORDER}"),
     ('{"prompt": 1, "completion": "a"}', "prompt: found int, wanted text or a list of messages with role and content"),
     ('{"prompt": "q", "completion": " "}', "completion: is empty"),
@@ -353,8 +353,8 @@ def test_reason_goes_into_the_reject_word_for_word(tmp_path: Path) -> None:
     write_rejects(tmp_path / "rejects.jsonl", files)
 
     assert (tmp_path / "rejects.jsonl").read_text(encoding="utf-8") == (
-        f'{{"source": "{path}:2", "field": "columns", "reason": "found 3 cells, wanted the 2 of the header", '
-        '"row": ["ü", "a", "b"]}\n'
+        f'{{"source": "{path}:2", "field": "columns", "reason": "found 3 cells, wanted the 2 of the header; '
+        'put \\"quotes\\" around a text that holds the separator", "row": ["ü", "a", "b"]}\n'
     )
 
 

@@ -343,7 +343,7 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
         own = set(_section_of([section]).model_fields) - {"trainer"}
         for name, value in given.items():
             key = f"{section}.trainer.{name}"
-            where = origins.get(key, path)
+            where = next((origins[k] for k in _parents(key) if k in origins), path)
             if name in own:
                 yield f"{where}: {key}: has a place of its own; write {section}.{name}"
             elif name in OWNED_TRAINER_ARGUMENTS:
