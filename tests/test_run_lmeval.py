@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from eval import run_lmeval
+from eval.lmeval_models import SharedContextLM
 from eval.lmeval_results import compare_entries
 from scripts.common.artifacts import write_manifest
 from scripts.common.config import load_config
@@ -150,6 +151,44 @@ def test_scores_are_those_worked_out_with_transformers_alone(place: Path, togeth
     expected = by_hand(adapted, tokenizer, rows)
     assert expected == (found["quiz", "dpo", "acc"], found["quiz", "dpo", "acc_norm"])
     assert expected != by_hand(load_base(place / "model", Config(), CPU).eval(), tokenizer, rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "mamba"])
+@pytest.mark.parametrize("longest", [40, 600], ids=["short", "one is cut"])
+def test_contexts_read_once_score_as_lm_eval_scores_them(architecture: str, longest: int, tiny_llama: Path) -> None:
+    """The last two architectures cannot share a context; the scores must be lm-eval's there too."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(tiny_llama)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "n_head": 4, "n_embd": 32, "intermediate_size": 64, "n_positions": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **heads)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(4)  # so that a wrong mask or place shows
+    picks = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(5, 300, (count,), generator=picks).tolist()
+
+    contexts = [ids(count) for count in (3, 17, 1, 17, longest)]
+    requests = [(("", ""), context, ids(count)) for context in contexts for count in (1, 9, 4, 2, 9, 9)]
+    requests.append((("", ""), contexts[1], ids(2)))
+    ours = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
+    found, expected = (each._loglikelihood_tokens(requests, disable_tqdm=True) for each in (ours, theirs))
+    assert [logps for logps, _ in found] == pytest.approx([logps for logps, _ in expected], rel=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_a_context_is_read_once_for_its_choices(place: Path) -> None:
+    model = load_base(place / "model", Config(), CPU).eval()
+    read = []
+    model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True)
+    lm = SharedContextLM(pretrained=model, tokenizer=load_tokenizer(place / "model"), batch_size=16)
+    lm._loglikelihood_tokens([(("", ""), [5] * 30, [6, 7, 8 + i]) for i in range(4)], disable_tqdm=True)
+    assert read[-1] == (1, 30 + 4 * 2)
 
 
 def test_merged_model_scores_as_its_adapter_and_gguf_as_its_base(together: Path) -> None:
