@@ -42,7 +42,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         """Return the log-probability of each continuation, and whether greedy decoding would write it."""
         rows = _share_contexts(requests)
         longest = max((len(context) + len(answer) for _, context, answer in requests), default=0)
-        if not rows or longest > self.max_length + 1 or not self._proves([requests[index] for index in rows[0]]):
+        if not rows or longest > self.max_length + 1 or not self._proves(requests, rows):
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))  # it cuts what is too long
         scores: dict[int, tuple[float, bool]] = {}
         size = override_bs or self.batch_size
@@ -54,12 +54,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 bar.update(sum(map(len, batch)))
         return [scores[index] for index in range(len(requests))]
 
-    def _proves(self, requests: list[Request]) -> bool:
-        """Score the longest row in lm-eval's own way too: not every architecture heeds a mask of its own for each row."""
-        theirs = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+    def _proves(self, requests: list[Request], rows: list[list[int]]) -> bool:
+        """Score the longest row and the fullest in lm-eval's own way too: not every architecture heeds such a mask."""
+        tried = [[requests[index] for index in row] for row in (rows[0], max(rows, key=len))]
+        theirs = super()._loglikelihood_tokens([request for row in tried for request in row], disable_tqdm=True)
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.05
         try:
-            ours = self._score([requests])
+            ours = self._score(tried)
         except (RuntimeError, TypeError, ValueError) as error:
             log.info("a context is read anew for each choice: %s", str(error).partition("\n")[0])
             return False

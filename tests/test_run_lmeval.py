@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval import run_lmeval
+from eval import lmeval_results, run_lmeval
 from eval.lmeval_models import SharedContextLM
 from eval.lmeval_results import compare_entries
 from scripts.common.artifacts import write_manifest
@@ -490,6 +490,33 @@ def test_a_failed_call_keeps_the_results_of_the_last(place: Path, tmp_path: Path
     assert call(place, out, "--model_path", str(tmp_path / "empty"), "--task", quiz, "--limit", "2") == 2
     assert manifest(out)["files"] == before
     assert not (tmp_path / "out.run/finished").exists()
+
+
+def test_a_disk_that_fills_up_keeps_the_results_of_the_last_call(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource")
+    out, quiz = tmp_path / "out", f"multiple_choice={place}/quiz.jsonl"
+    assert call(place, out, "--model_path", "base", "--task", quiz, "--limit", "2") == 0
+    before, write, limits = (
+        manifest(out)["files"],
+        lmeval_results.write_results,
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+
+    def write_to_a_full_disk(*arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(lmeval_results, "write_results", write_to_a_full_disk)
+    assert call(place, out, "--model_path", "base", "--task", quiz, "--limit", "3") == 2
+    said = capsys.readouterr().err
+    assert "Free some space or choose another folder" in said
+    assert "Traceback" not in said
+    assert manifest(out)["files"] == before
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "copa"])
