@@ -185,7 +185,7 @@ def test_contexts_read_once_score_as_lm_eval_scores_them(architecture: str, long
 def test_a_context_is_read_once_for_its_choices(place: Path) -> None:
     model = load_base(place / "model", Config(), CPU).eval()
     read = []
-    model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
     lm = SharedContextLM(pretrained=model, tokenizer=load_tokenizer(place / "model"), batch_size=16)
     lm._loglikelihood_tokens([(("", ""), [5] * 30, [6, 7, 8 + i]) for i in range(4)], disable_tqdm=True)
     assert read[-1] == (1, 30 + 4 * 2)
