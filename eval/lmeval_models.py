@@ -102,8 +102,10 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             column = kept - sum(map(len, given))
             for _, _, answer in answers:
                 columns = [kept - sum(map(len, given)) - 1, *range(column, column + len(answer) - 1)]
-                ids, logps = torch.tensor(answer), torch.log_softmax(row[columns].float(), -1).cpu()
-                scores.append((float(logps.gather(-1, ids[:, None]).sum()), bool((logps.argmax(-1) == ids).all())))
+                wanted, logps = torch.tensor(answer), torch.log_softmax(row[columns].float(), -1).cpu()
+                scores.append(
+                    (float(logps.gather(-1, wanted[:, None]).sum()), bool((logps.argmax(-1) == wanted).all()))
+                )
                 column += len(answer) - 1
         return scores
 
