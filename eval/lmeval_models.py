@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 
 from eval.lmeval_candidates import Candidate
 from eval.lmeval_tasks import Ids
@@ -25,7 +27,104 @@ log = logging.getLogger(__name__)
 PROOF_PROMPTS = ("What is the capital of France?", "Write one sentence about the weather.")
 
 
-class RenderedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, then token ids, of a context and what may follow it
+
+
+class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+    """Read a context once for all its choices and project only what is scored; lm-eval reads it anew for each.
+
+    A row is a context with its choices behind one another, each of which sees the context and itself alone.
+    """
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether greedy decoding would write it."""
+        rows = _share_contexts(requests)
+        longest = max((len(context) + len(answer) for _, context, answer in requests), default=0)
+        if not rows or longest > self.max_length + 1 or not self._proves(requests, rows):
+            return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))  # it cuts what is too long
+        scores: dict[int, tuple[float, bool]] = {}
+        size = override_bs or self.batch_size
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                found = self._score([[requests[index] for index in row] for row in batch])
+                scores.update(zip((index for row in batch for index in row), found, strict=True))
+                bar.update(sum(map(len, batch)))
+        return [scores[index] for index in range(len(requests))]
+
+    def _proves(self, requests: list[Request], rows: list[list[int]]) -> bool:
+        """Score the longest row and the fullest in lm-eval's own way too: not every architecture heeds such a mask."""
+        tried = [[requests[index] for index in row] for row in (rows[0], max(rows, key=len))]
+        theirs = super()._loglikelihood_tokens([request for row in tried for request in row], disable_tqdm=True)
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.05
+        try:
+            ours = self._score(tried)
+        except (RuntimeError, TypeError, ValueError) as error:
+            log.info("a context is read anew for each choice: %s", str(error).partition("\n")[0])
+            return False
+        alike = all(
+            math.isclose(a, b, rel_tol=tolerance, abs_tol=5 * tolerance)
+            for (a, _), (b, _) in zip(ours, theirs, strict=True)
+        )
+        if not alike:
+            log.info("a context is read anew for each choice, as this architecture needs it")
+        return alike
+
+    @torch.inference_mode()
+    def _score(self, rows: Sequence[Sequence[Request]]) -> list[tuple[float, bool]]:
+        """Score the continuations of some contexts in one pass; each row is of one context, padded on the left."""
+        packed = [(row[0][1], [answer[:-1] for _, _, answer in row]) for row in rows]  # nothing follows a last token
+        width = max(len(context) + sum(map(len, given)) for context, given in packed)
+        input_ids, places, parts = (torch.zeros((len(rows), width), dtype=torch.long) for _ in range(3))
+        parts -= 1
+        for number, (context, given) in enumerate(packed):
+            column = width - len(context) - sum(map(len, given))
+            for part, ids in enumerate([context, *given]):
+                here = number, slice(column, column + len(ids))
+                input_ids[here] = torch.tensor(ids, dtype=torch.long)
+                places[here] = torch.arange(len(ids)) + (len(context) if part else 0)
+                parts[here] = part
+                column += len(ids)
+        seen = ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])) & torch.ones(width, width).bool().tril()
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype).masked_fill(~seen, torch.finfo(self.model.dtype).min)
+        kept = max(sum(map(len, given)) for _, given in packed) + 1
+        logits = self.model(
+            input_ids.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            position_ids=places.to(self.device),
+            logits_to_keep=kept,
+            use_cache=False,
+        ).logits
+        scores = []
+        for row, (_, given), answers in zip(logits, packed, rows, strict=True):
+            column = kept - sum(map(len, given))
+            for _, _, answer in answers:
+                columns = [kept - sum(map(len, given)) - 1, *range(column, column + len(answer) - 1)]
+                wanted, logps = torch.tensor(answer), torch.log_softmax(row[columns].float(), -1).cpu()
+                scores.append(
+                    (float(logps.gather(-1, wanted[:, None]).sum()), bool((logps.argmax(-1) == wanted).all()))
+                )
+                column += len(answer) - 1
+        return scores
+
+
+def _share_contexts(requests: Sequence[Request]) -> list[list[int]]:
+    """Return the indices of each row, the longest first; a row grows to twice its first request, as attention is square."""
+    rows: dict[tuple[int, ...], list[list[int]]] = {}
+    lengths: dict[int, int] = {}
+    for index, (_, context, answer) in enumerate(requests):
+        of_context = rows.setdefault(tuple(context), [])
+        if not of_context or lengths[of_context[-1][0]] + len(answer) > 2 * (len(context) + len(answer)):
+            of_context.append([])
+        row = of_context[-1]
+        row.append(index)
+        lengths[row[0]] = lengths.get(row[0], len(context)) + len(answer)
+    return sorted((row for found in rows.values() for row in found), key=lambda row: -lengths[row[0]])
+
+
+class RenderedLM(SharedContextLM):
     """Give a model the token ids that it was trained on and is served with, where lm-eval would tokenise anew."""
 
     def __init__(self, *args: Any, ids: Ids, **kwargs: Any) -> None:
@@ -129,6 +228,6 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, ids: Ids | None) -> HFLM:
     try:
         if ids is not None:
             return RenderedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, ids=ids)
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        return SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     finally:
         library.setLevel(logging.NOTSET)

@@ -112,7 +112,7 @@ def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     if export.gguf:
         gguf_file.check_supported(model.get_base_model().config, export.tokenizer)
     probes = parity.build_probes(model, export.tokenizer, parity.held_out_prompts(export.manifest))
-    reference = parity.scored_logits(model, probes)
+    reference = list(parity.scored_logits(model, probes))
     with switched_to(model, None):
         effect = parity.compare(parity.scored_logits(model, probes), reference)
     log.info("the adapter changes the base: %s", effect)

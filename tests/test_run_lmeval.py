@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from eval import run_lmeval
+from eval import lmeval_results, run_lmeval
+from eval.lmeval_models import SharedContextLM
 from eval.lmeval_results import compare_entries
 from scripts.common.artifacts import write_manifest
 from scripts.common.config import load_config
@@ -159,6 +160,44 @@ def test_scores_are_those_worked_out_with_transformers_alone(place: Path, togeth
     expected = by_hand(adapted, tokenizer, rows)
     assert expected == (found["quiz", "dpo", "acc"], found["quiz", "dpo", "acc_norm"])
     assert expected != by_hand(load_base(place / "model", Config(), CPU).eval(), tokenizer, rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "mamba"])
+@pytest.mark.parametrize("longest", [40, 600], ids=["short", "one is cut"])
+def test_contexts_read_once_score_as_lm_eval_scores_them(architecture: str, longest: int, tiny_llama: Path) -> None:
+    """The last two architectures cannot share a context; the scores must be lm-eval's there too."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(tiny_llama)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "n_head": 4, "n_embd": 32, "intermediate_size": 64, "n_positions": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **heads)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(4)  # so that a wrong mask or place shows
+    picks = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(5, 300, (count,), generator=picks).tolist()
+
+    contexts = [ids(count) for count in (3, 17, 1, 17, longest)]
+    requests = [(("", ""), context, ids(count)) for context in contexts for count in (1, 9, 4, 2, 9, 9)]
+    requests.append((("", ""), contexts[1], ids(2)))
+    ours = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
+    found, expected = (each._loglikelihood_tokens(requests, disable_tqdm=True) for each in (ours, theirs))
+    assert [logps for logps, _ in found] == pytest.approx([logps for logps, _ in expected], rel=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_a_context_is_read_once_for_its_choices(place: Path) -> None:
+    model = load_base(place / "model", Config(), CPU).eval()
+    read = []
+    model.register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
+    lm = SharedContextLM(pretrained=model, tokenizer=load_tokenizer(place / "model"), batch_size=16)
+    lm._loglikelihood_tokens([(("", ""), [5] * 30, [6, 7, 8 + i]) for i in range(4)], disable_tqdm=True)
+    assert read[-1] == (1, 30 + 4 * 2)
 
 
 def test_merged_model_scores_as_its_adapter_and_gguf_as_its_base(together: Path) -> None:
@@ -475,6 +514,33 @@ def test_a_failed_call_keeps_the_results_of_the_last(place: Path, tmp_path: Path
     assert call(place, out, "--model_path", str(tmp_path / "empty"), "--task", quiz, "--limit", "2") == 2
     assert manifest(out)["files"] == before
     assert not (tmp_path / "out.run/finished").exists()
+
+
+def test_a_disk_that_fills_up_keeps_the_results_of_the_last_call(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource")
+    out, quiz = tmp_path / "out", f"multiple_choice={place}/quiz.jsonl"
+    assert call(place, out, "--model_path", "base", "--task", quiz, "--limit", "2") == 0
+    before, write, limits = (
+        manifest(out)["files"],
+        lmeval_results.write_results,
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+
+    def write_to_a_full_disk(*arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(lmeval_results, "write_results", write_to_a_full_disk)
+    assert call(place, out, "--model_path", "base", "--task", quiz, "--limit", "3") == 2
+    said = capsys.readouterr().err
+    assert "Free some space or choose another folder" in said
+    assert "Traceback" not in said
+    assert manifest(out)["files"] == before
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "copa"])

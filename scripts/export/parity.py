@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,20 @@ def build_probes(model: Any, tokenizer: Any, user_prompts: Sequence[Sequence[Mes
     own = (render_prompt(tokenizer, prompt) for prompt in user_prompts)
     fitting = [ids for ids in own if len(ids) <= LONGEST_PROMPT_TOKENS][:USER_PROMPTS]
     prompts = [render_prompt(tokenizer, user_turn(prompt)) for prompt in FIXED_PROMPTS] + fitting
-    answers = generate_answers(model, tokenizer, prompts, ANSWER_TOKENS)
+    answers = generate_answers(model, tokenizer, prompts, ANSWER_TOKENS, batch_size=4)  # a small cache beside the model
     return [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-@torch.no_grad()
-def scored_logits(model: Any, probes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Return the logits at the last positions of each probe, (T, V) in fp32; one probe at a time, so nothing is padded."""
+def scored_logits(model: Any, probes: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """Yield the logits at the last positions of each probe, (T, V) in fp32; held one by one, so nothing is padded."""
     model.eval()
-    return [
-        model(input_ids=torch.tensor([ids]), logits_to_keep=SCORED_TOKENS, use_cache=False).logits[0].float()
-        for ids in probes
-    ]
+    for ids in probes:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), logits_to_keep=SCORED_TOKENS, use_cache=False).logits[0]
+        yield logits.float()
 
 
-def compare(reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> Parity:
+def compare(reference: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> Parity:
     """Measure how far `found` is from `reference`; NaN stays NaN, so that no gate lets it pass."""
     largest, divergence, agreed, positions = 0.0, 0.0, 0, 0
     for ours, theirs in zip(reference, found, strict=True):
