@@ -10,6 +10,7 @@ Over tolerance, nothing is written. Needs requirements.txt.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -36,6 +37,7 @@ from scripts.common.config import LoadedConfig, add_config_arguments, load_confi
 from scripts.common.errors import UserError, entry_point
 from scripts.common.runtime import (
     choose_machine,
+    give_freed_memory_back,
     peak_memory_gib,
     prepare_environment,
     set_up_logging,
@@ -124,6 +126,7 @@ def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     parity.check_exact(exact, effect, "the merged model")
     save(export, model, part)
     del model
+    gc.collect()  # PEFT's wrappers refer to each other
 
     model = load_again(export, part, probes)
     reloaded = parity.compare(reference, parity.scored_logits(model, probes))
@@ -240,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scripts.common.tracking import tracked_run
         from scripts.export.merging import check_space
 
-        # Threads only: the allocator settings of training would keep what is freed between the loads.
+        give_freed_memory_back()
         torch.set_num_threads(choose_machine(config.values).threads)
         export = Export(arguments, config)
         check_space(export.base_folder, run_dir, export.dtype)

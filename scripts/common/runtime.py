@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 # glibc gives blocks of a few megabytes back to the kernel at once and faults them in again at the next step: 17 to 23 %
 # of a CPU training step. So keep them, but let larger ones go: kept, blocks of ever different sizes (logits) would
 # tear holes into the heap, which then grows without end. M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
-MALLOC_SETTINGS = ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20))
+M_MMAP_THRESHOLD = -3
+MALLOC_SETTINGS = ((M_MMAP_THRESHOLD, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20))
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,19 @@ def apply_machine(machine: Machine) -> None:
     import torch
 
     torch.set_num_threads(machine.threads)
+    _set_allocator(MALLOC_SETTINGS)
+
+
+def give_freed_memory_back() -> None:
+    """Let large blocks go back to the system when they are freed, where training keeps them for the next step."""
+    _set_allocator(((M_MMAP_THRESHOLD, 2**20),))
+
+
+def _set_allocator(settings: tuple[tuple[int, int], ...]) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # musl has none
-            for parameter, value in MALLOC_SETTINGS:
+            for parameter, value in settings:
                 libc.mallopt(parameter, value)
 
 
