@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.common.runtime import processes_on_this_machine
 from scripts.common.schema import Config
 
 GIB = 2**30
@@ -83,7 +84,7 @@ def estimate_memory(
 
 
 def available_memory_gib(device: str) -> float:
-    """Return the free memory of the device, heeding a container's limit."""
+    """Return this process's part of the free memory of the device, heeding a container's limit."""
     import psutil
     import torch
 
@@ -98,4 +99,4 @@ def available_memory_gib(device: str) -> float:
             continue
         if bound != "max":
             free = min(free, int(bound) - int(spent))
-    return float(free / GIB)
+    return float(free / processes_on_this_machine() / GIB)
