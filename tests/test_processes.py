@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from scripts.common.errors import UserError
 from scripts.common.fast_path import SimilarLengthSampler
 from scripts.common.runtime import Machine, check_launch
 from scripts.common.schema import Config, Quantization
-from tests.chain import manifest, write_chain
+from tests.chain import manifest, wait_for, write_chain
 from tests.conftest import ROOT
 
 CPU = Machine("cpu", torch.bfloat16, 1, 1, ())
@@ -197,3 +198,38 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(tmp_path: Path
     for metric in ("validation/rewards/margins", "validation/logps/chosen", "validation/answers/kl_to_reference"):
         ours, theirs = (history(folders[name], "dpo", metric) for name in ("two", "one"))
         assert ours == pytest.approx(theirs, abs=1e-4), metric
+
+
+@pytest.mark.drill
+def test_two_processes_stop_together_and_resume_to_the_same_adapter(tmp_path: Path, capsys) -> None:
+    """A signal reaches them at different steps; both must end at one, or the checkpoint would wait for ever."""
+    steps = {"max_steps": 60, "save_steps": 2, "eval_steps": 20, "logging_steps": 1, "save_total_limit": 99}
+    config = write_chain(tmp_path, sft={"trainer": steps})
+    whole, broken = (["--set", f"sft.output_dir={tmp_path / name}"] for name in ("whole", "broken"))
+    finish(launch("train_sft", config, *whole))
+
+    process = launch("train_sft", config, *broken)
+    wait_for(tmp_path / "broken.run/checkpoints/checkpoint-2/trainer_state.json", process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[0]
+    assert "stopped at step" in said, said
+    assert not (tmp_path / "broken").exists()
+
+    assert train_sft.main(["--config", str(config), *broken, "--resume"]) == 2
+    assert "had 2 processes, this one has 1" in capsys.readouterr().err
+    finish(launch("train_sft", config, *broken, "--resume"))
+
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_mistake_that_only_the_first_process_sees_ends_all_of_them(tmp_path: Path) -> None:
+    """Only the first opens the store; the other must neither wait nor show a traceback of a lost connection."""
+    config = write_chain(tmp_path)
+    process = launch("train_sft", config, "--set", "tracking.mlflow_tracking_uri=http://127.0.0.1:9")
+    said = process.communicate(timeout=300)[0]
+
+    assert process.returncode != 0
+    assert said.count("error: tracking.mlflow_tracking_uri") == 1
+    assert "Connection closed by peer" not in said
+    assert not (tmp_path / "out/sft_adapter").exists()
