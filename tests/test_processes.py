@@ -150,6 +150,34 @@ def test_several_gpus_without_a_launcher_are_refused_with_both_ways_out(monkeypa
     check_launch(Config(), Machine("cuda", torch.bfloat16, 1, 4, ()))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "environment"),
+    [
+        ("ddp", "MULTI_GPU", {}),
+        (
+            "fsdp2",
+            "FSDP",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
+        ),
+        ("zero3", "DEEPSPEED", None),
+    ],
+)
+def test_launch_file_says_to_the_pinned_accelerate_what_we_read_from_it(name, kind, environment) -> None:
+    """The environment that `accelerate launch` hands over; for DeepSpeed it first asks for that package."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = f"configs/accelerate/{name}.yaml"
+    assert load_config_from_file(str(ROOT / path)).distributed_type == kind
+    assert f"accelerate launch --config_file {path} -m scripts.train_sft" in (ROOT / path).read_text(encoding="utf-8")
+    if environment is not None:
+        given = launch_command_parser().parse_args(["--config_file", str(ROOT / path), "-m", "scripts.train_sft"])
+        found = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+        assert found["ACCELERATE_MIXED_PRECISION"] == "no", "performance.dtype decides"
+        assert found.items() >= environment.items()
+
+
 # --- whole runs
 
 
