@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from scripts import train_dpo, train_sft
 from scripts.common.errors import UserError
+from scripts.common.memory import estimate_memory
 from scripts.common.modeling import load_base
 from scripts.common.runtime import Machine
 from scripts.common.schema import Config, Quantization
@@ -92,6 +93,20 @@ def test_4bit_constants_are_quantised_too_and_the_head_is_not(tiny_llama: Path) 
     assert not any(module.support_avx512bf16_for_cpu for module in quantised)
     rest = {parameter.dtype for parameter in model.parameters() if type(parameter) is torch.nn.Parameter}
     assert rest == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_estimated_weights_are_those_that_are_held(tiny_llama: Path, quantization: dict) -> None:
+    """Embeddings and head are not shrunk, which a small model with a large vocabulary is mostly made of."""
+    pytest.importorskip("bitsandbytes")
+    config = Config(quantization=Quantization(**quantization))
+
+    shape = {"batch_tokens": 1, "answer_tokens": 1, "bytes_per_value": 2, "cpu": True, "checkpointing": False}
+    estimate = estimate_memory(tiny_llama, config, **shape)
+
+    assert estimate.weights * 2**30 == pytest.approx(
+        load_base(tiny_llama, config, CPU).get_memory_footprint(), rel=0.03
+    )
 
 
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])

@@ -152,7 +152,11 @@ def check_trainable_names(model: Any) -> None:
 
 def check_reference_unchanged(trainer: PreferenceTrainer, before: dict[str, torch.Tensor]) -> None:
     """Prove that the reference model stayed what it was."""
-    moved = [name for name, value in trainer.reference_weights().items() if not torch.equal(value, before[name])]
+    moved = [
+        name
+        for name, value in trainer.reference_weights().items()  # DeepSpeed keeps it in bf16
+        if not torch.equal(value, before[name]) and not torch.equal(value, before[name].bfloat16().float())
+    ]
     if moved:
         raise UserError(
             f"the reference model changed during training ({moved[0]} and {len(moved) - 1} more); the result is void."

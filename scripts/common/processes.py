@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,15 +26,17 @@ def join_processes(machine: Machine) -> None:
 
 def leave_processes() -> None:
     """Wait for the others and part in good order."""
-    import torch.distributed as dist
+    if place()[1] > 1:
+        import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def place() -> tuple[int, int]:
     """Return this process's number and how many there are."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1  # without importing torch
     import torch.distributed as dist
 
     together = dist.is_available() and dist.is_initialized()
@@ -42,10 +45,10 @@ def place() -> tuple[int, int]:
 
 def decided_by_first(decide: Callable[[], T]) -> T:
     """Let the first process look and tell the others, so that all go the same way; its mistake ends them all."""
-    import torch.distributed as dist
-
     if place()[1] == 1:
         return decide()
+    import torch.distributed as dist
+
     outcome: list[Any] = [None, False]
     if is_main_process():
         try:
@@ -70,11 +73,10 @@ def largest(number: float) -> float:
 
 
 def _reduced(numbers: Sequence[float], operation: str) -> list[float]:
-    import torch
-    import torch.distributed as dist
-
     if place()[1] == 1:
         return list(numbers)
+    import torch
+    import torch.distributed as dist
     from accelerate import PartialState
 
     tensor = torch.tensor(list(numbers), dtype=torch.float64, device=PartialState().device)
@@ -84,11 +86,11 @@ def _reduced(numbers: Sequence[float], operation: str) -> list[float]:
 
 def collected(items: list[T]) -> list[T]:
     """Return the items of all processes."""
-    import torch.distributed as dist
-
     count = place()[1]
     if count == 1:
         return items
+    import torch.distributed as dist
+
     lists: list[Any] = [None] * count
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]

@@ -89,10 +89,10 @@ def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool, process
             f"--resume: this is not the run that was interrupted ({'; '.join(changed)}). "
             "Restore what was changed, or start over without --resume."
         )
-    if state.get("processes", 1) != processes:
+    if (before := state.get("processes", 1)) != processes:
         raise UserError(
-            f"--resume: the interrupted run had {state['processes']} processes, this one has {processes}, so its steps would "
-            f"see other batches. Start {state['processes']}, or start over without --resume."
+            f"--resume: the interrupted run had {before} processes, this one has {processes}, so its steps would "
+            f"see other batches. Start {before}, or start over without --resume."
         )
     if last is None:
         log.warning("--resume: no checkpoint in %s yet; starting at step 0", checkpoints)

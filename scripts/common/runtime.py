@@ -82,10 +82,10 @@ def check_launch(config: Config, machine: Machine) -> None:
     """Refuse a start in which processes, GPUs or sharding would be left out without a word."""
     import torch
 
-    sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    sharded = sharding()
     if sharded and machine.device == "cpu":
         raise UserError("accelerate shards models over GPUs only. On a CPU start with torchrun, without a launch file.")
-    if "FSDP" in sharded and os.environ.get("FSDP_VERSION") != "2":
+    if sharded == "FSDP" and os.environ.get("FSDP_VERSION") != "2":
         raise UserError(
             "FSDP version 1 wants one dtype for base and adapter. Set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)."
         )
@@ -106,6 +106,17 @@ def check_launch(config: Config, machine: Machine) -> None:
             f"this machine shows {torch.cuda.device_count()} GPUs, and one process uses one. Start one process for each with "
             f"`torchrun --nproc_per_node {torch.cuda.device_count()} -m scripts.…`, or choose one with CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def sharding() -> str | None:
+    """Name the engine that splits the model over processes, as accelerate's launcher says in the environment."""
+    engines = ("FSDP", "DEEPSPEED")
+    return next((name for name in engines if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
+
+
+def processes_that_split_the_model() -> int:
+    """Count the processes of which each holds a part of the weights; 1 where each holds them all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if sharding() else 1
 
 
 def bf16_support(device: str) -> tuple[bool, str]:
