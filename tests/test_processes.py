@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
@@ -27,18 +28,17 @@ CPU = Machine("cpu", torch.bfloat16, 1, 1, ())
 LENGTHS = random.Random(0).choices(range(5, 500), k=83)
 
 
-def launch(stage: str, config: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a stage in two processes, as README shows."""
-    import os
-
+def launch(stage: str, config: Path, *more: str, sharded: bool = False) -> subprocess.Popen[str]:
+    """Start a stage in two processes, as README shows, or under FSDP2."""
+    what = [str(ROOT / "tests/sharded_on_cpu.py"), stage] if sharded else ["-m", f"scripts.{stage}"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-         "--master_port", str(port), "-m", f"scripts.{stage}", "--config", str(config), *more],
+         "--master_port", str(port), *what, "--config", str(config), *more],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -261,3 +261,24 @@ def test_mistake_that_only_the_first_process_sees_ends_all_of_them(tmp_path: Pat
     assert said.count("error: tracking.mlflow_tracking_uri") == 1
     assert "Connection closed by peer" not in said
     assert not (tmp_path / "out/sft_adapter").exists()
+
+
+@pytest.mark.drill
+def test_fsdp2_trains_like_one_process_with_twice_the_accumulation(tmp_path: Path) -> None:
+    """Weights split over two CPU processes: same held-out figures and adapters, saved whole, best checkpoint included."""
+    trainer = {"max_steps": 3, "logging_steps": 1, "eval_steps": 3, "save_steps": 3}
+    stage = {"gradient_accumulation_steps": 2, "trainer": trainer}
+    config = write_chain(tmp_path, sft=stage, dpo=stage)
+    assert train_sft.main(["--config", str(config)]) == 0
+    assert train_dpo.main(["--config", str(config)]) == 0
+
+    for name in ("sft", "dpo"):
+        split, whole = tmp_path / f"split_{name}", tmp_path / f"out/{name}_adapter"
+        more = (f"{name}.output_dir={split}", f"{name}.gradient_accumulation_steps=1")
+        finish(launch(f"train_{name}", config, "--set", more[0], "--set", more[1], sharded=True))
+
+        ours, theirs = (manifest(folder)["metrics"] for folder in (split, whole))
+        assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], abs=1e-4)
+        weights = [load_file(folder / "adapter_model.safetensors") for folder in (split, whole)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])

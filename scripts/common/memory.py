@@ -69,7 +69,7 @@ def estimate_memory(
     hidden = shape.get("hidden_size") or shape.get("n_embd", 0)
     layers = shape.get("num_hidden_layers") or shape.get("n_layer", 0)
     intermediate = shape.get("intermediate_size") or shape.get("n_inner") or 4 * hidden
-    weight_bytes = parameter_count(folder) * bytes_per_value
+    weight_bytes = float(parameter_count(folder) * bytes_per_value)
     if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
         shrunk = NF4_BYTES if config.quantization.load_in_4bit else INT8_BYTES
         weight_bytes -= parameter_count(folder, of_decoder_matrices=True) * (bytes_per_value - shrunk)

@@ -529,7 +529,8 @@ def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
     if any(hasattr(parameter, "ds_id") for parameter in parameters):  # DeepSpeed ZeRO-3
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
     return nullcontext()
 
 

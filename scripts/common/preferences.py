@@ -41,6 +41,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         self, *args: Any, group_by_length: bool, reference: str, fast_path: bool = False, **kwargs: Any
     ) -> None:
         self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
+        self.control: Any
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._choose_reference()
