@@ -251,6 +251,7 @@ def test_two_processes_stop_together_and_resume_to_the_same_adapter(tmp_path: Pa
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.drill
 def test_mistake_that_only_the_first_process_sees_ends_all_of_them(tmp_path: Path) -> None:
     """Only the first opens the store; the other must neither wait nor show a traceback of a lost connection."""
     config = write_chain(tmp_path)
