@@ -75,12 +75,12 @@ def render(stage: Stage, tokenizer: Any, split: Split) -> tuple[list[Any], list[
     return render_split(stage, split, lambda pair: render_pair(tokenizer, pair), lambda row: len(row.input_ids))
 
 
-def load_policy(stage: Stage, machine: Machine, origin: Origin, checkpointing: bool) -> Any:
+def load_policy(stage: Stage, machine: Machine, origin: Origin) -> Any:
     """Load the base with the adapter that trains; the reference will share the base's weights."""
     from scripts.common.modeling import add_lora, load_adapter, load_base
 
     values = stage.config.values
-    base = load_base(origin.base_folder, values, machine, checkpointing=checkpointing)
+    base = load_base(origin.base_folder, values, machine)
     if values.dpo.init_from is None:
         return add_lora(base, values.lora, values.base_model_id)
     # TRL expects the name "default", and trains nothing unless the adapter is loaded as trainable.
@@ -111,7 +111,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     plan = plan_training(values, values.dpo, origin.base_folder, machine, train, sequences_per_row=2)
     plan.check_fits(machine)
     seed_everything(values.seed)
-    policy = load_policy(stage, machine, origin, plan.checkpointing)
+    policy = load_policy(stage, machine, origin)
     if values.performance.fast_path:
         score_answers_only(machine.device)
     steps = total_steps(values.dpo, len(train), machine.processes)

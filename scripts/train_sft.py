@@ -20,7 +20,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 
 from scripts.common.errors import entry_point
 from scripts.common.records import Record, Split, parse_record
-from scripts.common.runtime import Machine, seed_everything
+from scripts.common.runtime import Machine, is_main_process, seed_everything
 from scripts.common.stage import (
     Origin,
     Stage,
@@ -67,9 +67,10 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     plan = plan_training(values, values.sft, origin.base_folder, machine, train)
     plan.check_fits(machine)
     seed_everything(values.seed)
-    base = load_base(origin.base_folder, values, machine, checkpointing=plan.checkpointing)
+    base = load_base(origin.base_folder, values, machine)
     model = add_lora(base, values.lora, values.base_model_id)
-    save_initialisation(model, stage.run_dir)
+    if is_main_process():
+        save_initialisation(model, stage.run_dir)
     if values.performance.fast_path:
         score_answers_only(machine.device)
         speed_up(model)

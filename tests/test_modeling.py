@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -361,12 +360,3 @@ def test_4bit_gradients_survive_an_evaluation(tiny_llama: Path) -> None:
     assert before.abs().sum() > 0
     assert torch.allclose(after, before, rtol=1e-3, atol=1e-6)
     assert torch.allclose(logits(model), first_look)
-
-
-def test_4bit_without_bitsandbytes_names_the_requirements_file(tiny_llama: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-
-    with pytest.raises(
-        UserError, match=r"quantization.load_in_4bit: bitsandbytes is not installed.*requirements.gpu.txt"
-    ):
-        load_base(tiny_llama, Config(quantization=Quantization(load_in_4bit=True)), CPU)

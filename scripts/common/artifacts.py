@@ -222,14 +222,18 @@ def write_text_durably(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def run_dir_of(output_dir: str | Path) -> Path:
+    """Name the place for work in progress beside an output folder."""
+    return Path(output_dir).with_name(Path(output_dir).name + ".run")
+
+
 @contextmanager
 def locked_run_dir(output_dir: str | Path) -> Iterator[Path]:
     """Hold `<output_dir>.run/`, the place for work in progress, for this process alone.
 
     The lock dies with the process, so a killed run leaves nothing to clean up.
     """
-    output_dir = Path(output_dir)
-    run_dir = output_dir.with_name(output_dir.name + ".run")
+    output_dir, run_dir = Path(output_dir), run_dir_of(output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / "lock")
     try:

@@ -258,7 +258,8 @@ def attend_plainly_to_short_rows(model: Any) -> None:
 class SimilarLengthSampler(Sampler[int]):
     """Yield indices so that consecutive batches hold records of similar length, in an order that differs by epoch.
 
-    Lengths are jittered by a tenth, so that batches differ between epochs too; the batch order is random, so no trend
+    A batch here is what one optimizer step sees: its parts are equally long on every process, and it is the same
+    however it is split over processes and accumulated gradients. Lengths are jittered by a tenth, so that batches differ between epochs too; the batch order is random, so no trend
     in length runs through an epoch. The order depends on seed and epoch alone: a resumed run sees the same batches.
     """
 
@@ -298,4 +299,5 @@ class GroupedByLength:
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         args: Any = self.args  # type: ignore[attr-defined]
         lengths = [self.row_length(row) for row in dataset]
-        return SimilarLengthSampler(lengths, args.train_batch_size, args.seed)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return SimilarLengthSampler(lengths, batch_size, args.seed)

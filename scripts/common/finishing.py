@@ -12,6 +12,7 @@ from scripts.common.artifacts import MANIFEST, artifact_sha256, portable_path, p
 from scripts.common.config import LoadedConfig
 from scripts.common.deid_report import report_path
 from scripts.common.modeling import merge_initialisation
+from scripts.common.processes import largest, place
 from scripts.common.records import DatasetFile, Split
 from scripts.common.rendering import template_sha256, tokenizer_sha256
 from scripts.common.runtime import is_main_process, peak_memory_gib
@@ -105,7 +106,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def finish(trainer: Any, tracker: Tracker, run_dir: Path, output_dir: str, stage: str, facts: dict[str, Any]) -> None:
+def finish(
+    trainer: Any,
+    weights: dict[str, Any],
+    tracker: Tracker,
+    run_dir: Path,
+    output_dir: str,
+    stage: str,
+    facts: dict[str, Any],
+) -> None:
     """Write adapter, tokenizer, curves and manifest, put them in place of the old folder, and tell the tracker."""
     if not is_main_process():
         return
@@ -114,7 +123,11 @@ def finish(trainer: Any, tracker: Tracker, run_dir: Path, output_dir: str, stage
     model = trainer.accelerator.unwrap_model(trainer.model)
     # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
     model.save_pretrained(
-        part, selected_adapters=["default"], save_embedding_layers=False, **merge_initialisation(model, run_dir)
+        part,
+        state_dict=weights,
+        selected_adapters=["default"],
+        save_embedding_layers=False,
+        **merge_initialisation(model, run_dir),
     )
     (part / "README.md").unlink(missing_ok=True)  # PEFT's stub of a card says nothing true
     trainer.processing_class.save_pretrained(part)
@@ -149,7 +162,8 @@ def summary_metrics(
         "train_tokens": int(progress.tokens),
         "tokens_per_second": round(progress.tokens_per_second, 1),
         "train_seconds": round(seconds, 1),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "peak_memory_gib": round(largest(peak_memory_gib()), 2),  # of the process that holds most
+        "processes": place()[1],
     }
 
 

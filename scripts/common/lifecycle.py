@@ -10,8 +10,10 @@ from typing import Any
 
 from scripts.common import finishing, resuming, training
 from scripts.common.memory import available_memory_gib
+from scripts.common.modeling import whole_weights
+from scripts.common.processes import decided_by_first, place
 from scripts.common.records import DatasetFile
-from scripts.common.runtime import choose_machine
+from scripts.common.runtime import choose_machine, is_main_process
 from scripts.common.stage import Origin, Stage
 from scripts.common.tracking import tracked_run
 
@@ -34,10 +36,11 @@ def train_and_finish(
     identity = resuming.identity(
         stage.name, config.values.model_dump(mode="json"), datasets, origin.fingerprint, origin.parent
     )
-    if stage.resume and resuming.is_finished(section.output_dir, stage.name, identity):
+    output_dir, run_dir, processes = section.output_dir, stage.run_dir, place()[1]
+    if stage.resume and decided_by_first(lambda: resuming.is_finished(output_dir, stage.name, identity)):
         log.info("%s is finished already; nothing to resume", section.output_dir)
         return
-    resumption = resuming.find_resumption(stage.run_dir, identity, stage.resume)
+    resumption = decided_by_first(lambda: resuming.find_resumption(run_dir, identity, stage.resume, processes))
     with tracked_run(
         config, stage.name, parent_run_id=origin.parent_run_id, earlier=resumption.mlflow_run_id, resume=stage.resume
     ) as tracker:
@@ -52,16 +55,19 @@ def train_and_finish(
         if before is None and trainer.eval_dataset is not None:
             before = trainer.evaluate()["eval_loss"]
         stage.stop.deferred = True  # from here on a request to stop waits for the end of a step and its checkpoint
-        resuming.write_state(stage.run_dir, identity, tracker.run_id, before)
+        if is_main_process():
+            resuming.write_state(run_dir, identity, tracker.run_id, before, processes)
         progress = training.train(trainer, resumption, stage.stop)
-        training.check_changed(first_weights, parameters)
+        weights = whole_weights(trainer.model, "default")
+        training.check_changed(first_weights, weights)
         facts |= after_training(trainer)
         metrics = finishing.summary_metrics(trainer, progress, time.monotonic() - started, before) | facts
         finishing.finish(
             trainer,
+            weights,
             tracker,
-            stage.run_dir,
-            section.output_dir,
+            run_dir,
+            output_dir,
             stage.name,
             finishing.manifest_facts(config, origin, datasets, tracker.run_id, metrics),
         )

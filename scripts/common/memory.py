@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.common.runtime import processes_on_this_machine, processes_that_split_the_model
 from scripts.common.schema import Config
 
 GIB = 2**30
@@ -13,6 +16,7 @@ LIBRARIES_GIB = 0.9  # torch, transformers, TRL and MLflow in one CPU process
 # Values kept for the backward pass, per token and layer: multiples of the hidden and the intermediate size.
 HIDDEN_VALUES, INTERMEDIATE_VALUES = 16, 5
 SAFETY_RATIO = 0.9  # of what is free
+NF4_BYTES, INT8_BYTES = 0.52, 1.01  # per weight, with its share of the scales
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,16 @@ class MemoryEstimate:
         return f"about {self.total:.1f} GiB ({parts})"
 
 
-def parameter_count(folder: Path) -> int:
-    """Count a model's parameters from the headers of its safetensors, without reading the weights."""
+def parameter_count(folder: Path, *, of_decoder_matrices: bool = False) -> int:
+    """Count a model's parameters, or those that quantisation shrinks, from the headers of its safetensors."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for size in entry["shape"]:
-                    count *= size
-                total += count
+            matrix = len(entry.get("shape", ())) == 2 and re.search(r"\.\d+\.", name)
+            if name != "__metadata__" and (matrix or not of_decoder_matrices):
+                total += math.prod(entry["shape"])
     return total
 
 
@@ -67,14 +69,15 @@ def estimate_memory(
     hidden = shape.get("hidden_size") or shape.get("n_embd", 0)
     layers = shape.get("num_hidden_layers") or shape.get("n_layer", 0)
     intermediate = shape.get("intermediate_size") or shape.get("n_inner") or 4 * hidden
-    weight_bytes = (
-        0.6 if config.quantization.load_in_4bit else 1.1 if config.quantization.load_in_8bit else bytes_per_value
-    )
+    weight_bytes = float(parameter_count(folder) * bytes_per_value)
+    if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
+        shrunk = NF4_BYTES if config.quantization.load_in_4bit else INT8_BYTES
+        weight_bytes -= parameter_count(folder, of_decoder_matrices=True) * (bytes_per_value - shrunk)
     adapter_parameters = layers * config.lora.r * (8 * hidden + 3 * (hidden + intermediate))
     per_layer = HIDDEN_VALUES * hidden + INTERMEDIATE_VALUES * intermediate
     kept = (layers * hidden + per_layer) if checkpointing else layers * per_layer
     return MemoryEstimate(
-        weights=parameter_count(folder) * weight_bytes / GIB,
+        weights=weight_bytes / processes_that_split_the_model() / GIB,
         adapter=adapter_parameters * 16 / GIB,  # fp32 weight, gradient and two Adam moments
         activations=batch_tokens * kept * bytes_per_value / GIB,
         logits=answer_tokens * shape.get("vocab_size", 0) * 4 * 3 / GIB,  # logits, log-probs and their gradient in fp32
@@ -83,7 +86,7 @@ def estimate_memory(
 
 
 def available_memory_gib(device: str) -> float:
-    """Return the free memory of the device, heeding a container's limit."""
+    """Return this process's part of the free memory of the device, heeding a container's limit."""
     import psutil
     import torch
 
@@ -98,4 +101,4 @@ def available_memory_gib(device: str) -> float:
             continue
         if bound != "max":
             free = min(free, int(bound) - int(spent))
-    return float(free / GIB)
+    return float(free / processes_on_this_machine() / GIB)

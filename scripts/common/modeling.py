@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: bool = False) -> Any:
+def load_base(folder: Path, config: Config, machine: Machine) -> Any:
     """Load the frozen base in the chosen dtype, quantised when the configuration asks for it; a GGUF is dequantised."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as logging_of_transformers
@@ -239,10 +239,6 @@ def load_base(folder: Path, config: Config, machine: Machine, *, checkpointing: 
         _keep_4bit_weights_unpacked(model)
     if not quantized:
         model.to(machine.device)
-    if quantized:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     model.config.use_cache = False
     if machine.device == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
@@ -526,6 +522,34 @@ def switched_to(model: Any, adapter: str | None) -> Iterator[None]:
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def adapter_kept(model: Any) -> Iterator[None]:
+    """Keep the adapter's fp32 weights where TRL rounds those of a quantised base to bf16, in which small steps vanish."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in kept:
+        parameter.data = data
+
+
+def whole_weights(model: Any, adapter: str) -> dict[str, Any]:
+    """Copy the weights of one adapter in fp32, put together where processes hold parts; every process must call it."""
+    found = {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in name}
+    with _gathered(list(found.values())):
+        return {
+            name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().float().cpu().clone()
+            for name, value in found.items()
+        }
+
+
+def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # DeepSpeed ZeRO-3
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
+    return nullcontext()
 
 
 def check_adapter_fits(

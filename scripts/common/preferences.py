@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from scripts.common.errors import UserError
 from scripts.common.fast_path import GroupedByLength, speed_up
 from scripts.common.generation import Health, generate_answers, health
-from scripts.common.modeling import switched_to
+from scripts.common.modeling import adapter_kept, switched_to, whole_weights
+from scripts.common.processes import added_up, collected, even_rounds, place
 from scripts.common.rendering import IGNORED, Rendered, RenderedPair
+from scripts.common.runtime import is_main_process
 from scripts.common.scoring import mean_kl
 
 log = logging.getLogger(__name__)
@@ -37,7 +41,9 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         self, *args: Any, group_by_length: bool, reference: str, fast_path: bool = False, **kwargs: Any
     ) -> None:
         self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
-        super().__init__(*args, **kwargs)
+        self.control: Any
+        with adapter_kept(kwargs["model"]):
+            super().__init__(*args, **kwargs)
         self._choose_reference()
 
     def row_length(self, row: dict[str, Any]) -> int:
@@ -48,8 +54,37 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         return dataset  # the ids are ours already
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # TRL's own hands the numbers over in a temporary folder that only one process knows.
         self._choose_reference()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        found: list[tuple[int, float, float]] = []
+        rounds = list(even_rounds(len(dataset), batch_size))
+        for indices, _ in tqdm(rounds, f"reference, {name} pairs", disable=not is_main_process()):
+            batch = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+            chosen, rejected = self.compute_ref_log_probs(self.model, batch)
+            found += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
+        logps = {index: (chosen, rejected) for index, chosen, rejected in collected(found)}
+        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            dataset = dataset.add_column(column, [logps[index][side] for index in range(len(dataset))])
+        return dataset
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the means over all held-out pairs; TRL averages batches of unequal size."""
+        pairs, totals = self.eval_dataset, defaultdict[str, float](float)
+        self.model.eval()
+        for indices, count in even_rounds(len(pairs), self.args.eval_batch_size):
+            self._metrics["eval"].clear()
+            batch = self.data_collator([pairs[index] for index in indices])
+            loss = float(self.prediction_step(self.model, batch, prediction_loss_only=True)[0])
+            (loss,) = added_up([loss / place()[1]])
+            for name, value in {"loss": [loss], **self._metrics["eval"]}.items():
+                totals[name] += value[-1] * count / len(pairs)
+        self._metrics["eval"].clear()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in totals.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _choose_reference(self) -> None:
         # TRL copies the starting adapter to "ref"; without the copy its reference is the base.
@@ -65,7 +100,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """Copy the reference adapter, to prove later that it never moved."""
-        return {name: value.detach().cpu().clone() for name, value in self.model.named_parameters() if ".ref." in name}
+        return whole_weights(self.model, "ref")
 
 
 def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
@@ -118,7 +153,11 @@ def check_trainable_names(model: Any) -> None:
 
 def check_reference_unchanged(trainer: PreferenceTrainer, before: dict[str, torch.Tensor]) -> None:
     """Prove that the reference model stayed what it was."""
-    moved = [name for name, value in trainer.reference_weights().items() if not torch.equal(value, before[name])]
+    moved = [
+        name
+        for name, value in trainer.reference_weights().items()  # DeepSpeed keeps it in bf16
+        if not torch.equal(value, before[name]) and not torch.equal(value, before[name].bfloat16().float())
+    ]
     if moved:
         raise UserError(
             f"the reference model changed during training ({moved[0]} and {len(moved) - 1} more); the result is void."

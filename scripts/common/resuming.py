@@ -63,7 +63,7 @@ def last_whole_checkpoint(checkpoints: Path) -> str | None:
     return None
 
 
-def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool) -> Resumption:
+def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool, processes: int = 1) -> Resumption:
     """Decide where to start; a fresh start clears what an interrupted run left.
 
     Raises: UserError when asked to resume a run whose data, config or base has changed.
@@ -89,12 +89,24 @@ def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool) -> Resu
             f"--resume: this is not the run that was interrupted ({'; '.join(changed)}). "
             "Restore what was changed, or start over without --resume."
         )
+    if (before := state.get("processes", 1)) != processes:
+        raise UserError(
+            f"--resume: the interrupted run had {before} processes, this one has {processes}, so its steps would "
+            f"see other batches. Start {before}, or start over without --resume."
+        )
     if last is None:
         log.warning("--resume: no checkpoint in %s yet; starting at step 0", checkpoints)
     return Resumption(last, state["mlflow_run_id"], state["loss_before"])
 
 
-def write_state(run_dir: Path, wanted: dict[str, str], mlflow_run_id: str | None, loss_before: float | None) -> None:
+def write_state(
+    run_dir: Path, wanted: dict[str, str], mlflow_run_id: str | None, loss_before: float | None, processes: int = 1
+) -> None:
     """Note what a later --resume needs to know."""
-    state = {"identity": wanted, "mlflow_run_id": mlflow_run_id, "loss_before": loss_before}
+    state = {
+        "identity": wanted,
+        "mlflow_run_id": mlflow_run_id,
+        "loss_before": loss_before,
+        "processes": processes,
+    }
     write_text_durably(run_dir / "state.json", json.dumps(state, indent=1) + "\n")

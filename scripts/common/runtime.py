@@ -73,7 +73,51 @@ def choose_machine(config: Config) -> Machine:
         dtype = torch.bfloat16 if wanted.dtype == "bf16" else torch.float32
         reasons.append(f"base weights in {str(dtype).removeprefix('torch.')}: asked for")
     threads = available_cores() if wanted.threads == "auto" else wanted.threads
-    return Machine(device, dtype, threads, int(os.environ.get("WORLD_SIZE", "1")), tuple(reasons))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        reasons.append(f"{processes} processes, {processes_on_this_machine()} of them on this machine")
+    return Machine(device, dtype, threads, processes, tuple(reasons))
+
+
+def check_launch(config: Config, machine: Machine) -> None:
+    """Refuse a start in which processes, GPUs or sharding would be left out without a word."""
+    import torch
+
+    sharded = sharding()
+    if sharded and machine.device == "cpu":
+        raise UserError("accelerate shards models over GPUs only. On a CPU start with torchrun, without a launch file.")
+    if sharded == "FSDP" and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError(
+            "FSDP version 1 wants one dtype for base and adapter. Set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)."
+        )
+    if sharded and (config.quantization.load_in_4bit or config.quantization.load_in_8bit):
+        raise UserError(
+            "quantization: a 4- or 8-bit base cannot be split over processes. Use configs/accelerate/ddp.yaml, or set it to false."
+        )
+    if machine.processes > 1:
+        return
+    # For a CPU `accelerate launch --num_processes N` sets the address of a group and then starts one process.
+    if machine.device == "cpu" and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise UserError(
+            "accelerate launch starts a single process on a CPU, whatever number is asked for. "
+            "Use `torchrun --nproc_per_node N -m scripts.…` there."
+        )
+    if machine.device == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"this machine shows {torch.cuda.device_count()} GPUs, and one process uses one. Start one process for each with "
+            f"`torchrun --nproc_per_node {torch.cuda.device_count()} -m scripts.…`, or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def sharding() -> str | None:
+    """Name the engine that splits the model over processes, as accelerate's launcher says in the environment."""
+    engines = ("FSDP", "DEEPSPEED")
+    return next((name for name in engines if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
+
+
+def processes_that_split_the_model() -> int:
+    """Count the processes of which each holds a part of the weights; 1 where each holds them all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if sharding() else 1
 
 
 def bf16_support(device: str) -> tuple[bool, str]:
@@ -94,7 +138,13 @@ def available_cores() -> int:
     """Count the cores this process may use: OMP_NUM_THREADS, else what the scheduler gives it."""
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes_on_this_machine())
+
+
+def processes_on_this_machine() -> int:
+    """Count the processes of this run that share this machine; launchers say so in the environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def hardware() -> str:
@@ -112,6 +162,11 @@ def apply_machine(machine: Machine) -> None:
 
     torch.set_num_threads(machine.threads)
     _set_allocator(MALLOC_SETTINGS)
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        log.info("the launcher's mixed precision is not used: performance.dtype decides")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    if machine.device == "cuda":  # each process of a machine takes a GPU of its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def give_freed_memory_back() -> None:

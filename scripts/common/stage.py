@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.common.artifacts import check_replaceable, locked_run_dir, write_text_durably
+from scripts.common.artifacts import check_replaceable, locked_run_dir, run_dir_of, write_text_durably
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError, listing
+from scripts.common.processes import join_processes, leave_processes
 from scripts.common.records import (
     DatasetFile,
     Parser,
@@ -27,7 +29,9 @@ from scripts.common.runtime import (
     Machine,
     StopSignal,
     apply_machine,
+    check_launch,
     choose_machine,
+    is_main_process,
     prepare_environment,
     set_up_logging,
     trapped_signals,
@@ -80,10 +84,14 @@ def run_stage(
         dry_run(Stage(name, config, section, None, StopSignal(), deid_report=arguments.require_deid_report))
         return 0
     check_replaceable(section.output_dir, name, f"{name}.output_dir")
-    with trapped_signals() as stop, locked_run_dir(section.output_dir) as run_dir:
-        set_up_logging(run_dir / "log.txt")
-        write_text_durably(run_dir / "config.resolved.yaml", config.to_yaml())
+    with trapped_signals() as stop, ExitStack() as held:
+        run_dir = run_dir_of(section.output_dir)
+        if is_main_process():  # of several processes one holds the folder and writes
+            held.enter_context(locked_run_dir(section.output_dir))
+            write_text_durably(run_dir / "config.resolved.yaml", config.to_yaml())
+        set_up_logging(run_dir / "log.txt" if is_main_process() else None)
         steps(Stage(name, config, section, run_dir, stop, arguments.resume, arguments.require_deid_report))
+        leave_processes()
     return 0
 
 
@@ -97,7 +105,7 @@ def read_data(stage: Stage, parse: Parser) -> tuple[list[DatasetFile], Split]:
     split = split_records(files, values.data, values.seed)
     records = [record for file in files for record in file.records]
     log.info("%d records: %d to train on, %d held out", len(records), len(split.train), len(split.validation))
-    if stage.run_dir and (rejected := write_rejects(stage.run_dir / "rejects.jsonl", files)):
+    if stage.run_dir and is_main_process() and (rejected := write_rejects(stage.run_dir / "rejects.jsonl", files)):
         log.warning("%d bad rows set aside in %s", rejected, stage.run_dir / "rejects.jsonl")
     if duplicates := count_duplicates(records):
         log.warning("%d records repeat an earlier one word for word and weigh that much more", duplicates)
@@ -131,9 +139,11 @@ def render_split(
 
 
 def settle_machine(stage: Stage) -> Machine:
-    """Choose and apply device, dtype and threads, and say why."""
+    """Choose and apply device, dtype and threads, say why, and join the other processes of the run."""
     machine = choose_machine(stage.config.values)
+    check_launch(stage.config.values, machine)
     apply_machine(machine)
+    join_processes(machine)
     log.info("%s; %d threads", "; ".join(machine.reasons), machine.threads)
     return machine
 

@@ -18,6 +18,7 @@ from typing import Any
 from scripts.common.artifacts import git_state
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import Interrupted, UserError
+from scripts.common.processes import decided_by_first
 from scripts.common.runtime import is_main_process
 
 log = logging.getLogger(__name__)
@@ -147,10 +148,10 @@ def tracked_run(
 
     `earlier` is the run of an interrupted try: it is gone on with, or marked KILLED where its process died silently.
     """
+    decided_by_first(lambda: open_store(config))
     if not is_main_process():
         yield Tracker()
         return
-    open_store(config)
     import mlflow
 
     git = git_state()

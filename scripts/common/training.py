@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -18,11 +19,13 @@ from trl import SFTTrainer
 from scripts.common.errors import Interrupted, UserError
 from scripts.common.fast_path import GroupedByLength
 from scripts.common.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
+from scripts.common.modeling import adapter_kept
+from scripts.common.processes import added_up, decided_by_first, largest, own_share
 from scripts.common.rendering import Rendered
 from scripts.common.resuming import Resumption
 from scripts.common.runtime import Machine, StopSignal, is_main_process
 from scripts.common.schema import Config, Training
-from scripts.common.scoring import mean_loss, score_answers
+from scripts.common.scoring import score_answers
 from scripts.common.stage import Stage
 from scripts.common.tracking import Tracker
 
@@ -50,7 +53,7 @@ class Plan:
 
     def check_fits(self, machine: Machine) -> None:
         """Refuse a run that cannot fit, and name the settings that would make it fit."""
-        free = available_memory_gib(machine.device)
+        free = decided_by_first(lambda: available_memory_gib(machine.device))
         if self.estimate.total > free:
             raise UserError(
                 f"this run needs {self.estimate}, but only {free:.1f} GiB are free. Lower per_device_train_batch_size "
@@ -79,7 +82,8 @@ def plan_training(
             cpu=machine.device == "cpu", checkpointing=checkpointing,
         )  # fmt: skip
 
-    wanted, free = config.performance.gradient_checkpointing, available_memory_gib(machine.device)
+    wanted = config.performance.gradient_checkpointing
+    free = decided_by_first(lambda: available_memory_gib(machine.device))
     if wanted == "auto":
         checkpointing = estimate(False).total > SAFETY_RATIO * free
         reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {estimate(False).total:.1f} GiB needed without it, {free:.1f} free"
@@ -94,7 +98,8 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
     def __init__(self, *args: Any, group_by_length: bool, held_out: Sequence[Rendered], **kwargs: Any) -> None:
         self.group_by_length, self.held_out = group_by_length, held_out
         self.control: Any
-        super().__init__(*args, **kwargs)
+        with adapter_kept(kwargs["model"]):
+            super().__init__(*args, **kwargs)
 
     def row_length(self, row: dict[str, Any]) -> int:
         """Return the tokens of a row."""
@@ -104,8 +109,12 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return the mean loss per answer token over all held-out records; TRL averages batches of unequal size."""
-        scores = score_answers(self.model, self.held_out, self.processing_class.pad_token_id, self.args.eval_batch_size)
-        metrics = {f"{metric_key_prefix}_loss": mean_loss(scores)}
+        rows, counted = own_share(self.held_out)
+        scores = score_answers(self.model, rows, self.processing_class.pad_token_id, self.args.eval_batch_size)[
+            :counted
+        ]
+        logps, tokens = added_up([sum(score.logps for score in scores), sum(score.tokens for score in scores)])
+        metrics = {f"{metric_key_prefix}_loss": -logps / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -141,6 +150,7 @@ def trainer_arguments(
         "save_total_limit": 2,
         "report_to": "none",
         "dataloader_pin_memory": machine.device == "cuda",
+        "ddp_find_unused_parameters": False,
         **section.trainer,
     }
     same_rhythm = arguments["eval_strategy"] == arguments["save_strategy"] != "no" and (
@@ -187,12 +197,17 @@ class ProgressAndTracking(TrainerCallback):
         self.tokens_per_second = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index:  # other dropout than in the first process
+            torch.manual_seed(args.seed + args.process_index)
         if is_main_process():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        self.stop.exit_code = int(
+            largest(self.stop.exit_code)
+        )  # processes that stop at different steps would wait for ever
         if self.stop.exit_code:
             control.should_save = control.should_training_stop = True
 
@@ -243,7 +258,7 @@ def train(trainer: Any, resumption: Resumption, stop: StopSignal) -> ProgressAnd
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:
-    """Return the weights that train, as fp32 masters.
+    """Return the weights that train.
 
     Raises: UserError when nothing trains, which TRL would not notice.
     """
@@ -252,10 +267,6 @@ def trainable_parameters(model: Any) -> dict[str, Any]:
         raise UserError(
             "no weight of this adapter is trainable, so training would change nothing. Check the lora section."
         )
-    for parameter in found.values():
-        parameter.data = (
-            parameter.data.float()
-        )  # TRL casts the adapter of a quantised base to bf16, where small steps vanish
     return found
 
 
@@ -266,8 +277,6 @@ def snapshot(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def check_changed(before: dict[str, Any], parameters: dict[str, Any]) -> None:
     """Prove that training moved the adapter and left it finite."""
-    import torch
-
     moved = sum(not torch.equal(before[name], parameter.detach().cpu()) for name, parameter in parameters.items())
     if not moved:
         raise UserError(
