@@ -11,6 +11,7 @@ import torch
 
 from eval import compare
 from eval.measuring import Measured, Prepared, measure_models
+from eval.report import read_report
 from eval.verdict import build_metrics, decide
 from scripts import train_dpo, train_sft
 from scripts.common.config import load_config
@@ -33,8 +34,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(compared: Path) -> dict:
-    """Return report.json."""
-    return json.loads((compared / "out/comparison/report.json").read_text(encoding="utf-8"))
+    """Return the report as it was written."""
+    return read_report(compared / "out/comparison")
 
 
 def test_every_metric_has_intervals_around_its_value(report: dict) -> None:
@@ -171,7 +172,7 @@ def test_without_a_dpo_adapter_base_and_sft_are_compared(compared: Path, tmp_pat
     settings = ["--set", f"dpo.output_dir={tmp_path}/none", "--set", f"eval.output_dir={tmp_path}/comparison"]
     settings += ["--set", "eval.max_prompts=3", "--set", "eval.max_new_tokens=2"]
     assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 0
-    found = json.loads((tmp_path / "comparison/report.json").read_text())
+    found = read_report(tmp_path / "comparison")
     assert found["models"] == ["base", "sft"]
     assert len(found["samples"]) == 3
     assert max(health["mean_tokens"] for health in found["health"].values()) <= 2

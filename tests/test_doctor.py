@@ -23,6 +23,7 @@ from scripts.common.records import is_validation, parse_record
 from scripts.common.schema import Data
 from tests.chain import dpo_rows, sft_rows
 from tests.conftest import ROOT, run_python, write_jsonl
+from tests.test_artifacts import FACTS
 
 Screen = Callable[..., tuple[int, dict[str, list[str]]]]
 
@@ -295,7 +296,8 @@ def finished(folder: Path, fingerprint: str, stage: str = "sft") -> Path:
     """Make a folder as a stage leaves it."""
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    write_manifest(folder, stage, base_model={"id": "some/base", "revision": None, "fingerprint": fingerprint})
+    base = {"id": "some/base", "revision": None, "fingerprint": fingerprint}
+    write_manifest(folder, stage, **{**FACTS, "base_model": base})
     return folder
 
 

@@ -209,17 +209,25 @@ def test_an_adapter_cannot_ask_for_code(trap: Path, tiny_llama: Path, tmp_path: 
     """Not even one whose manifest was made to match: whoever wrote the folder wrote that too."""
     adapter = save_adapter(tiny_llama, tmp_path / "adapter")
     shutil.copy(trap / "modeling_own.py", adapter)
-    change_json(
-        adapter / "adapter_config.json", trust_remote_code=True, base_model_name_or_path=str(trap),
-        auto_mapping={"base_model_class": "M", "parent_library": "module_by_name"},
-        megatron_config={"a": 1}, megatron_core="module_by_name",
-    )  # fmt: skip
-    update_manifest(adapter, read_manifest(adapter, verify=False))
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=str(trap))
+    honest = (adapter / "adapter_config.json").read_text()
     base = load_base(tiny_llama, values, choose_machine(values))
+    asks = {
+        "trust_remote_code": True,
+        "auto_mapping": {"base_model_class": "M", "parent_library": "module_by_name"},
+        "megatron_core": "module_by_name",
+    }
 
-    check_adapter_fits(adapter, tiny_llama, load_tokenizer(tiny_llama))
-    with pytest.raises(UserError, match="does not fit the base model"):
-        load_adapter(base, adapter)
+    for key, value in asks.items():
+        (adapter / "adapter_config.json").write_text(honest)
+        change_json(adapter / "adapter_config.json", **{key: value})
+        update_manifest(adapter, read_manifest(adapter, verify=False))
+        check_adapter_fits(adapter, tiny_llama, load_tokenizer(tiny_llama))
+        with pytest.raises(UserError, match=f"{key}: found .*, which no adapter of this project has"):
+            load_adapter(base, adapter)
+
+    (adapter / "adapter_config.json").write_text(honest)
+    load_adapter(base, adapter)
     assert not (tmp_path / "RAN").exists()
     importlib.import_module("module_by_name")
     assert (tmp_path / "RAN").exists(), "the trap does not work"

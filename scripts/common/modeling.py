@@ -72,8 +72,15 @@ ADAPTER_KEYS: dict[str, Callable[[Any], bool]] = {
 def find_model(model_id: str, revision: str | None = None) -> Path:
     """Return the local folder of a model, downloading it from the Hub when it is not here yet.
 
-    Raises: UserError when it is neither a folder, nor cached, nor reachable, or has no safetensors.
+    Raises: UserError when it is neither a folder, nor cached, nor reachable, or no language model that can be loaded.
     """
+    folder = _folder_of(model_id, revision)
+    _check_architecture(model_id, folder)
+    _check_model(folder)
+    return folder
+
+
+def _folder_of(model_id: str, revision: str | None = None) -> Path:
     local = next((path for path in (Path(model_id), ROOT / model_id) if path.is_dir()), None)
     folder = local or _hub_folder(model_id, revision)
     if (folder / "adapter_config.json").is_file():
@@ -84,24 +91,24 @@ def find_model(model_id: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{model_id}: the folder holds no *.safetensors; other weight files are never read. Convert it first."
         )
-    _check_architecture(model_id, folder)
-    _check_model(folder)
     return folder
 
 
 def find_local_model(model_id: str, revision: str | None = None) -> Path | None:
     """Return a model's folder when it is on this machine; None stands for a Hub id that would have to be downloaded.
 
+    What it holds is not tried with transformers, whose import takes longer than whoever asks here would wait.
+
     Raises: UserError when the folder that is meant holds no model.
     """
     named = any(path.is_dir() for path in (Path(model_id), ROOT / model_id))
     if named or model_id == DEMO_MODEL or not _HUB_ID.fullmatch(model_id):
-        return find_model(model_id)
+        return _folder_of(model_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return find_model(snapshot_download(model_id, revision=revision, local_files_only=True))
+        return _folder_of(snapshot_download(model_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, UserError):  # never asked for, no id, or a download cut off
         return None
 
