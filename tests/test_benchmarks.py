@@ -43,7 +43,7 @@ def measure(tmp_path: Path, model: Path, *more: str) -> dict:
     return json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_whole_command_measures_this_project_beside_a_given_command(
     tmp_path: Path, tiny_llama: Path, peer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 """Random input for whatever reads a user's files and requests: only UserError may come out, and what is taken is sound.
 
-FUZZ_CASES says how many cases each reader gets (200; under the marker `drill` 100,000): FUZZ_CASES=5000 pytest tests/test_fuzzing.py
+FUZZ_CASES says how many cases each reader gets (60; under the marker `drill` 100,000): FUZZ_CASES=5000 pytest tests/test_fuzzing.py
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from serve.metrics import Metrics
 from serve.schemas import ChatRequest, CompareRequest, CompletionRequest, GenerateRequest, ScoreRequest, VoteRequest
 from tests.conftest import ROOT
 
-FEW = int(os.environ.get("FUZZ_CASES", "200"))
+FEW = int(os.environ.get("FUZZ_CASES", "60"))
 MANY = int(os.environ.get("FUZZ_CASES", "100000"))
 
 # --- what is given ---
