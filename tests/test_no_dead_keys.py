@@ -82,7 +82,7 @@ PROOFS = {
     "base_model_revision": "test_key_effects.py::test_revision_chooses_among_cached_ones",
     "seed": EFFECTS,
     "offline": JUDGE + "test_what_cannot_work_is_refused_with_the_reason",
-    "quantization.load_in_4bit": "test_modeling.py::test_4bit_without_bitsandbytes_names_the_requirements_file",
+    "quantization.load_in_4bit": "test_quantized.py::test_missing_bitsandbytes_names_the_key_and_the_requirements_file",
     "quantization.load_in_8bit": "test_key_effects.py::test_8bit_loads_8bit_layers",
     **{
         f"lora.{name}": "test_modeling.py::test_lora_flags_reach_the_saved_adapter"
