@@ -103,7 +103,7 @@ class Export:
         self.dtype = dtype if dtype != "auto" else "f16" if self.gguf else stored_dtype(self.base_folder)
 
 
-def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
+def merge_and_prove(export: Export, part: Path, logits: Path) -> dict[str, Any]:
     """Merge, save to `part`, load that again, and return the figures that prove it; one model in memory at a time."""
     from scripts.common.memory import parameter_count
     from scripts.common.modeling import load_adapter, load_full_precision, switched_to
@@ -114,7 +114,7 @@ def merge_and_prove(export: Export, part: Path) -> dict[str, Any]:
     if export.gguf:
         gguf_file.check_supported(model.get_base_model().config, export.tokenizer)
     probes = parity.build_probes(model, export.tokenizer, parity.held_out_prompts(export.manifest))
-    reference = list(parity.scored_logits(model, probes))
+    reference = parity.Stored(parity.scored_logits(model, probes), logits)
     with switched_to(model, None):
         effect = parity.compare(parity.scored_logits(model, probes), reference)
     log.info("the adapter changes the base: %s", effect)
@@ -248,15 +248,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         export = Export(arguments, config)
         check_space(export.base_folder, run_dir, export.dtype)
         part = run_dir / "finished"
-        shutil.rmtree(part, ignore_errors=True)
+        logits = run_dir / "reference_logits"
+        for left_over in (part, logits):
+            shutil.rmtree(left_over, ignore_errors=True)
         part.mkdir()
         try:
             with tracked_run(config, "merged", parent_run_id=export.manifest["mlflow"]["run_id"]) as tracker:
                 tracker.log_params({"adapter": export.adapter, "base_model_id": export.base_id, "dtype": export.dtype})
-                metrics = merge_and_prove(export, part)
+                metrics = merge_and_prove(export, part, logits)
                 finish(export, part, out_dir, metrics, tracker)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(logits, ignore_errors=True)
     if arguments.push_to_hub:
         push(out_dir, arguments.push_to_hub)
     use = f"ollama create my-model -f {out_dir}/Modelfile" if export.gguf else f"serve.adapter_path: {out_dir}"

@@ -555,14 +555,15 @@ def test_export_that_was_changed_by_hand_may_be_replaced(adapter: Path, export) 
 MEMORY = """
 import sys, threading
 from scripts.export_lora import main, push
-import mlflow, peft, torch, transformers, transformers.models.llama.modeling_llama, scripts.export.parity
 def held(key):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(key)) / 2**10
+at = sys.argv.index("--")
+main(sys.argv[1:at])  # a tiny model first, which brings all libraries and the store into memory
 before = held("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
-code = main(sys.argv[1:])
+code = main(sys.argv[at + 1 :])
 print(before, held("VmHWM"), flush=True)
 sys.exit(code)
 """
@@ -570,12 +571,18 @@ sys.exit(code)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to measure memory")
-def test_demo_model_is_merged_exactly_and_in_little_memory(demo_model: Path, export, tmp_path) -> None:
-    """Beside what the libraries take: one fp32 model, never two, and half a GiB for probes that does not grow with it."""
+def test_demo_model_is_merged_exactly_and_in_little_memory(
+    demo_model: Path, tiny_llama: Path, export, tmp_path
+) -> None:
+    """Beside what the libraries take: one fp32 model, never two."""
     made = save_adapter(demo_model, tmp_path / "a", Lora(r=16, alpha=32), strength=0.01)
+    tiny = save_adapter(tiny_llama, tmp_path / "tiny_adapter")
+    config = ("--config", tmp_path / "config.yaml")
+    first = (*config, "--adapter", tiny, "--base_model", tiny_llama, "--out_dir", tmp_path / "tiny")
     done = run_python(
-        "-c", MEMORY, "--config", tmp_path / "config.yaml", "--adapter", made, "--out_dir", tmp_path / OUT, timeout=3000
-    )
+        "-c", MEMORY, *first, "--", *config, "--adapter", made, "--base_model", demo_model, "--out_dir", tmp_path / OUT,
+        timeout=3000,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
     found = figures(OUT)
@@ -583,4 +590,4 @@ def test_demo_model_is_merged_exactly_and_in_little_memory(demo_model: Path, exp
     assert found["merge"]["max_abs_logit_diff"] <= 1e-3
     assert found["reloaded"]["greedy_agreement"] >= 0.98
     before, peak = map(float, done.stdout.split())
-    assert (peak - before) / 2**10 <= 1.3 * found["model_fp32_gib"] + 0.5
+    assert (peak - before) / 2**10 <= 1.3 * found["model_fp32_gib"]

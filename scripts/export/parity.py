@@ -96,6 +96,24 @@ def scored_logits(model: Any, probes: Sequence[Sequence[int]]) -> Iterator[torch
         yield logits.float()
 
 
+class Stored:
+    """Keep logits on disk, from where they are read again one by one: beside a small model they are a large part."""
+
+    def __init__(self, logits: Iterable[torch.Tensor], folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        self.files = []
+        for number, tensor in enumerate(logits):
+            self.files.append(folder / f"{number}.safetensors")
+            save_file({"logits": tensor.contiguous()}, self.files[-1])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        from safetensors.torch import load
+
+        return (load(file.read_bytes())["logits"] for file in self.files)
+
+
 def compare(reference: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> Parity:
     """Measure how far `found` is from `reference`; NaN stays NaN, so that no gate lets it pass."""
     largest, divergence, agreed, positions = 0.0, 0.0, 0, 0
