@@ -20,7 +20,8 @@ BENCHMARKS = (ROOT / "eval/benchmarks/README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|powershell)[^\n]*\n(.*?)```", README + BENCHMARKS, re.DOTALL)
 INLINE = re.findall(r"`((?:python|make|uvicorn|mlflow|pytest) [^`]+)`", README + BENCHMARKS)
 COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()} | set(INLINE))
-PYTHON = [
+LAUNCHED = [command for command in COMMANDS if re.match("torchrun |accelerate launch ", command)]
+PYTHON = [f"python {command[command.index('-m scripts') :]}" for command in LAUNCHED] + [
     command for command in COMMANDS if re.match(r"(\w+=\S+ )*python (-m (scripts|eval)\.|scripts/|eval/)", command)
 ]
 
@@ -46,11 +47,16 @@ def test_command_exists_and_its_flags_parse(command: str) -> None:
         load_config(ROOT / parsed.config, getattr(parsed, "overrides", []))
 
 
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_launch_files_exist(command: str) -> None:
+    assert all((ROOT / file).is_file() for file in re.findall(r"--config_file (\S+)", command))
+
+
 def test_every_command_is_of_a_kind_that_is_checked() -> None:
     """Beside those of this project: the server, MLflow's page, requests to the server, and setting up by hand."""
     kinds = (
         r"(\w+=\S+ )*(uvicorn|mlflow) ", "make ", "curl ", "Invoke-RestMethod ", "pip install( -r \\S+)+$", "(python3|py) -m venv ",
-        r"(source )?\.venv\S+/?activate", r"vllm serve ",
+        "torchrun ", "accelerate launch ", r"(source )?\.venv\S+/?activate", r"vllm serve ",
     )  # fmt: skip
     assert [c for c in COMMANDS if c not in PYTHON and not re.match("|".join(kinds), c, re.IGNORECASE)] == []
 
