@@ -26,9 +26,10 @@ STAGES = {
 @entry_point
 def serve(argv: Sequence[str] | None = None) -> int:
     """Start the server up to the point where it would listen, with the configuration that --config names."""
-    from serve.fastapi_server import load_service
+    from serve.fastapi_server import load_service, set_up_logging
 
     assert argv is not None
+    set_up_logging()  # as the application does; the last test's handlers write to its closed stream
     os.environ["LLM_CONFIG"] = argv[argv.index("--config") + 1]
     load_service()
     return 0

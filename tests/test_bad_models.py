@@ -179,7 +179,7 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "header beyond the file": (write(WEIGHTS, header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}')), "sft_adapter"),
     "header of a negative shape": (write(WEIGHTS, header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}')), "sft_adapter"),
     "no tensor": (edit_tensors(lambda tensors: {}), "does not fit the base model"),
-    "a tensor too many": (edit_tensors(lambda tensors: {**tensors, "more": next(iter(tensors.values()))}), "more has no place in the base"),
+    "a tensor too many": (edit_tensors(lambda tensors: {**tensors, "more": next(iter(tensors.values())).clone()}), "more has no place in the base"),
     "a tensor too few": (edit_tensors(lambda tensors: dict(list(tensors.items())[1:])), "is missing from the file"),
     "A and B swapped": (edit_tensors(swap_a_and_b), "sft_adapter"),
     "whole numbers": (edit_tensors(lambda tensors: {name: value.long() for name, value in tensors.items()}), "sft_adapter"),
@@ -320,7 +320,7 @@ def test_server(case: str, place: Place) -> None:
     place.refused(said, "serve", "--config", "config.yaml")
 
 
-STORES = ["", "magic://host", "sqlite:///", "sqlite:////nowhere/at/all/x.db", "sft.jsonl", "sqlite:///sft.jsonl", "http://127.0.0.1:9", "a\0b"]  # fmt: skip
+STORES = ["", "magic://host", "sqlite:///", "sqlite:///:memory:", "sft.jsonl", "sqlite:///sft.jsonl", "http://127.0.0.1:9", "a\0b"]  # fmt: skip
 
 
 @pytest.mark.parametrize("uri", STORES)
