@@ -288,7 +288,7 @@ class Deid(Section):
 
 
 class Serve(Section):
-    adapter_path: str | None = Field(
+    adapter_path: Annotated[str, Field(min_length=1)] | None = Field(
         "outputs/dpo_adapter",
         description="Adapter that answers when a request names none; a merged model folder also works; null serves the base alone.",
     )
@@ -405,7 +405,7 @@ OWNED_TRAINER_ARGUMENTS = {
     "loss_weights": "dpo.sft_weight",
 }
 
-# Names for which transformers takes 0 and negative numbers, and then saves never, divides by zero, or stops half-way.
+# Names for which TRL takes 0 and less, too, with which a run never saves, logs or evaluates, or fails half-way.
 POSITIVE_TRAINER_ARGUMENTS = ("eval_steps", "logging_steps", "save_steps", "per_device_eval_batch_size")
 
 # Names that transformers or TRL once had, with what replaced them.
