@@ -81,7 +81,9 @@ def find_adapters(config: LoadedConfig) -> dict[str, tuple[Path, dict[str, Any]]
                 f"{data.split_seed} and ratio {data.validation_ratio}, so it may have seen these prompts. Use its split."
             )
         trained_on = [entry["path"] for entry in manifest["datasets"]]
-        if set(trained_on) != {portable_path(source.path) for source in sources_of(section.dataset_path)}:
+        if trained_on and set(trained_on) != {
+            portable_path(source.path) for source in sources_of(section.dataset_path)
+        }:
             log.warning(
                 "%s: was trained on %s, but is compared on what %s.dataset_path names; mean its own data? --set %s.dataset_path=%s",
                 folder, " and ".join(trained_on), name, name, trained_on[0],

@@ -52,6 +52,8 @@ def check_names(names: Sequence[str]) -> None:
     """Refuse at once what can be seen without loading lm-eval."""
     seen: set[str] = set()
     for name in names:
+        if not name.strip():
+            raise UserError("--task: found an empty name, wanted a task.")
         template, given, file = name.partition("=")
         if name in WITH_FILE or (given and not file):
             raise UserError(f"--task {name}: which file? Give it as --task {template}=FILE.jsonl.")

@@ -88,7 +88,7 @@ class Export:
         from scripts.export.merging import check_vocabulary, stored_dtype
 
         self.config = config
-        self.adapter = Path(arguments.adapter or config.values.dpo.output_dir)
+        self.adapter = Path(config.values.dpo.output_dir if arguments.adapter is None else arguments.adapter)
         made_on = read_manifest(self.adapter, stages=("sft", "dpo"))["base_model"]
         self.base_id = arguments.base_model or made_on["id"]
         self.revision = made_on["revision"] if self.base_id == made_on["id"] else None

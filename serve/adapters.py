@@ -304,6 +304,8 @@ def _describe(manifests: dict[str, dict[str, Any]]) -> dict[str, Served]:
 def prove_adapters(models: Models, config: Config) -> None:
     """Run one prompt through every model: an adapter that changes no logit, or breaks them, must not be served."""
     ids = render_prompt(models.tokenizer, user_turn("What is the capital of France?", config.data.system_prompt))
+    if not ids:
+        raise UserError("the base model's chat template writes no token for a question. Use another base model.")
     names = list(models.served)
     models.rows.set(names)
     logits = models.network(torch.tensor([ids] * len(names), device=models.network.device), logits_to_keep=1).logits

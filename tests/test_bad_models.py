@@ -53,14 +53,14 @@ def test_the_place_is_right_before_it_is_spoilt(place: Place) -> None:
 # --- the command line ---
 
 CLI: list[tuple[str, list[str], str]] = [
-    ("export", ["--config", "config.yaml", "--adapter", ""], "--adapter"),
+    ("export", ["--config", "config.yaml", "--adapter", ""], ".: no valid manifest.json"),
     ("export", ["--config", "config.yaml", "--adapter", "sft.jsonl"], "sft.jsonl"),
     ("export", ["--config", "config.yaml", "--adapter", "nowhere"], "nowhere: no such folder"),
     ("export", ["--config", "config.yaml", "--adapter", "model"], "model: no valid manifest.json"),
     ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "../../../etc"], "../../../etc"),
     ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "a/b/c/d"], "a/b/c/d: no such model folder"),
     ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "sft_adapter"], "is an adapter"),
-    ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", ""], "--task"),
+    ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", ""], "--task: found an empty name"),
     ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", "multiple_choice=sft.jsonl"], "sft.jsonl:1: found instruction, output"),
     ("compare", ["--config", "config.yaml", "--set", "sft.output_dir=sft_adapter", "--set", "data.validation_ratio=0.1", "--runs", "nowhere"], "nowhere"),
     ("deid", ["--in", "sft.jsonl", "--out", "o.jsonl", "--fields", ""], "deid.fields"),
@@ -74,16 +74,17 @@ def test_command_line(stage: str, arguments: list[str], said: str, place: Place)
 
 
 TRAINER = {
-    "save_steps=0": "sft.trainer",
-    "logging_steps=-1": "sft.trainer",
-    "deepspeed=nowhere.json": "sft.trainer",
-    "eval_steps=0": "sft.trainer",
-    "max_steps=-5": "sft.trainer",
+    "save_steps=0": "sft.trainer.save_steps: found 0; wanted a number above 0",
+    "logging_steps=-1": "sft.trainer.logging_steps: found -1; wanted a number above 0",
+    "eval_steps=0": "sft.trainer.eval_steps: found 0; wanted a number above 0",
+    "eval_steps=null": "sft.trainer.eval_steps: found null; wanted a number above 0",
+    "per_device_eval_batch_size=0": "sft.trainer.per_device_eval_batch_size: found 0",
+    "deepspeed=nowhere.json": "sft.trainer: TRL refuses these settings",
 }
 
 
 @pytest.mark.parametrize("argument", TRAINER)
-def test_argument_that_trl_refuses(argument: str, place: Place) -> None:
+def test_argument_of_the_trainer(argument: str, place: Place) -> None:
     place.refused(TRAINER[argument], "sft", "--config", "config.yaml", "--set", f"sft.trainer.{argument}")
 
 
@@ -171,7 +172,7 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "copied layers": (edit_json(CONFIG, layer_replication=[[0, 2], [0, 2]]), f"{CONFIG}: layer_replication"),
     "moves base weights": (edit_json(CONFIG, init_lora_weights="pissa"), f"{CONFIG}: init_lora_weights"),
     "key from the future": (edit_json(CONFIG, quantum=True), f"{CONFIG}: quantum"),
-    "weights are nothing": (write(WEIGHTS, b""), "does not fit the base model"),
+    "weights are nothing": (write(WEIGHTS, b""), f"{WEIGHTS}: cannot be read"),
     "weights are cut off": (lambda folder: replace(folder / WEIGHTS, (folder / WEIGHTS).read_bytes()[:-100]), "sft_adapter"),
     "weights are an archive": (write(WEIGHTS, b"PK\x03\x04" + bytes(500)), "sft_adapter"),
     "header without end": (write(WEIGHTS, header("{}", 2**63)), "sft_adapter"),
@@ -179,7 +180,7 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "header beyond the file": (write(WEIGHTS, header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}')), "sft_adapter"),
     "header of a negative shape": (write(WEIGHTS, header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}')), "sft_adapter"),
     "no tensor": (edit_tensors(lambda tensors: {}), "does not fit the base model"),
-    "a tensor too many": (edit_tensors(lambda tensors: {**tensors, "more": next(iter(tensors.values()))}), "more has no place in the base"),
+    "a tensor too many": (edit_tensors(lambda tensors: {**tensors, "more": next(iter(tensors.values())).clone()}), "more has no place in the base"),
     "a tensor too few": (edit_tensors(lambda tensors: dict(list(tensors.items())[1:])), "is missing from the file"),
     "A and B swapped": (edit_tensors(swap_a_and_b), "sft_adapter"),
     "whole numbers": (edit_tensors(lambda tensors: {name: value.long() for name, value in tensors.items()}), "sft_adapter"),
@@ -189,19 +190,30 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "zeros": (edit_tensors(lambda tensors: {name: value * 0 for name, value in tensors.items()}), "zero"),
     "flat": (edit_tensors(lambda tensors: {name: value.reshape(-1) for name, value in tensors.items()}), "sft_adapter"),
     "pickle only": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "holds no adapter_model.safetensors"),
-    "weights are a folder": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), "holds no adapter_model.safetensors"),
-    "weights link to themselves": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(WEIGHTS)), "holds no adapter_model.safetensors"),
+    "weights are a folder": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), f"{WEIGHTS}: was added"),
+    "weights link to themselves": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(WEIGHTS)), f"{WEIGHTS}: was added"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["serve", "dpo"])
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_adapter(case: str, stage: str, place: Place) -> None:
+def test_adapter(case: str, place: Place) -> None:
     change, said = ADAPTERS[case]
     change(place.folder / "sft_adapter")
     seal(place.folder / "sft_adapter")
 
-    place.refused(said, stage, "--config", "config.yaml")
+    place.refused(said, "serve", "--config", "config.yaml")
+
+
+FOR_DPO = {"regex bomb for modules": "", "a tensor too few": "", "NaN": "", "zeros": "", "huge": "step 0: policy or reference gives no finite"}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOR_DPO)
+def test_adapter_to_train_on(case: str, place: Place) -> None:
+    change, said = ADAPTERS[case]
+    change(place.folder / "sft_adapter")
+    seal(place.folder / "sft_adapter")
+
+    place.refused(FOR_DPO[case] or said, "dpo", "--config", "config.yaml")
 
 
 MANIFESTS: dict[str, tuple[Change, str]] = {
@@ -232,25 +244,22 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["dpo", "export", "lmeval"])
+@pytest.mark.parametrize("stage", ["dpo", "export"])
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_manifest(case: str, stage: str, place: Place) -> None:
     change, said = MANIFESTS[case]
     change(place.folder / "sft_adapter")
-    more = {
-        "dpo": ["--dry-run"],
-        "export": ["--adapter", "sft_adapter"],
-        "lmeval": ["--model_path", "sft_adapter", "--task", "domain"],
-    }
+    more = {"dpo": ["--dry-run"], "export": ["--adapter", "sft_adapter"]}
 
-    if case == "another base" and stage != "dpo":
-        said = "model"
+    if case == "another base" and stage == "export":
+        said = "base_model_id: other is not in the local cache"
     place.refused(said, stage, "--config", "config.yaml", *more[stage])
 
 
 # --- base models ---
 
 TEMPLATE = "chat_template.jinja"
+ONLY_TRAINING = "template that shouts"
 MODELS: dict[str, tuple[Change, str]] = {
     "config is nothing": (write("config.json", ""), "model"),
     "config is a list": (write("config.json", "[]"), "model"),
@@ -282,7 +291,7 @@ MODELS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("stage", ["sft", "serve"])
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", [case for case in MODELS if case != ONLY_TRAINING])
 def test_base_model(case: str, stage: str, place: Place) -> None:
     change, said = MODELS[case]
     change(place.folder / "model")
@@ -291,7 +300,14 @@ def test_base_model(case: str, stage: str, place: Place) -> None:
     place.refused(said, stage, "--config", "config.yaml")
 
 
-# --- servers, stores, votes ---
+def test_base_model_that_can_answer_but_not_be_trained(place: Place) -> None:
+    change, said = MODELS[ONLY_TRAINING]
+    change(place.folder / "model")
+
+    place.refused(said, "sft", "--config", "config.yaml")
+
+
+# --- servers and stores ---
 
 SERVERS = {
     "base as a name": ({"serve__adapters": {"base": "sft_adapter"}}, "serve.adapters.base: wanted a name"),
@@ -299,7 +315,6 @@ SERVERS = {
     "file as an adapter": ({"serve__adapter_path": "sft.jsonl"}, "sft.jsonl"),
     "data folder as an adapter": ({"serve__adapter_path": "."}, "no valid manifest.json"),
     "empty name of an adapter": ({"serve__adapter_path": ""}, "serve.adapter_path"),
-    "name too long": ({"serve__adapter_path": "x" * 5000}, "serve.adapter_path"),
     "name with NUL": ({"serve__adapter_path": "a\0b"}, "serve.adapter_path"),
     "keys in no file": ({"serve__api_keys_file": "nowhere"}, "serve.api_keys_file"),
     "keys in a folder": ({"serve__api_keys_file": "model"}, "serve.api_keys_file"),
@@ -320,11 +335,12 @@ def test_server(case: str, place: Place) -> None:
     place.refused(said, "serve", "--config", "config.yaml")
 
 
-STORES = ["", "magic://host", "sqlite:///", "sqlite:////nowhere/at/all/x.db", "sft.jsonl", "sqlite:///sft.jsonl", "http://127.0.0.1:9", "a\0b"]  # fmt: skip
+STORES = ["", "magic://host", "sqlite:///", "sqlite:///:memory:", "sft.jsonl", "sqlite:///sft.jsonl", "http://127.0.0.1:9", "a\0b"]  # fmt: skip
 
 
 @pytest.mark.parametrize("uri", STORES)
-def test_store(uri: str, place: Place) -> None:
+def test_store(uri: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     place.configure(tracking__mlflow_tracking_uri=uri)
 
     place.refused("tracking.mlflow_tracking_uri", "sft", "--config", "config.yaml")

@@ -20,6 +20,8 @@ from scripts.common.config import load_config
 from scripts.common.modeling import base_fingerprint, load_tokenizer
 from scripts.common.rendering import render_prompt, template_sha256, tokenizer_sha256, user_turn
 from scripts.common.resuming import last_whole_checkpoint
+from scripts.common.schema import Sft
+from scripts.common.training import total_steps
 from scripts.train_sft import main
 from tests.chain import start_stage, wait_for
 from tests.conftest import write_jsonl
@@ -252,6 +254,13 @@ def test_dry_run_shows_the_plan_and_writes_nothing(sft_config, tmp_path: Path, c
     assert ">>>ON TRACK: " in seen
     assert "<|end|><<<" in seen
     assert "memory: about" in seen
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(-1, 6), (4, 4)])
+def test_steps_are_counted_as_the_trainer_takes_them(limit: int, steps: int) -> None:
+    section = Sft(trainer={"max_steps": limit}, num_train_epochs=2, per_device_train_batch_size=4)
+
+    assert total_steps(section, rows=10, world_size=1) == steps
 
 
 def test_answer_longer_than_max_length_is_refused_with_its_line_and_the_mend(sft_config, tmp_path, capsys) -> None:

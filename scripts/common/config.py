@@ -20,7 +20,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from scripts.common.errors import UserError, did_you_mean, listing, not_utf8
-from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
+from scripts.common.schema import (
+    OWNED_TRAINER_ARGUMENTS,
+    POSITIVE_TRAINER_ARGUMENTS,
+    REMOVED_TRAINER_ARGUMENTS,
+    Config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILE = ROOT / "configs" / "schema.json"
@@ -356,6 +361,8 @@ def _trainer_problems(values: Config, origins: dict[str, str], path: str) -> Ite
                 wanted = " or ".join(json.dumps(choice) for choice in known[name].get("enum", []))
                 wanted = wanted or " or ".join(IN_WORDS[kind] for kind in known[name]["type"])
                 yield f"{where}: {key}: found {json.dumps(value, ensure_ascii=False)[:80]}; wanted {wanted}"
+            elif name in POSITIVE_TRAINER_ARGUMENTS and not (value and value > 0):
+                yield f"{where}: {key}: found {json.dumps(value)}; wanted a number above 0"
 
 
 IN_WORDS = {

@@ -145,8 +145,10 @@ def _check_architecture(model_id: str, folder: Path) -> None:
 
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{model_id}: its config.json names no model_type. Bring the model anew.") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        named = None
+    if not isinstance(named, str):
+        raise UserError(f"{model_id}: its config.json names no model_type. Bring the model anew.")
     if named not in KNOWN:
         raise UserError(
             f"{model_id}: its config.json names the architecture {named!r}, which the installed transformers does not have "

@@ -128,6 +128,11 @@ def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
     margins = trainer.beta * ((policy[0] - reference[0]) - (policy[1] - reference[1])).float()
     margin, loss = float(margins.abs().max()), float(-functional.logsigmoid(margins).mean())
     tolerance = TOLERANCE[model.get_base_model().dtype]
+    if not math.isfinite(margin + loss):
+        raise UserError(
+            f"step 0: policy or reference gives no finite probabilities (largest margin {margin}, loss {loss}), as when weights "
+            "are far too large. Train the adapter of dpo.init_from again, or choose another base model. Nothing was trained."
+        )
     if trainer.reference_adapter is None and "sft" not in trainer.reference:
         log.info("step 0: the reference is the base; the policy's largest margin against it is %.4f", margin)
     elif margin > tolerance or abs(loss - math.log(2)) > tolerance:

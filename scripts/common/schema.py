@@ -24,6 +24,12 @@ def _is_replaceable(folder: str) -> str:
     return folder
 
 
+def _is_lasting(uri: str) -> str:
+    if "\0" in uri or uri.strip() in ("", "sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        raise ValueError("a store that outlives the run: sqlite:///FILE, http(s)://… or a folder")
+    return uri
+
+
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 OutputPath = Annotated[str, AfterValidator(_as_written)]
@@ -282,7 +288,7 @@ class Deid(Section):
 
 
 class Serve(Section):
-    adapter_path: str | None = Field(
+    adapter_path: Annotated[str, Field(min_length=1)] | None = Field(
         "outputs/dpo_adapter",
         description="Adapter that answers when a request names none; a merged model folder also works; null serves the base alone.",
     )
@@ -325,7 +331,7 @@ class Export(Section):
 
 
 class Tracking(Section):
-    mlflow_tracking_uri: str = Field(
+    mlflow_tracking_uri: Annotated[str, AfterValidator(_is_lasting)] = Field(
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
     )
     experiment: str = Field("llm-finetune-sft-dpo", description="MLflow experiment.")
@@ -398,6 +404,9 @@ OWNED_TRAINER_ARGUMENTS = {
     "trust_remote_code": "nothing: never switched on",
     "loss_weights": "dpo.sft_weight",
 }
+
+# Names for which TRL takes 0 and less, too, with which a run never saves, logs or evaluates, or fails half-way.
+POSITIVE_TRAINER_ARGUMENTS = ("eval_steps", "logging_steps", "save_steps", "per_device_eval_batch_size")
 
 # Names that transformers or TRL once had, with what replaced them.
 REMOVED_TRAINER_ARGUMENTS = {

@@ -37,8 +37,9 @@ LOGGED_POINTS = 200
 
 def total_steps(section: Training, rows: int, world_size: int) -> int:
     """Count the optimizer steps of a run."""
-    if section.trainer.get("max_steps"):
-        return int(section.trainer["max_steps"])  # type: ignore[arg-type]
+    limit = section.trainer.get("max_steps")
+    if isinstance(limit, int) and limit > 0:  # transformers takes -1 for no limit
+        return limit
     batches = math.ceil(rows / (section.per_device_train_batch_size * world_size))
     return max(1, math.ceil(math.ceil(batches / section.gradient_accumulation_steps) * section.num_train_epochs))
 
