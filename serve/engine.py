@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, is_out_of_memory
 from scripts.common.rendering import stop_token_ids
 from serve.adapters import Models
 from serve.jobs import Job, Seat, ServingError
@@ -393,7 +393,7 @@ class Engine:
         try:
             return forward()
         except Exception as error:
-            short_of_memory = _is_out_of_memory(error)
+            short_of_memory = is_out_of_memory(error)
             if short_of_memory and self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if jobs is self.prefilling and len(jobs) > 1:
@@ -499,7 +499,3 @@ def _put_events(events: Iterable[tuple[Job, str | ServingError | None]]) -> None
 
 def _generation_failed() -> ServingError:
     return ServingError(500, "generation_failed", "the model could not generate an answer to this request")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from scripts.common.config import load_config
 from scripts.common.errors import Interrupted, UserError
+from scripts.common.runtime import trapped_signals
 from scripts.common.tracking import Tracker, open_store, tracked_run
 
 
@@ -71,12 +74,28 @@ def test_crash_marks_the_run_failed_and_keeps_the_traceback(config) -> None:
     assert "ZeroDivisionError: division by zero" in text_of(tracker, "traceback.txt")
 
 
-@pytest.mark.parametrize("signal", [Interrupted(143), KeyboardInterrupt()])
-def test_signal_marks_the_run_killed(config, signal: BaseException) -> None:
-    with pytest.raises(type(signal)), tracked_run(config, "sft") as tracker:
-        raise signal
+@pytest.mark.parametrize("stop", [Interrupted(143), KeyboardInterrupt()])
+def test_signal_marks_the_run_killed(config, stop: BaseException) -> None:
+    with pytest.raises(type(stop)), tracked_run(config, "sft") as tracker:
+        raise stop
 
     assert run_of(tracker).info.status == "KILLED"
+
+
+@pytest.mark.parametrize(("step", "status"), [("start_run", "KILLED"), ("end_run", "FINISHED")])
+def test_signal_while_the_run_opens_or_closes_leaves_no_run_open(config, monkeypatch, step: str, status: str) -> None:
+    real = getattr(mlflow, step)
+
+    def signalled(*arguments: object, **more: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(mlflow, step, signalled)
+    with pytest.raises(Interrupted), trapped_signals(), tracked_run(config, "sft"):
+        assert step == "end_run", "work began after a request to stop"
+
+    (run,) = mlflow.MlflowClient().search_runs(["0", "1"])
+    assert run.info.status == status
 
 
 def test_parent_run_is_linked(config) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -21,7 +23,7 @@ from scripts.common.modeling import base_fingerprint, load_tokenizer
 from scripts.common.rendering import render_prompt, template_sha256, tokenizer_sha256, user_turn
 from scripts.common.resuming import last_whole_checkpoint
 from scripts.common.schema import Sft
-from scripts.common.training import total_steps
+from scripts.common.training import KeepNewest, total_steps
 from scripts.train_sft import main
 from tests.chain import start_stage, wait_for
 from tests.conftest import write_jsonl
@@ -524,6 +526,18 @@ def test_checkpoint_that_was_cut_off_is_never_resumed_from(tmp_path: Path, writt
     assert last_whole_checkpoint(tmp_path / "nothing") is None
 
 
+def test_checkpoints_are_kept_by_step_even_when_the_clock_was_turned_back(tmp_path: Path) -> None:
+    for step, written in ((2, 2000), (4, 3000), (6, 1000)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (written, written))
+    arguments = SimpleNamespace(save_total_limit=2, output_dir=str(tmp_path))
+
+    KeepNewest(arguments).on_save(arguments, SimpleNamespace(best_model_checkpoint=None), None)
+
+    assert arguments.save_total_limit is None, "the Trainer must not delete any by itself"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
 def test_sigterm_writes_a_checkpoint_marks_the_run_killed_and_exits_143(sft_config, tmp_path: Path, capsys) -> None:
     """Then a resume with other data is refused with both hashes, and nothing is lost."""
     config = sft_config(trainer={**SLOW_STEPS, "max_steps": 300, "save_steps": 10000, "eval_steps": 10000})
@@ -559,6 +573,24 @@ def test_resume_with_another_config_is_refused_and_names_it(sft_config, tmp_path
     complaint = told(capsys)
     assert "config: was " in complaint
     assert "data: was" not in complaint
+
+
+def test_a_fresh_start_forgets_the_run_before_it(sft_config, monkeypatch, capsys) -> None:
+    """Killed before its first checkpoint, a new run is not mistaken for the earlier one with another configuration."""
+    config = sft_config(trainer={"max_steps": 2})
+    assert main(["--config", str(config)]) == 0
+    seed = ["--set", "seed=3"]
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing, "log_inputs", killed)
+        assert main(["--config", str(config), *seed]) == 130
+    assert main(["--config", str(config), *seed, "--resume"]) == 0
+
+    assert "nothing to resume" in told(capsys)
+    assert read_manifest("outputs/sft_adapter")["config"]["seed"] == 3
 
 
 def test_resume_without_anything_to_resume_starts_at_step_0_and_says_so(sft_config, capsys) -> None:

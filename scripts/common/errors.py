@@ -18,6 +18,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+# What torch, C libraries and the loader of shared objects say.
+NO_MEMORY_TEXTS = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
+# What safetensors (Rust) and torch.save say of a full disk; neither raises an OSError.
+FULL_TEXTS = ("os error 28", "os error 27", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
 class UserError(Exception):
@@ -68,8 +72,33 @@ def not_utf8(path: str | Path, error: UnicodeDecodeError) -> UserError:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, of the machine or of a GPU."""
+    # torch has a type of its own for a GPU only, and this module does not import torch.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(text in str(error) for text in NO_MEMORY_TEXTS)
+
+
+def explain_lack(error: Exception) -> str | None:
+    """Say what to do when memory, disk or permission is lacking; None for any other error, which is a bug."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if is_out_of_memory(error):
+        return (
+            f"memory ran out ({reason}). Lower the batch (per_device_train_batch_size, eval.batch_size, lmeval.batch_size), "
+            "max_length, max_new_tokens or the workers, choose a smaller base model, or close other programs."
+        )
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}. Correct the path or its permissions."
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}. Free some space or choose another folder."
+    if any(text in str(error) for text in FULL_TEXTS):
+        return f"cannot write: {reason}. Free some space or choose another folder."
+    return None
+
+
 def entry_point(main: Callable[..., int]) -> Callable[..., int]:
-    """Turn a user's mistake, an interrupt or a full disk into one message and an exit code."""
+    """Turn a user's mistake, an interrupt, a full disk or a lack of memory into one message and an exit code."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
@@ -81,16 +110,11 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
             message, code = "", interrupt.exit_code
         except KeyboardInterrupt:
             message, code = "interrupted", EXIT_SIGINT
-        except OSError as error:
-            if error.errno not in FULL + UNUSABLE:
+        except Exception as error:
+            explained = explain_lack(error)
+            if explained is None:
                 raise
-            where = f" at {error.filename}" if error.filename else ""
-            message, code = (
-                f"error: cannot write{where}: {error.strerror}. Free some space or choose another folder.",
-                EXIT_MISTAKE,
-            )
-            if error.errno in UNUSABLE:
-                message = f"error: {error.filename or 'a file'}: {error.strerror}. Correct the path or its permissions."
+            message, code = f"error: {explained}", EXIT_MISTAKE
         if message:
             sys.stderr.write(message + "\n")
         return code

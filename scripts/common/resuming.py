@@ -75,6 +75,7 @@ def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool, process
         if last:
             log.warning("starting over; an interrupted run had reached %s (--resume goes on from it)", Path(last).name)
         shutil.rmtree(checkpoints, ignore_errors=True)
+        state_file.unlink(missing_ok=True)  # this run's own follows; until then there is nothing to go on from
         return Resumption(mlflow_run_id=state and state["mlflow_run_id"])
     if state is None:
         log.warning("--resume: nothing to resume in %s; starting at step 0", run_dir)

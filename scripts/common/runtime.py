@@ -217,6 +217,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
@@ -252,3 +253,26 @@ def trapped_signals() -> Iterator[StopSignal]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let a request to stop wait for the end of a short block that must not be cut in two; a second one does not wait."""
+    came: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            signal.signal(number, previous[number])
+            came.clear()
+            signal.raise_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {int(number): signal.signal(number, hold) for number in numbers}
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, previous[number])
+        for caught in came:
+            signal.raise_signal(caught)

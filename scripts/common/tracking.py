@@ -11,7 +11,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from scripts.common.artifacts import git_state
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import Interrupted, UserError
 from scripts.common.processes import decided_by_first
-from scripts.common.runtime import is_main_process
+from scripts.common.runtime import is_main_process, signals_held
 
 log = logging.getLogger(__name__)
 
@@ -125,14 +125,12 @@ def open_store(config: LoadedConfig) -> None:
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks; our warning says it in a line
     try:
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(config.values.tracking.experiment)
     except Exception as error:  # the store decides what it raises
-        raise UserError(
-            f"tracking.mlflow_tracking_uri: cannot open {uri}: {_first_line(error)}\n"
-            "Start that store, or use sqlite:///mlflow.db, which needs no server."
-        ) from None
+        raise _cannot_open(config, error) from None
 
 
 @contextmanager
@@ -162,35 +160,42 @@ def tracked_run(
         "git_dirty": str(git["dirty"]),
     }
     status_before = _status(earlier)
-    if status_before == "RUNNING" and not resume:
-        mlflow.MlflowClient().set_terminated(earlier, "KILLED")
-    mlflow.start_run(
-        run_id=earlier if resume and status_before else None,
-        run_name=stage,
-        tags=tags,
-        parent_run_id=parent_run_id if _status(parent_run_id) else None,  # it may lie in another store
-        log_system_metrics=True,
-    )
-    active = mlflow.active_run()
-    tracker = Tracker(mlflow.MlflowClient(), active.info.run_id)
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
-        status = "KILLED"
-        raise
-    except BaseException:
-        text = traceback.format_exc()
-        tracker._send(lambda: tracker._client.log_text(tracker.run_id, text, "traceback.txt"))
-        raise
-    finally:
-        tracker.flush()
-        if tracker.waiting:
-            log.warning(
-                "%d entries could not be delivered to MLflow; manifest.json holds the final figures", tracker.waiting
+    with ExitStack() as held:
+        held.enter_context(signals_held())  # a run that was interrupted while it opens would stay RUNNING for ever
+        try:
+            if status_before == "RUNNING" and not resume:
+                mlflow.MlflowClient().set_terminated(earlier, "KILLED")
+            mlflow.start_run(
+                run_id=earlier if resume and status_before else None,
+                run_name=stage,
+                tags=tags,
+                parent_run_id=parent_run_id if _status(parent_run_id) else None,  # it may lie in another store
+                log_system_metrics=True,
             )
-        _end_run(status)
+        except Exception as error:
+            raise _cannot_open(config, error) from None
+        tracker = Tracker(mlflow.MlflowClient(), mlflow.active_run().info.run_id)
+        status = "FAILED"
+        try:
+            held.close()
+            yield tracker
+            status = "FINISHED"
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        except BaseException:
+            text = traceback.format_exc()
+            tracker._send(lambda: tracker._client.log_text(tracker.run_id, text, "traceback.txt"))
+            raise
+        finally:
+            with signals_held():
+                tracker.flush()
+                if tracker.waiting:
+                    log.warning(
+                        "%d entries could not be delivered to MLflow; manifest.json holds the final figures",
+                        tracker.waiting,
+                    )
+                _end_run(status)
 
 
 def _end_run(status: str) -> None:
@@ -211,8 +216,16 @@ def _status(run_id: str | None) -> str | None:
         return None
 
 
+def _cannot_open(config: LoadedConfig, error: Exception) -> UserError:
+    return UserError(
+        f"tracking.mlflow_tracking_uri: cannot open {config.values.tracking.mlflow_tracking_uri}: {_first_line(error)}\n"
+        "Start that store, or use sqlite:///mlflow.db, which needs no server; with a full disk, free some space."
+    )
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    told = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]  # SQLAlchemy
+    return (told or [type(error).__name__])[0][:200]
 
 
 def describe_store(uri: str, timeout_seconds: float) -> str:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from scripts.common.errors import Interrupted, UserError
@@ -177,8 +178,8 @@ def make_arguments(kind: Any, stage: Stage, **arguments: Any) -> Any:
 
 
 def training_callbacks(section: Training, arguments: Any, tracker: Tracker, stop: StopSignal) -> list[TrainerCallback]:
-    """Return progress with tracking, and early stopping where it was asked for and can work."""
-    callbacks: list[TrainerCallback] = [ProgressAndTracking(tracker, stop)]
+    """Return progress with tracking, the rotation of checkpoints, and early stopping where it was asked for and can work."""
+    callbacks: list[TrainerCallback] = [ProgressAndTracking(tracker, stop), KeepNewest(arguments)]
     if section.early_stopping_patience and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(section.early_stopping_patience))
     elif section.early_stopping_patience:
@@ -236,6 +237,17 @@ class ProgressAndTracking(TrainerCallback):
         self.stop.deferred = False
         if self.bar is not None:
             self.bar.close()
+
+
+class KeepNewest(TrainerCallback):
+    """Keep the newest checkpoints by their step; the Trainer goes by file times, which a clock turned back upsets."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.limit, arguments.save_total_limit = arguments.save_total_limit, None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_main_process():
+            rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
 
 
 def metric_name(key: str) -> str:
