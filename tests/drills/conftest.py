@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,6 +37,7 @@ class Table:
         counted = sorted({word: outcomes.count(word) for word in outcomes}.items(), key=lambda item: -item[1])
         what = ", ".join(f"{word} ({count})" if len(counted) > 1 else word for word, count in counted)
         self.rows[fault, stage] = (len(outcomes) + len(lost), len(lost), what)
+        self.write()  # at once: a drill that is cut off keeps what it has found
 
     def write(self) -> None:
         """Renew the rows that were tried, keep the others."""
@@ -69,9 +69,6 @@ def describe_machine() -> str:
 
 
 @pytest.fixture(scope="session")
-def table() -> Iterator[Table]:
-    """Return the table; it is written when the session ends."""
-    table = Table()
-    yield table
-    if table.rows:
-        table.write()
+def table() -> Table:
+    """Return the table."""
+    return Table()
