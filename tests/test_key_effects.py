@@ -78,7 +78,7 @@ def test_key_reaches_the_trainer(folder: Path, tmp_path: Path, name: str, overri
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_early_stopping_is_on_only_when_asked_for(folder: Path, name: str) -> None:
-    arguments = SimpleNamespace(load_best_model_at_end=True)
+    arguments = SimpleNamespace(load_best_model_at_end=True, save_total_limit=None)
     counts = []
     for patience in (0, 3):
         config = load_config(folder / "config.yaml", [f"{name}.early_stopping_patience={patience}"])
