@@ -97,6 +97,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     from datasets import Dataset
     from trl import DPOConfig
 
+    from scripts.common.compiling import compile_layers
     from scripts.common.fast_path import score_answers_only
     from scripts.common.preferences import PreferenceTrainer
     from scripts.common.training import (
@@ -109,11 +110,13 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
 
     values = stage.config.values
     plan = plan_training(values, values.dpo, origin.base_folder, machine, train, sequences_per_row=2)
-    plan.check_fits(machine)
+    plan.settle(machine)
     seed_everything(values.seed)
     policy = load_policy(stage, machine, origin)
     if values.performance.fast_path:
         score_answers_only(machine.device)
+    if plan.compiled:
+        compile_layers(policy)
     steps = total_steps(values.dpo, len(train), machine.processes)
     arguments = trainer_arguments(
         stage,

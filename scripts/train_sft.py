@@ -58,6 +58,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     from datasets import Dataset
     from trl import SFTConfig
 
+    from scripts.common.compiling import compile_layers
     from scripts.common.fast_path import score_answers_only, speed_up
     from scripts.common.modeling import add_lora, load_base, save_initialisation
     from scripts.common.training import AnswerLossTrainer, make_arguments, plan_training, total_steps, trainer_arguments
@@ -65,7 +66,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     assert stage.run_dir is not None
     values = stage.config.values
     plan = plan_training(values, values.sft, origin.base_folder, machine, train)
-    plan.check_fits(machine)
+    plan.settle(machine)
     seed_everything(values.seed)
     base = load_base(origin.base_folder, values, machine)
     model = add_lora(base, values.lora, values.base_model_id)
@@ -74,6 +75,8 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     if values.performance.fast_path:
         score_answers_only(machine.device)
         speed_up(model)
+    if plan.compiled:
+        compile_layers(model)
     steps = total_steps(values.sft, len(train), machine.processes)
     arguments = trainer_arguments(
         stage, machine, steps=steps, validation=bool(validation), checkpointing=plan.checkpointing

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from scripts.common.config import ROOT
 from scripts.common.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, UserError
 from scripts.common.schema import Config
 
@@ -49,6 +50,8 @@ def prepare_environment(config: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # What was compiled once is taken from here by the next run. torch's own place, below /tmp, may be another user's.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "outputs" / ".compiled"))
     if config.offline:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 

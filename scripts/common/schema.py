@@ -173,6 +173,10 @@ class Performance(Section):
         True,
         description="Score only answer tokens and multiply adapters in the base's dtype; exact in fp32, much faster on a CPU.",
     )
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="Compile the decoder layers: a third faster on a CPU, after half a minute or more; `auto` when a run is long enough. Needs a C++ compiler.",
+    )
     group_by_length: bool = Field(True, description="Put records of similar length into the same batch; less padding.")
 
 

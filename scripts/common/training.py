@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from scripts.common.compiling import choose_compilation
 from scripts.common.errors import Interrupted, UserError
 from scripts.common.fast_path import GroupedByLength
 from scripts.common.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
@@ -47,14 +48,16 @@ def total_steps(section: Training, rows: int, world_size: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run uses memory, and why."""
+    """How a run uses memory and time, and why."""
 
     estimate: MemoryEstimate
     checkpointing: bool
+    compiled: bool
     reasons: tuple[str, ...]
 
-    def check_fits(self, machine: Machine) -> None:
-        """Refuse a run that cannot fit, and name the settings that would make it fit."""
+    def settle(self, machine: Machine) -> None:
+        """Say what was decided; refuse a run that cannot fit, and name the settings that would make it fit."""
+        log.info("%s", "; ".join(self.reasons))
         free = decided_by_first(lambda: available_memory_gib(machine.device))
         if self.estimate.total > free:
             raise UserError(
@@ -72,7 +75,7 @@ def plan_training(
     rows: Sequence[Rendered],
     sequences_per_row: int = 1,
 ) -> Plan:
-    """Estimate memory for the largest batch and decide on gradient checkpointing."""
+    """Estimate memory for the largest batch; decide on gradient checkpointing and on compiling."""
     batch = section.per_device_train_batch_size
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
     tokens = batch * sequences_per_row * len(largest[-1].input_ids)
@@ -91,7 +94,10 @@ def plan_training(
         reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {estimate(False).total:.1f} GiB needed without it, {free:.1f} free"
     else:
         checkpointing, reason = wanted, f"gradient checkpointing {'on' if wanted else 'off'}: asked for"
-    return Plan(estimate(checkpointing), checkpointing, (reason,))
+    seen = total_steps(section, len(rows), machine.processes) * batch * section.gradient_accumulation_steps
+    mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
+    compiled, why = choose_compilation(config, machine, base_folder, seen * sequences_per_row * mean_tokens)
+    return Plan(estimate(checkpointing), checkpointing, compiled, (reason, why))
 
 
 class AnswerLossTrainer(GroupedByLength, SFTTrainer):

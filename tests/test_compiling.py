@@ -1,0 +1,110 @@
+"""Compiled layers: chosen by the planned work alone, the same numbers in fp32, and only where gradients are wanted."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.common import compiling
+from scripts.common.compiling import REPAID_FROM_FLOP, choose_compilation, compile_layers
+from scripts.common.errors import UserError
+from scripts.common.fast_path import speed_up
+from scripts.common.memory import parameter_count
+from scripts.common.modeling import add_lora, load_base
+from scripts.common.runtime import Machine
+from scripts.common.schema import Config, Lora, Performance, Quantization
+from tests.conftest import save_tiny_model
+
+CPU, GPU = (Machine(device, torch.float32, 1, 1, ()) for device in ("cpu", "cuda"))
+QUANTISED = Config(quantization=Quantization(load_in_4bit=True))
+
+
+def config(compile: object) -> Config:
+    return Config(performance=Performance(compile=compile))
+
+
+def test_work_decides_and_not_a_clock(tiny_llama: Path) -> None:
+    enough = REPAID_FROM_FLOP / (4 * parameter_count(tiny_llama))
+
+    assert choose_compilation(config("auto"), CPU, tiny_llama, enough * 1.01)[0]
+    assert not choose_compilation(config("auto"), CPU, tiny_llama, enough * 0.99)[0]
+    assert not choose_compilation(config("auto"), GPU, tiny_llama, enough * 1.01)[0]
+    assert choose_compilation(config(True), CPU, tiny_llama, 1) == (True, "layers compiled: asked for")
+    assert choose_compilation(config(False), CPU, tiny_llama, enough * 9) == (False, "layers not compiled: asked for")
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "said"),
+    [("quantised", "a quantised base"), ("compiler", "no C++ compiler"), ("headers", "python3-dev"), ("slow", "fast_path")],
+)
+def test_what_cannot_be_compiled_is_not_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path, obstacle: str, said: str
+) -> None:
+    changes: dict = {}
+    if obstacle == "compiler":
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    elif obstacle == "headers":
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    elif obstacle == "quantised":
+        changes["quantization"] = Quantization(load_in_4bit=True)
+    slow = {"fast_path": False} if obstacle == "slow" else {}
+
+    chosen, why = choose_compilation(Config(performance=Performance(**slow), **changes), CPU, tiny_llama, 1e18)
+
+    assert not chosen
+    assert said in why
+    with pytest.raises(UserError, match=r"performance\.compile: found true, but .*" + said.replace("+", r"\+")):
+        choose_compilation(Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, 1e18)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_layer_but_the_first_is_compiled(tmp_path: Path, architecture: str) -> None:
+    model = add_lora(load_base(save_tiny_model(tmp_path / "m", architecture), Config(), CPU), Lora(r=4), "m")
+
+    compile_layers(model)
+
+    inner = model.get_base_model()
+    layers = inner.model.layers if architecture == "llama" else inner.transformer.h
+    assert ["forward" in vars(layer) for layer in layers] == [False] + [True] * (len(layers) - 1)
+
+
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_course_in_fp32(tiny_llama: Path) -> None:
+    """Batches of other sizes and lengths are no new compilation, and a pass without gradients compiles nothing."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(5, 500, shape, generator=generator) for shape in ((3, 24), (2, 31), (4, 17), (3, 40))]
+
+    def course(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = add_lora(load_base(tiny_llama, Config(), CPU), Lora(r=4), "m")
+        speed_up(model)
+        if compiled:
+            compile_layers(model)
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(weights, lr=0.5)
+        losses = []
+        for ids in batches:
+            mask = torch.ones_like(ids)
+            mask[0, :5] = 0
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=mask)
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return [*losses, *(weight.detach() for weight in weights)]
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    quick = course(True)
+    assert counters["stats"]["unique_graphs"] == 1
+    slow = course(False)
+
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=0) for a, b in zip(quick, slow, strict=True))
+    assert slow[0] - slow[3] != 0
+    assert any(weight.abs().max() > 1e-3 for weight in slow[len(batches) :])
