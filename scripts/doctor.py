@@ -138,11 +138,12 @@ def check_memory(config: LoadedConfig) -> Iterator[Finding]:
         yield Finding("ok", f"{free}; what a run takes is known once the base model is here")
         return
     most = {}
-    for name, section, sequences in (("sft", values.sft, 1), ("dpo", values.dpo, 2)):
-        tokens = section.per_device_train_batch_size * section.max_length * sequences
+    for name, section, per_row in (("sft", values.sft, 1), ("dpo", values.dpo, 2)):
+        sequences = section.per_device_train_batch_size * per_row
         most[name] = estimate_memory(
-            folder, values, batch_tokens=tokens, answer_tokens=tokens, bytes_per_value=machine.dtype.itemsize,
-            cpu=machine.device == "cpu", checkpointing=values.performance.gradient_checkpointing is True,
+            folder, values, sequences=sequences, longest=section.max_length,
+            answer_tokens=sequences * section.max_length, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
+            checkpointing=values.performance.gradient_checkpointing is True, compiled=False,
         ).total  # fmt: skip
     name = max(most, key=lambda stage: most[stage])
     text = f"{free}; training takes {most[name]:.1f} at most ({name}, batches full of {name}.max_length)"

@@ -38,7 +38,12 @@ def test_work_decides_and_not_a_clock(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("obstacle", "said"),
-    [("quantised", "a quantised base"), ("compiler", "no C++ compiler"), ("headers", "python3-dev"), ("slow", "fast_path")],
+    [
+        ("quantised", "a quantised base"),
+        ("compiler", "no C++ compiler"),
+        ("headers", "python3-dev"),
+        ("slow", "fast_path"),
+    ],
 )
 def test_what_cannot_be_compiled_is_not_and_says_why(
     monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path, obstacle: str, said: str

@@ -50,6 +50,11 @@ def sft_origin(values: Config):
     return Origin(base, load_tokenizer(base), "")
 
 
+def last_layer(trainer):
+    """Return the last decoder layer, which has a forward of its own where it is compiled."""
+    return trainer.model.get_base_model().model.layers[-1]
+
+
 SHARED: list[tuple[str, Callable, object]] = [
     ("num_train_epochs=7", lambda trainer: trainer.args.num_train_epochs, 7),
     ("learning_rate=0.125", lambda trainer: trainer.args.learning_rate, 0.125),
@@ -62,6 +67,7 @@ EFFECTS = [
     ("sft", "seed=9", lambda trainer: trainer.args.seed, 9),
     ("sft", "performance.group_by_length=false", lambda trainer: trainer.group_by_length, False),
     ("sft", "performance.gradient_checkpointing=true", lambda trainer: trainer.args.activation_checkpointing, True),
+    ("sft", "performance.compile=true", lambda trainer: "forward" in vars(last_layer(trainer)), True),
     ("sft", "lora.init=gaussian", lambda trainer: trainer.model.peft_config["default"].init_lora_weights, "gaussian"),
     ("dpo", "performance.fast_path=false", lambda trainer: trainer.fast_path, False),
     ("dpo", "dpo.beta=0.7", lambda trainer: trainer.beta, 0.7),

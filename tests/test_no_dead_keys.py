@@ -125,6 +125,7 @@ PROOFS = {
     "performance.threads": "test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.gradient_checkpointing": EFFECTS,
     "performance.fast_path": EFFECTS,
+    "performance.compile": EFFECTS,
     "performance.group_by_length": EFFECTS,
     "eval.output_dir": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",
     "eval.max_new_tokens": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",

@@ -101,7 +101,15 @@ def test_estimated_weights_are_those_that_are_held(tiny_llama: Path, quantizatio
     pytest.importorskip("bitsandbytes")
     config = Config(quantization=Quantization(**quantization))
 
-    shape = {"batch_tokens": 1, "answer_tokens": 1, "bytes_per_value": 2, "cpu": True, "checkpointing": False}
+    shape = {
+        "sequences": 1,
+        "longest": 1,
+        "answer_tokens": 1,
+        "bytes_per_value": 2,
+        "cpu": True,
+        "checkpointing": False,
+        "compiled": False,
+    }
     estimate = estimate_memory(tiny_llama, config, **shape)
 
     assert estimate.weights * 2**30 == pytest.approx(

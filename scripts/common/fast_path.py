@@ -16,14 +16,13 @@ import torch.utils.checkpoint
 from torch.nn import functional
 from torch.utils.data import Sampler
 
+from scripts.common.memory import SHORT_ROW_TOKENS
+
 log = logging.getLogger(__name__)
 
 # Logits of one tile; what lies beyond is recomputed in the backward pass instead of being kept.
 TILE_BYTES = 512 * 2**20
 BLOCK_BYTES = 4 * 2**20  # logits looked at together in fp32: few enough to stay in the processor's cache
-# Up to this many tokens plain attention beats torch's fused CPU kernel, whose backward pass takes a fifth of a step; its
-# attention weights are kept for the backward pass, so memory grows with the square of the length.
-SHORT_ROW_TOKENS = 512
 
 
 def score_answers_only(device: str) -> bool:
@@ -222,6 +221,8 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attend plainly while training on short rows and from a single new token, with torch's fused kernel otherwise.
 
+    The backward pass of the fused CPU kernel would take a fifth of a step; the memory of plain attention grows with the
+    square of the length.
     Shapes: query (B, H, T, D), key and value (B, G, S, D) with H a multiple of G; returns (B, T, H, D).
     """
     batch, heads, tokens, size = query.shape

@@ -14,7 +14,9 @@ from scripts.common.schema import Config
 GIB = 2**30
 LIBRARIES_GIB = 0.9  # torch, transformers, TRL and MLflow in one CPU process
 # Values kept for the backward pass, per token and layer: multiples of the hidden and the intermediate size.
-HIDDEN_VALUES, INTERMEDIATE_VALUES = 16, 5
+EAGER_VALUES, COMPILED_VALUES = (16, 5), (11, 3.5)
+# Up to this many tokens a CPU attends plainly (fast_path.py): its attention weights are kept for the backward pass.
+SHORT_ROW_TOKENS = 512
 SAFETY_RATIO = 0.9  # of what is free
 NF4_BYTES, INT8_BYTES = 0.52, 1.01  # per weight, with its share of the scales
 
@@ -55,15 +57,17 @@ def estimate_memory(
     folder: Path,
     config: Config,
     *,
-    batch_tokens: int,
+    sequences: int,
+    longest: int,
     answer_tokens: int,
     bytes_per_value: int,
     cpu: bool,
     checkpointing: bool,
+    compiled: bool,
 ) -> MemoryEstimate:
     """Estimate a run's peak from the model's shape and its largest batch.
 
-    Units: batch_tokens and answer_tokens are those of the largest forward pass, padding included.
+    That is its largest forward pass: so many sequences, padded to the tokens of the longest, with so many answer tokens.
     """
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     hidden = shape.get("hidden_size") or shape.get("n_embd", 0)
@@ -74,13 +78,18 @@ def estimate_memory(
         shrunk = NF4_BYTES if config.quantization.load_in_4bit else INT8_BYTES
         weight_bytes -= parameter_count(folder, of_decoder_matrices=True) * (bytes_per_value - shrunk)
     adapter_parameters = layers * config.lora.r * (8 * hidden + 3 * (hidden + intermediate))
-    per_layer = HIDDEN_VALUES * hidden + INTERMEDIATE_VALUES * intermediate
+    of_hidden, of_intermediate = COMPILED_VALUES if compiled else EAGER_VALUES
+    per_layer = of_hidden * hidden + of_intermediate * intermediate
     kept = (layers * hidden + per_layer) if checkpointing else layers * per_layer
+    attended = 0
+    if cpu and config.performance.fast_path and longest <= SHORT_ROW_TOKENS:
+        heads = shape.get("num_attention_heads") or shape.get("n_head", 0)
+        attended = sequences * heads * longest**2 * (1 if checkpointing else layers)
     return MemoryEstimate(
         weights=weight_bytes / processes_that_split_the_model() / GIB,
         adapter=adapter_parameters * 16 / GIB,  # fp32 weight, gradient and two Adam moments
-        activations=batch_tokens * kept * bytes_per_value / GIB,
-        logits=answer_tokens * shape.get("vocab_size", 0) * 4 * 3 / GIB,  # logits, log-probs and their gradient in fp32
+        activations=(sequences * longest * kept + attended) * bytes_per_value / GIB,
+        logits=answer_tokens * shape.get("vocab_size", 0) * bytes_per_value * 2 / GIB,  # and their gradient
         libraries=LIBRARIES_GIB if cpu else 0.0,
     )
 

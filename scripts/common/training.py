@@ -78,13 +78,16 @@ def plan_training(
     """Estimate memory for the largest batch; decide on gradient checkpointing and on compiling."""
     batch = section.per_device_train_batch_size
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
-    tokens = batch * sequences_per_row * len(largest[-1].input_ids)
+    seen = total_steps(section, len(rows), machine.processes) * batch * section.gradient_accumulation_steps
+    mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
+    compiled, why = choose_compilation(config, machine, base_folder, seen * sequences_per_row * mean_tokens)
     answers = sum(row.trained_tokens for row in largest)
 
     def estimate(checkpointing: bool) -> MemoryEstimate:
         return estimate_memory(
-            base_folder, config, batch_tokens=tokens, answer_tokens=answers, bytes_per_value=machine.dtype.itemsize,
-            cpu=machine.device == "cpu", checkpointing=checkpointing,
+            base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
+            answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
+            checkpointing=checkpointing, compiled=compiled,
         )  # fmt: skip
 
     wanted = config.performance.gradient_checkpointing
@@ -94,9 +97,6 @@ def plan_training(
         reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {estimate(False).total:.1f} GiB needed without it, {free:.1f} free"
     else:
         checkpointing, reason = wanted, f"gradient checkpointing {'on' if wanted else 'off'}: asked for"
-    seen = total_steps(section, len(rows), machine.processes) * batch * section.gradient_accumulation_steps
-    mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
-    compiled, why = choose_compilation(config, machine, base_folder, seen * sequences_per_row * mean_tokens)
     return Plan(estimate(checkpointing), checkpointing, compiled, (reason, why))
 
 
