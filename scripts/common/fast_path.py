@@ -145,7 +145,8 @@ class _AdaptedProduct(torch.autograd.Function):
     """Compute x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, equation 3) and its gradients, adding in place.
 
     Operation by operation, the scaling and the sums each pass over a matrix of the size of the output once more,
-    forwards and backwards. Shapes: x (…, I), weight (O, I), A (R, I), B (O, R).
+    forwards and backwards; in a compiled layer they melt into what comes next, and adding in place would cost a copy.
+    Shapes: x (…, I), weight (O, I), A (R, I), B (O, R).
     """
 
     @staticmethod
@@ -154,7 +155,8 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         rows, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
         down = rows @ A.T
-        output = functional.linear(rows, weight, bias).addmm_(down, B.T, alpha=s)
+        output = functional.linear(rows, weight, bias)
+        output = output + (down @ B.T) * s if torch.compiler.is_compiling() else output.addmm_(down, B.T, alpha=s)
         ctx.save_for_backward(rows, weight, A, B, down)
         ctx.scaling = s
         return output.view(*x.shape[:-1], -1)
@@ -164,9 +166,11 @@ class _AdaptedProduct(torch.autograd.Function):
         rows, weight, A, B, down = ctx.saved_tensors
         slope = gradient.reshape(-1, gradient.shape[-1])
         inner = (slope @ B).mul_(ctx.scaling)
-        towards_x = (
-            (slope @ weight).addmm_(inner, A).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        )
+        towards_x = None
+        if ctx.needs_input_grad[0]:
+            towards_x = slope @ weight
+            towards_x = towards_x + inner @ A if torch.compiler.is_compiling() else towards_x.addmm_(inner, A)
+            towards_x = towards_x.view(*gradient.shape[:-1], -1)
         towards_B = (down.T @ slope).T  # a third faster than slope.T @ down, which turns the larger matrix
         return towards_x, None, None, (inner.T @ rows).float(), towards_B.float().mul_(ctx.scaling), None
 
