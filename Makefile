@@ -18,7 +18,7 @@ demo: setup
 
 test: setup
 	$(RUN) -m scripts.get_demo_model
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def test_work_decides_and_not_a_clock(tiny_llama: Path) -> None:
     ("obstacle", "said"),
     [
         ("quantised", "a quantised base"),
-        ("compiler", "no C++ compiler"),
+        ("compiler", "no working C++ compiler"),
+        ("broken compiler", "no working C++ compiler (false)"),
         ("headers", "python3-dev"),
         ("slow", "fast_path"),
     ],
@@ -51,6 +53,8 @@ def test_what_cannot_be_compiled_is_not_and_says_why(
     changes: dict = {}
     if obstacle == "compiler":
         monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    elif obstacle == "broken compiler":
+        monkeypatch.setenv("CXX", "false")
     elif obstacle == "headers":
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     elif obstacle == "quantised":
@@ -61,7 +65,7 @@ def test_what_cannot_be_compiled_is_not_and_says_why(
 
     assert not chosen
     assert said in why
-    with pytest.raises(UserError, match=r"performance\.compile: found true, but .*" + said.replace("+", r"\+")):
+    with pytest.raises(UserError, match="performance.compile: found true, but .*" + re.escape(said)):
         choose_compilation(Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, 1e18)
 
 
@@ -74,6 +78,23 @@ def test_every_layer_but_the_first_is_compiled(tmp_path: Path, architecture: str
     inner = model.get_base_model()
     layers = inner.model.layers if architecture == "llama" else inner.transformer.h
     assert ["forward" in vars(layer) for layer in layers] == [False] + [True] * (len(layers) - 1)
+
+
+def test_layers_that_torch_cannot_compile_name_the_key(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
+    def fails(forward: object, dynamic: bool) -> object:
+        def compiled(*args: object, **kwargs: object) -> None:
+            raise torch._dynamo.exc.TorchDynamoException("no such instruction\nand so on")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fails)
+    model = add_lora(load_base(tiny_llama, Config(), CPU), Lora(r=4), "m")
+    compile_layers(model)
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 9)[None])
+
+    with pytest.raises(UserError, match=r"performance\.compile: .*\(no such instruction\)\. Set it to false"):
+        model(input_ids=torch.arange(5, 9)[None])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -51,8 +52,8 @@ def _obstacle(config: Config) -> str | None:
     if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
         return "a quantised base cannot be"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler):
-        return f"there is no C++ compiler ({compiler})"
+    if not shutil.which(compiler) or subprocess.run([compiler, "--version"], capture_output=True).returncode:
+        return f"there is no working C++ compiler ({compiler})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's headers are not installed (Debian: python3-dev)"
     return None
@@ -65,19 +66,31 @@ def compile_layers(model: Any) -> None:
     gradient, so it would need a second one.
     """
     base = model.get_base_model()
-    layers = next(
-        module
-        for module in base.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == base.config.num_hidden_layers
-    )
-    for layer in list(layers)[1:]:
+    count = base.config.num_hidden_layers
+    lists = [each for each in base.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == count]
+    if not lists:
+        log.warning(
+            "performance.compile: found no list of %d decoder layers in this model; it trains uncompiled", count
+        )
+        return
+    for layer in list(lists[0])[1:]:
         layer.forward = _compiled_for_training(layer.forward)
 
 
 def _compiled_for_training(forward: Any) -> Any:
+    from torch._dynamo.exc import TorchDynamoException
+
     compiled = torch.compile(forward, dynamic=True)
 
     def choose(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"performance.compile: torch cannot compile this model's layers here ({reason[:200]}). Set it to false."
+            ) from error
 
     return choose

@@ -265,7 +265,7 @@ class SimilarLengthSampler(Sampler[int]):
     """Yield indices so that consecutive batches hold records of similar length, in an order that differs by epoch.
 
     A batch here is what one optimizer step sees: its parts are equally long on every process, and it is the same
-    however it is split over processes and accumulated gradients. Lengths are jittered by a tenth, so that batches differ between epochs too; the batch order is random, so no trend
+    however it is split over processes and accumulated gradients. Lengths are jittered by 3 %, so that batches differ between epochs too; the batch order is random, so no trend
     in length runs through an epoch. The order depends on seed and epoch alone: a resumed run sees the same batches.
     """
 
@@ -281,7 +281,7 @@ class SimilarLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(self.seed * 1_000_003 + self.epoch)
-        jittered = [length * generator.uniform(0.9, 1.1) for length in self.lengths]
+        jittered = [length * generator.uniform(0.97, 1.03) for length in self.lengths]
         order = sorted(range(len(self.lengths)), key=jittered.__getitem__)
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         short = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a short batch must come last
