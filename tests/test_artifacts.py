@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import locale
+import os
+import shutil
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +22,13 @@ from scripts.common import artifacts
 from scripts.common.artifacts import (
     MANIFEST,
     artifact_sha256,
+    check_replaceable,
     git_state,
     locked_run_dir,
+    package_versions,
     parent_entry,
     portable_path,
+    private,
     publish,
     read_manifest,
     sha256_file,
@@ -64,10 +74,88 @@ def test_manifest_says_what_was_written_and_with_what(tmp_path: Path) -> None:
         "weights.bin": sha256_file(folder / "weights.bin"),
     }
     assert {"torch", "transformers", "trl", "peft"} <= manifest["packages"].keys()
+    assert manifest["packages"]["torch"] == version("torch")
     assert manifest["git"] == git_state()
     assert manifest["schema"] == 1
     assert datetime.now(UTC) - datetime.fromisoformat(manifest["created"]) < timedelta(minutes=5)
     assert len(manifest["created"]) == len("2026-01-01T00:00:00+00:00"), "whole seconds, in UTC"
+
+
+@pytest.fixture
+def ascii_locale() -> Iterator[None]:
+    """Write and read text as a bare server does, whose locale knows no letter beyond ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
+
+
+@pytest.mark.usefixtures("ascii_locale")
+def test_manifest_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "a", note="ü")
+
+    assert '"note": "ü"'.encode() in (folder / MANIFEST).read_bytes()
+    assert read_manifest(folder)["note"] == "ü"
+
+
+def test_versions_are_those_installed_and_a_package_that_is_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "PACKAGES", ("filelock", "no-such-package", "pydantic"))
+
+    assert package_versions() == {"filelock": version("filelock"), "pydantic": version("pydantic")}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Take a new git checkout with one commit for the one this code lies in."""
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (
+        ("GIT_CONFIG_GLOBAL", os.devnull), ("GIT_CONFIG_NOSYSTEM", "1"), ("GIT_CEILING_DIRECTORIES", str(tmp_path)),
+        *((f"GIT_{who}_{what}", "someone") for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "code.py").write_text("1")
+    for arguments in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    monkeypatch.setattr(artifacts, "ROOT", folder)
+    return folder
+
+
+def test_git_state_names_the_commit_and_whether_its_files_were_edited(checkout: Path) -> None:
+    told = subprocess.run(["git", "log", "-1", "--format=%H"], cwd=checkout, capture_output=True, text=True, check=True)
+    commit = told.stdout.strip()
+
+    assert git_state() == {"commit": commit, "dirty": False}
+    (checkout / "outputs.txt").write_text("a file that git was not told of is no edit")
+    assert git_state() == {"commit": commit, "dirty": False}
+    (checkout / "code.py").write_text("2")
+    assert git_state() == {"commit": commit, "dirty": True}
+
+
+def test_git_state_is_null_where_git_cannot_tell(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(checkout / ".git")
+    assert git_state() == {"commit": None, "dirty": None}, "no checkout"
+
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    assert git_state() == {"commit": None, "dirty": False}, "no commit yet"
+
+    monkeypatch.setenv("PATH", str(checkout))
+    assert git_state() == {"commit": None, "dirty": None}, "git is not installed"
+
+
+def test_private_file_is_open_to_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        for text in ("one\n", "two\n"):
+            with open(tmp_path / "log", "a", encoding="utf-8", opener=private) as file:
+                file.write(text)
+    finally:
+        os.umask(before)
+
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
 
 
 def test_hashes_are_those_that_other_programs_compute(tmp_path: Path) -> None:
@@ -125,6 +213,52 @@ def test_folder_whose_files_are_not_those_of_its_manifest_is_refused(tmp_path: P
     assert read_manifest(folder, verify=False)["stage"] == "sft"
 
 
+@pytest.mark.parametrize("name", ["../outside.bin", "inner/../../outside.bin", "{outside}", "weights\0.bin"])
+def test_manifest_that_names_a_file_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder, outside = make_artifact(tmp_path / "a"), tmp_path / "outside.bin"
+    outside.write_text("secret")
+    name = name.format(outside=outside)
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {name: sha256_file(outside)}}))
+
+    assert refusal(folder) == f"{path}: files: found {name!r}, wanted names inside the folder."
+
+
+def test_file_that_a_library_would_load_unasked_is_refused_and_any_other_is_not(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "a")
+    (folder / "notes.txt").write_text("x")
+    assert read_manifest(folder)["stage"] == "sft"
+
+    (folder / "config.json").write_text("{}")
+
+    assert refusal(folder) == (
+        f"{folder / 'config.json'}: was added since manifest.json was written. Restore the folder or make it again."
+    )
+    assert read_manifest(folder, verify=False)["stage"] == "sft"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"base_model": ["model"]}, "base_model: input should be a valid dictionary"),
+        ({"base_model": {**FACTS["base_model"], "revision": 3}}, "base_model.revision: input should be a valid string"),
+        ({"base_model": {"id": "model", "revision": None}}, "base_model.fingerprint: field required"),
+        ({"datasets": [{}, "a"]}, "datasets.1: input should be a valid dictionary"),
+        ({"mlflow": {}}, "mlflow.run_id: field required"),
+    ],
+)
+def test_model_whose_manifest_lacks_a_fact_is_refused(tmp_path: Path, facts: dict, said: str) -> None:
+    folder = make_artifact(tmp_path / "a", **facts)
+
+    assert refusal(folder) == f"{folder / MANIFEST}: {said}. Restore the folder or make it again."
+
+
+def test_folder_that_holds_no_model_needs_no_facts_of_one(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "comparison")
+
+    assert read_manifest(tmp_path)["stage"] == "comparison"
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"files": {}}', "null"])
 def test_folder_without_a_valid_manifest_is_an_unfinished_run(tmp_path: Path, content: str | None) -> None:
     folder = make_artifact(tmp_path / "a")
@@ -134,8 +268,10 @@ def test_folder_without_a_valid_manifest_is_an_unfinished_run(tmp_path: Path, co
 
     told = refusal(folder)
 
-    assert "no valid manifest.json, so it was not finished" in told
-    assert "--resume" in told
+    assert told == (
+        f"{folder}: no valid manifest.json, so it was not finished by this project. "
+        "Run the stage that writes it again (with --resume to go on from its last checkpoint)."
+    )
 
 
 def test_missing_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -171,8 +307,13 @@ def test_interrupted_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(artifacts.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_text_durably(path, "new")
+    monkeypatch.undo()
 
     assert path.read_text() == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["state.json", "state.json.part"]
+    write_text_durably(path, "newer")
+    assert path.read_text() == "newer"
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
 
 
 # --- the lock
@@ -207,6 +348,100 @@ def test_lock_is_given_back_after_a_failure(tmp_path: Path) -> None:
 
 
 # --- publishing
+
+
+def test_result_may_be_put_where_nothing_or_an_earlier_one_of_its_stage_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    changed = make_artifact(tmp_path / "changed")
+    (changed / "weights.bin").write_text("edited since")
+    make_artifact(tmp_path / "interrupted").rename(tmp_path / "interrupted.old")
+
+    for name in ("absent", "empty", "changed", "interrupted"):
+        check_replaceable(tmp_path / name, "sft", "sft.output_dir")
+
+    assert (tmp_path / "interrupted").is_dir(), "the folder that was about to be replaced is back"
+
+
+@pytest.mark.parametrize("what", ["file", "empty file", "folder of the user", "other stage", "link", "dead link"])
+def test_result_is_not_put_in_the_place_of_anything_else(tmp_path: Path, what: str) -> None:
+    place = tmp_path / "place"
+    if what in ("file", "empty file"):
+        place.write_text("mine" if what == "file" else "")
+    elif what == "folder of the user":
+        place.mkdir()
+        (place / "thesis.txt").write_text("mine")
+    elif what == "other stage":
+        make_artifact(place, stage="dpo")
+    else:
+        (tmp_path / "target").mkdir()
+        place.symlink_to(tmp_path / ("target" if what == "link" else "gone"))
+
+    with pytest.raises(UserError) as caught:
+        check_replaceable(str(place), "sft", "sft.output_dir")
+
+    assert str(caught.value) == (
+        f"sft.output_dir: {place} is there already and is no folder of stage `sft`, so it will not be replaced. "
+        "Choose another one, or remove it."
+    )
+
+
+def test_first_publish_makes_the_folders_above(tmp_path: Path) -> None:
+    publish(make_artifact(tmp_path / "part"), tmp_path / "outputs" / "today" / "out")
+
+    assert read_manifest(tmp_path / "outputs" / "today" / "out")["stage"] == "sft"
+
+
+def test_publish_succeeds_though_the_previous_folder_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another program holds one of its files open on Windows, or on a network drive."""
+    out, part = make_artifact(tmp_path / "out", "old"), make_artifact(tmp_path / "part", "new")
+
+    def busy(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(artifacts.os, "unlink", busy)
+    publish(part, out)
+    monkeypatch.undo()
+
+    assert (out / "weights.bin").read_text() == "new"
+    assert (tmp_path / "out.old" / "weights.bin").read_text() == "old"
+
+
+def test_whole_folder_is_on_the_disk_before_it_is_renamed_and_the_rename_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave a finished folder with empty files."""
+    out, part = make_artifact(tmp_path / "out", "old"), make_artifact(tmp_path / "part", "new")
+    synced: dict[int, str] = {}  # inode: what had its name when it was synced
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced[os.fstat(descriptor).st_ino] = (out / "weights.bin").read_text()
+
+    monkeypatch.setattr(artifacts.os, "fsync", fsync)
+    publish(part, out)
+
+    assert synced == {path.stat().st_ino: "old" for path in (out, *out.rglob("*"))} | {tmp_path.stat().st_ino: "new"}
+
+
+def test_publish_works_where_a_folder_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    opened = []
+
+    def open_file(path: Path, flags: int) -> int:
+        if path.is_dir():
+            raise PermissionError(13, "Permission denied")
+        opened.append(path.name)
+        return os.open(path, flags)
+
+    part = make_artifact(tmp_path / "part")
+    windows = SimpleNamespace(name="nt", O_RDONLY=os.O_RDONLY, open=open_file, fsync=os.fsync, close=os.close)
+    monkeypatch.setattr(artifacts, "os", windows)
+    publish(part, tmp_path / "out")
+
+    assert sorted(opened) == ["manifest.json", "more.txt", "weights.bin"], "files are still brought to the disk"
 
 
 def test_publish_replaces_the_old_folder_whole(tmp_path: Path) -> None:
