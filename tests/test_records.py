@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import locale
 import random
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +26,7 @@ from scripts.common.records import (
     write_rejects,
 )
 from scripts.common.schema import Data, WeightedDataset
-from tests.conftest import write_jsonl
+from tests.conftest import ROOT, write_jsonl
 
 PLAIN = Data()
 KEY = "sft.dataset_path"
@@ -114,6 +117,7 @@ BAD_PAIRS = [
     ({"prompt": "q", "chosen": " a", "rejected": "a\n"}, "rejected: is the same as chosen, so there is nothing to prefer"),
     ({"prompt": talk("q", "a"), "chosen": "a", "rejected": "b"}, "messages: found the turns user, assistant; wanted [system,] user, assistant, … ending with user"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: found int, wanted text or a list of messages with role and content"),
+    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "q2", "c")}, "rejected: wanted exactly one assistant turn after the prompt"),
     ({"prompt": "q", "chosen": " ", "rejected": "b"}, "chosen: is empty"),
     ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: found NoneType, wanted text or a list of messages with role and content"),
 ]  # fmt: skip
@@ -189,6 +193,21 @@ def test_csv_with_windows_line_ends_keeps_answers_clean(tmp_path: Path) -> None:
 
     assert answers[0] == "a1"
     assert answers[1].split() == ["a2", "line", "1", "line", "2"]
+    assert answers[1] == "a2 line 1\r\nline 2", "inside quotes every character is the user's"
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_is_read_with_the_separator_of_its_header(tmp_path: Path, separator: str) -> None:
+    """A letter is never taken for one, and the other separators are text."""
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "\n".join(
+            (separator.join(("instruction", "output", "MAX_X_PIXELS")), separator.join(("q", '"a, b; c\td"', "7")))
+        ),
+        encoding="utf-8",
+    )
+
+    assert load(path)[0].messages == tuple(talk("q", "a, b; c\td"))
 
 
 def test_csv_row_is_located_by_its_line_even_after_quoted_newlines(tmp_path: Path) -> None:
@@ -197,7 +216,7 @@ def test_csv_row_is_located_by_its_line_even_after_quoted_newlines(tmp_path: Pat
 
     told = refusal(path)
 
-    assert f"{path}:4: columns: found 1 cells, wanted the 2 of the header" in told
+    assert f"  {path}:4: columns: found 1 cells, wanted the 2 of the header" in told.splitlines()
     assert f"{path}:6: columns: found 3 cells, wanted the 2 of the header" in told
     assert "2 of 3 rows cannot be used" in told
 
@@ -207,6 +226,7 @@ def test_csv_cell_as_long_as_a_document_is_read(tmp_path: Path) -> None:
     path.write_text("instruction,output\nq," + "word " * 60_000 + "\n", encoding="utf-8")
 
     assert len(load(path)[0].answer) == 300_000
+    assert csv.field_size_limit() < 2**31, "Windows takes no more"
 
 
 def test_csv_with_an_open_quote_is_refused(tmp_path: Path) -> None:
@@ -217,6 +237,138 @@ def test_csv_with_an_open_quote_is_refused(tmp_path: Path) -> None:
 
 
 # --- bad files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b"[\n{]", ":2: not valid JSON (Expecting property name enclosed in double quotes). Wanted a list of objects."),
+        ("a.json", b"{}\n{}\n", ":2: not valid JSON (Extra data). Wanted a list of objects; one object per line is .jsonl."),
+        ("a.json", b'[{"output": "a", "id": 1, "id": 2}]', ": not valid JSON (`id` is written twice). Wanted a list of objects."),
+        ("a.json", b"{}", ": found dict, wanted a list of objects; one object per line is .jsonl."),
+        ("a.jsonl", b" [\n1\n]", ":1: JSON that goes over several lines, wanted one object per line. A list [...] is read from a file that ends in .json."),
+        ("a.jsonl", b"{\n}", ":1: JSON that goes over several lines, wanted one object per line. A list [...] is read from a file that ends in .json."),
+        ("a.csv", b"output,instruction,output\na,q,b\n", ":1: the column `output` stands twice. Rename or remove one."),
+        ("a.csv", b'instruction,output\nq,"never closed\n', ":2: not valid CSV (unexpected end of data)."),
+        ("a.csv", b"instruction,output\rq,a\r", ":1: not valid CSV (a bare carriage return ends a line; save the file with line ends of today, \\n or \\r\\n)."),
+        ("a.txt", b"hello", ": found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet."),
+        *(
+            (f"a{ending}", b"sheet", f": found the ending `{ending}`, wanted one of .jsonl, .json, .csv, .parquet. Save the sheet as `CSV UTF-8`.")
+            for ending in (".xlsx", ".XLSX", ".xls", ".ods", ".tsv")
+        ),
+    ],
+)  # fmt: skip
+def test_unusable_file_is_told_in_these_words(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    assert refusal(path) == f"{path}{said}"
+
+
+BEYOND_PYTHON = {"nested too deeply": "[" * 200_000, "a number with thousands of digits": "[" + "1" * 5000 + "]"}
+
+
+@pytest.mark.parametrize("reason", BEYOND_PYTHON)
+def test_json_that_python_cannot_hold_is_told_with_its_reason(tmp_path: Path, reason: str) -> None:
+    lines, whole = tmp_path / "a.jsonl", tmp_path / "a.json"
+    for path in (lines, whole):
+        path.write_text(BEYOND_PYTHON[reason], encoding="utf-8")
+
+    assert refusal(lines).splitlines()[1] == f"  {lines}:1: json: not valid JSON ({reason}); one object per line"
+    assert refusal(whole) == f"{whole}: not valid JSON ({reason}). Wanted a list of objects."
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_told_at_once_with_how_to_convert_it(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes("\ufeff[]\n".encode(encoding))
+
+    assert refusal(path) == (
+        f"{path}:1: is UTF-16. Save the file as UTF-8: in Excel as `CSV UTF-8`, in an editor under Encoding, or "
+        "`iconv -f UTF-16 -t UTF-8 OLD > NEW`."
+    )
+
+
+def test_rows_of_a_json_list_are_told_by_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([instruction(1), 3, {"instruction": "q", "output": ""}]), encoding="utf-8")
+
+    assert refusal(path).splitlines()[1:-1] == [
+        f"  {path}: record 2: json: found int, wanted an object",
+        f"  {path}: record 3: output: is empty",
+    ]
+    assert load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)[0].records[0].source == (
+        f"{path}: record 1"
+    )
+
+
+def test_rows_of_a_parquet_file_are_told_by_their_number_and_rejected_with_every_value(tmp_path: Path) -> None:
+    """A date is nothing that JSON can write as it is."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    rows = [{**instruction(n), "day": date(2026, 1, n)} for n in (1, 2)]
+    rows[1]["output"] = ""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+    write_rejects(tmp_path / "rejects.jsonl", files)
+
+    assert files[0].records[0].source == f"{path}: record 1"
+    assert json.loads((tmp_path / "rejects.jsonl").read_text(encoding="utf-8")) == {
+        "source": f"{path}: record 2",
+        "field": "output",
+        "reason": "is empty",
+        "row": {"instruction": "question 2", "output": "", "day": "2026-01-02"},
+    }
+
+
+def test_complaint_about_a_parquet_file_is_one_line_of_200_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet
+
+    def refuse(path: Path) -> None:
+        raise ValueError("no footer\n" * 100)
+
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"not parquet")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+
+    assert refusal(path) == f"{path}: not a Parquet file that can be read ({'no footer ' * 20})."
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("trian.jsonl", "no such file. Did you mean train.jsonl?"),
+        ("data/sft/sample_sf.jsonl", f"no such file. Did you mean {ROOT / 'data/sft/sample_sft.jsonl'}?"),
+        ("a/b/c", "no such file. Correct the path, or give a Hub dataset id of the form owner/name."),
+        ("owner/name.csv", "no such file. Correct the path, or give a Hub dataset id of the form owner/name."),
+        ("folder", "is a folder, wanted one file; list several files with their weights."),
+        ("x" * 300, "File name too long. Correct the path."),
+    ],
+)
+def test_path_that_leads_to_no_file_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [instruction(1)])
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert refusal(Path(name)) == f"{KEY}: {name}: {said}"
+
+
+def test_file_is_found_from_the_working_folder_and_else_from_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", [instruction(1)])
+    monkeypatch.chdir(tmp_path)
+
+    assert [record.source for record in load(Path("mine.jsonl"))] == ["mine.jsonl:1"]
+    assert load(Path("data/sft/sample_sft.jsonl"))[0].source == f"{ROOT / 'data/sft/sample_sft.jsonl'}:1"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +420,46 @@ def test_hub_dataset_that_cannot_be_reached_is_refused_with_the_key() -> None:
 
     assert told.startswith(f"{KEY}: cannot load the Hub dataset nobody-at-all/no-such-set")
     assert "use a local file" in told
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
+    """Stand in for the Hub: what is put here under a name and a split is what the datasets library loads."""
+    import datasets
+
+    tables: dict[tuple[str, str], Any] = {}
+
+    def load_dataset(name: str, *, split: str) -> Any:
+        try:
+            return datasets.Dataset.from_list(tables[name, split])
+        except KeyError:
+            raise ConnectionError("no route to host") from None
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return tables
+
+
+def test_hub_dataset_is_read_from_its_train_split_as_a_file_is(hub: dict[tuple[str, str], Any]) -> None:
+    rows = [instruction(1), instruction(2), {"instruction": "q", "output": ""}]
+    hub["owner/name", "train"] = rows
+
+    (file,) = load_datasets("owner/name", parse_record, Data(on_bad_row="skip"), KEY)
+
+    assert (file.path, file.sha256) == ("owner/name", hashlib.sha256(json.dumps(rows).encode()).hexdigest())
+    assert [(record.source, record.answer) for record in file.records] == [
+        ("owner/name:1", "answer 1"),
+        ("owner/name:2", "answer 2"),
+    ]
+    assert [(str(bad), bad.row) for bad in file.bad_rows] == [("owner/name:3: output: is empty", rows[2])]
+
+
+def test_hub_dataset_that_cannot_be_loaded_is_told_with_what_to_do(hub: dict[tuple[str, str], Any]) -> None:
+    hub["owner/name", "test"] = [instruction(1)]
+
+    assert refusal(Path("owner/name")) == (
+        f"{KEY}: cannot load the Hub dataset owner/name (ConnectionError). "
+        "Is the name right and the Hub reachable? Without a network, use a local file."
+    )
 
 
 # --- bad rows
@@ -334,6 +526,13 @@ WHOLE_REASONS = [
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', f"messages: found the turns user, user; {ORDER}"),
     ('{"prompt": 1, "completion": "a"}', "prompt: found int, wanted text or a list of messages with role and content"),
     ('{"prompt": "q", "completion": " "}', "completion: is empty"),
+    ('{"Instruction": "q", " output": "a"}', "fields: found Instruction,  output; rename `Instruction` to `instruction`, ` output` to `output`"),
+    ('{"instruction": "q", "outputs": "a"}', "fields: found instruction, outputs; rename `outputs` to `output`"),
+    ('{"images": [], "text": "a"}', f"fields: found images, text; {WANTED}"),
+    ('"text"', "json: found str, wanted an object {…}"),
+    ('{"instruction": "q", "output": "a", "output": "b"}', "json: not valid JSON (`output` is written twice); one object per line"),
+    ('{"instruction": "q", "output": "a"},', "json: not valid JSON (Extra data: line 1 column 36 (char 35)); one object per line, without a comma at its end"),
+    ('\ufeff{"instruction": "q", "output": "a"}', "json: not valid JSON (Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)); one object per line"),
 ]  # fmt: skip
 
 
@@ -356,6 +555,21 @@ def test_reason_goes_into_the_reject_word_for_word(tmp_path: Path) -> None:
         f'{{"source": "{path}:2", "field": "columns", "reason": "found 3 cells, wanted the 2 of the header; '
         'put \\"quotes\\" around a text that holds the separator", "row": ["ü", "a", "b"]}\n'
     )
+
+
+def test_rejects_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    """As on a bare server, whose locale knows no letter beyond ASCII."""
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(1), {"instruction": "ü", "output": ""}])
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        write_rejects(tmp_path / "rejects.jsonl", files)
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+    assert json.loads((tmp_path / "rejects.jsonl").read_bytes())["row"] == {"instruction": "ü", "output": ""}
 
 
 def test_nothing_is_written_where_nothing_was_rejected(tmp_path: Path) -> None:
@@ -382,6 +596,34 @@ def test_line_that_is_not_utf8_is_told_with_its_place(tmp_path: Path) -> None:
     assert f"{path}:2: encoding: byte 21 of the line is not UTF-8" in refusal(path)
 
 
+@pytest.mark.parametrize(("start", "line"), [(b"\xff", 1), (b"\n\xff\xfe", 2), (b"\n\xfe\xff", 2)])
+def test_bytes_that_are_not_utf8_cost_only_their_line(tmp_path: Path, start: bytes, line: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(start + b"\n" + json.dumps(instruction(1)).encode())
+
+    (bad,) = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)[0].bad_rows
+
+    assert str(bad) == f"{path}:{line}: encoding: byte 1 of the line is not UTF-8; save the file as UTF-8"
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_file_whose_rows_all_fail_for_one_reason_is_told_once(tmp_path: Path, count: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}] * count)
+
+    assert refusal(path) == (
+        f"{KEY}: none of the {count} rows can be used, all for one reason\n  {path}:1: output: is empty"
+    )
+
+
+def test_rows_that_fail_for_several_reasons_are_told_one_by_one(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}, {"instruction": "q", "output": 1}])
+
+    assert refusal(path) == (
+        f"2 of 2 rows cannot be used\n  {path}:1: output: is empty\n  {path}:2: output: found int, wanted text\n"
+        "Mend them, or set data.on_bad_row: skip to set them aside."
+    )
+
+
 def test_all_bad_rows_are_told_at_once_the_first_twenty_in_full(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [instruction(0), *({"instruction": "q", "output": ""} for _ in range(25))])
 
@@ -405,9 +647,10 @@ def test_bad_rows_of_all_files_are_told_together(tmp_path: Path) -> None:
 def test_mixed_formats_are_refused_at_the_first_row_that_differs(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [instruction(1), {"prompt": "p", "completion": "c"}])
 
-    assert f"{path}:2: format: found prompt/completion, wanted instruction/input/output as in the first row" in refusal(
-        path
-    )
+    assert refusal(path).splitlines()[1:-1] == [
+        f"  {path}:2: format: found prompt/completion, wanted instruction/input/output as in the first row; "
+        "keep one format per file"
+    ]
 
 
 def test_skip_keeps_the_good_rows_and_writes_the_bad_ones_with_their_reason(tmp_path: Path) -> None:
@@ -442,6 +685,17 @@ def test_skip_refuses_a_file_of_bad_rows_only(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}])
 
     assert "found no usable record" in refusal(path, Data(on_bad_row="skip"))
+
+
+def test_skip_names_every_file_when_none_holds_a_usable_record(tmp_path: Path) -> None:
+    bad = {"instruction": "q", "output": ""}
+    paths = [write_jsonl(tmp_path / name, [bad, bad]) for name in ("a.jsonl", "b.jsonl")]
+    sources = [WeightedDataset(path=str(path)) for path in paths]
+
+    with pytest.raises(UserError) as caught:
+        load_datasets(sources, parse_record, Data(on_bad_row="skip"), KEY)
+
+    assert str(caught.value) == f"{KEY}: found no usable record in {paths[0]}, {paths[1]}."
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
@@ -492,6 +746,20 @@ def test_system_prompt_goes_only_before_conversations_that_bring_none() -> None:
 
 
 # --- the split
+
+
+def test_every_file_gives_records_to_both_sides(tmp_path: Path) -> None:
+    data = Data(validation_ratio=0.5)
+    sources = [
+        WeightedDataset(path=str(write_jsonl(tmp_path / f"{name}.jsonl", [instruction(n) for n in numbers])))
+        for name, numbers in (("a", range(20)), ("b", range(20, 40)))
+    ]
+
+    split = split_records(load_datasets(sources, parse_record, data, KEY), data, seed=0)
+
+    assert {Path(record.source).name[0] for record in split.train} == {"a", "b"}
+    assert {Path(record.source).name[0] for record in split.validation} == {"a", "b"}
+    assert len(split.train) + len(split.validation) == 40
 
 
 def sides(rows: list[dict], tmp_path: Path, data: Data, name: str = "a.jsonl") -> dict[str, str]:
@@ -565,8 +833,13 @@ def test_one_prompt_only_cannot_be_split(tmp_path: Path) -> None:
     data = Data(validation_ratio=0.999)
     files = load_datasets(str(write_jsonl(tmp_path / "a.jsonl", [instruction(1)] * 3)), parse_record, data, KEY)
 
-    with pytest.raises(UserError, match=r"data.validation_ratio: 0.999 leaves no record to train on"):
+    with pytest.raises(UserError) as caught:
         split_records(files, data, seed=0)
+
+    assert str(caught.value) == (
+        "data.validation_ratio: 0.999 leaves no record to train on. Lower it, or vary the prompts: "
+        "records with the same prompt always stay on one side."
+    )
 
 
 def test_weights_repeat_records_and_take_a_fixed_part(tmp_path: Path) -> None:

@@ -95,7 +95,6 @@ class Split:
 
 class _RowError(Exception):
     def __init__(self, field_name: str, reason: str) -> None:
-        super().__init__(field_name, reason)
         self.field_name, self.reason = field_name, reason
 
 
@@ -362,7 +361,7 @@ def format_of(row: dict[str, Any]) -> str:
 
 def _nearest_name(key: str, row: dict[str, Any]) -> str | None:
     names = {str(name).strip().lower(): str(name) for name in row}
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(key, names, cutoff=0.75)
     return names[near[0]] if near else None
 
 
