@@ -66,6 +66,7 @@ def instruction(number: int, **more: str) -> dict[str, str]:
         ({"instruction": "", "input": "this", "output": "Done"}, talk("this", "Done")),
         ({"instruction": "Do", "output": "Done", "id": 7}, talk("Do", "Done")),
         ({"prompt": "Hi", "completion": " Yo"}, talk("Hi", " Yo")),
+        ({"prompt": "\ud7ff", "completion": "\ue000"}, talk("\ud7ff", "\ue000")),  # beside the surrogates, but none
         ({"prompt": talk("a", "b", "c"), "completion": talk("", "d")[1:]}, talk("a", "b", "c", "d")),
         ({"messages": talk("a", "b")}, talk("a", "b")),
         (
@@ -519,6 +520,7 @@ WHOLE_REASONS = [
     ("[", "json: not valid JSON (Expecting value: line 2 column 1 (char 2)); one object per line"),
     ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "fields: found preference pairs, wanted instruction records; set dpo.dataset_path to this file"),
     ('{"messages": []}', "messages: found list, wanted text or a list of messages with role and content"),
+    ('{"messages": "a"}', f"messages: found the turns user; {ORDER}"),
     ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
     ('{"messages": [{"role": "user"}]}', "messages[0]: wanted an object with role and content"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}', "messages[1].role: found 'x', wanted one of system, user, assistant"),
@@ -735,6 +737,8 @@ def test_train_on_decides_which_answers_carry_the_loss() -> None:
 
     assert parse_record(row, "here", Data(train_on="all")).trained == (1, 3)
     assert parse_record(row, "here", Data(train_on="last")).trained == (3,)
+    assert parse_record({"messages": talk(*"abcdef")}, "here", Data(train_on="last")).trained == (5,)
+    assert parse_record({"messages": talk("a", "b")}, "here", Data(train_on="last")).trained == (1,)
 
 
 def test_system_prompt_goes_only_before_conversations_that_bring_none() -> None:
