@@ -122,7 +122,7 @@ LAYERS = [
     {"processes", "memory"},
     {"records", "tracking"},
     {"rendering", "resuming", "stage"},
-    {"modeling", "scoring", "fast_path", "generation"},
+    {"modeling", "scoring", "fast_path", "compiling", "generation"},
     {"training", "preferences"},
     {"finishing"},
     {"lifecycle", "reference"},
