@@ -36,7 +36,7 @@ def peer(tmp_path: Path) -> str:
 
 def measure(tmp_path: Path, model: Path, *more: str) -> dict:
     """Run the command on little data and return its JSON."""
-    data = {"sft": sft_rows(24), "dpo": dpo_rows(12)}
+    data = {"sft": sft_rows(160), "dpo": dpo_rows(48)}
     files = [f"--{stage}-data={write_jsonl(tmp_path / f'{stage}.jsonl', rows)}" for stage, rows in data.items()]
     command = ["--model", str(model), "--steps", "1", "2", "--out", str(tmp_path / "out"), *files, *more]
     assert training.main(command) == 0
@@ -53,7 +53,7 @@ def test_whole_command_measures_this_project_beside_a_given_command(
     found = measure(tmp_path, tiny_llama, "--stages", "sft", "--systems", "ours", "--against", peer, "--paste", str(readme))  # fmt: skip
     ours, theirs = found["speed"]["sft"]["systems"]
 
-    assert (ours["steps"], theirs["steps"]) == ([2, 8], [1, 2])
+    assert (ours["steps"], theirs["steps"]) == ([2, 16], [1, 2])
     assert theirs["seconds"][0] >= 0.8
     assert theirs["seconds"][1] >= 1.6, "it was given the 16 records of two steps"
     assert 0.3 <= theirs["peak_memory_gib"] < 0.4

@@ -339,3 +339,19 @@ def test_answer_tokens_do_not_merge_into_the_prompt(tiny_gpt2: Path) -> None:
     assert render_completion(tokenizer, prompt, prompt_ids, "\n\nHello") == ids, (
         "a text's own start stands only at its start"
     )
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [("roles must   alternate", "roles must alternate"), ("x" * 300, "x" * 200), ("", "TemplateError")],
+)
+def test_a_conversation_that_the_template_refuses_is_told_with_its_turns_and_the_mend(says: str, told: str) -> None:
+    strict = tiny_tokenizer(f"{{{{ raise_exception('{says}') }}}}")
+
+    with pytest.raises(UserError) as caught:
+        render_prompt(strict, [{"role": "system", "content": "Be brief."}, *user_turn("Hello")])
+
+    assert str(caught.value) == (
+        f"the model's chat template refuses this conversation: {told}. Its turns: system, user; "
+        "change the data (data.system_prompt), or the base model."
+    )

@@ -31,7 +31,7 @@ LEARNING_RATE = {"sft": 2e-4, "dpo": 5e-5}
 BETA = 0.1
 LORA = Lora()
 # A system this fast takes more steps between its two runs, or the scatter of their start-up would hide the difference.
-OWN_FACTOR = 4
+OWN_FACTOR = 8
 POLL_SECONDS = 0.1
 
 
