@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from scripts.common.config import add_config_arguments, load_config
+from scripts.common.config import ROOT, add_config_arguments, load_config
 from scripts.common.errors import UserError
 from scripts.common.schema import OWNED_TRAINER_ARGUMENTS, REMOVED_TRAINER_ARGUMENTS, Config
 from tests.conftest import run_python
+
+HEADING = "the configuration is not valid\n  "
+PASSWORD = (
+    "found a password in the URL, which would be copied into manifests and MLflow. Take it out; "
+    "MLflow takes MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the environment"
+)
 
 
 @pytest.fixture
@@ -88,6 +96,101 @@ def test_wrong_value_is_refused_with_line_and_what_was_wanted(config_file, text:
     assert said in refusal(config_file(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sft:\n  output_dir: ~/x\n", ':2: sft.output_dir: found "~/x"; wanted a path without ~, which only a shell knows'),
+        ("sft:\n  dataset_path: []\n", ":2: sft.dataset_path: found []; wanted a text or a list, which should have at least 1 item"),
+        ("eval:\n  judge:\n    models: [a]\n", ':3: eval.judge.models: found ["a"]; wanted a list, which should have at least 2 items'),
+        ("eval:\n  judge:\n    base_url: ftp\n", ":3: eval.judge.base_url: found \"ftp\"; wanted a text of the pattern '^https?://[^\\s@?#]+$'"),
+        ("eval:\n  checks:\n  - name: short\n    1: 2\n", ":4: eval.checks.0.1: found 1; wanted a text as key"),
+    ],
+)  # fmt: skip
+def test_what_was_wanted_is_told_in_plain_words_to_the_end(config_file, text: str, said: str) -> None:
+    path = config_file(text)
+
+    assert refusal(path) == f"{HEADING}{path}{said}"
+
+
+def test_wrong_block_built_by_set_is_told_with_the_flag_as_its_place(config_file) -> None:
+    told = refusal(config_file("seed: 1\n"), "sft.dataset_path.a=1")
+
+    assert told == f'{HEADING}--set: sft.dataset_path: found {{"a": 1}}; wanted a text or a list'
+
+
+def test_text_that_is_no_character_is_refused_with_what_stands_before_it(config_file) -> None:
+    path = config_file("")
+    cause = f"{path} or --set: a text holds what is no character (not UTF-8): "
+
+    long = refusal(path, rf'base_model_id="{"x" * 60}\ud800 and more"')
+
+    assert long == cause + "'" + "x" * 40 + r"\ud800'. Retype it."
+    assert refusal(path, r'seed="\ud800"') == cause + r"""'{"seed": "\ud800'. Retype it."""
+
+
+def test_both_quantizations_at_once_are_refused(config_file) -> None:
+    path = config_file("quantization:\n  load_in_4bit: true\n  load_in_8bit: true\n")
+
+    assert refusal(path) == (
+        f"{HEADING}{path}:3: quantization.load_in_8bit: found true beside load_in_4bit: true; wanted only one of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "found"),
+    [
+        ("sft:\n  output_dir: runs\ndpo:\n  output_dir: runs/dpo\n", 4, "runs/dpo"),
+        ("sft:\n  output_dir: runs/sft\ndpo:\n  output_dir: runs\n", 4, "runs"),
+        ("sft:\n  output_dir: outputs/dpo_adapter\n", 2, "outputs/dpo_adapter"),
+        ("dpo:\n  output_dir: outputs/sft_adapter\n", 2, "outputs/sft_adapter"),
+    ],
+)
+def test_stages_that_would_replace_each_others_output_are_refused(
+    config_file, text: str, line: int, found: str
+) -> None:
+    path = config_file(text)
+
+    assert refusal(path) == (
+        f"{HEADING}{path}:{line}: dpo.output_dir: found {found}, wanted a folder apart from that of sft.output_dir: "
+        "one would replace the other"
+    )
+
+
+def test_password_in_a_url_is_refused_at_any_depth_without_being_shown(config_file) -> None:
+    path = config_file("seed: 1\ntracking:\n  mlflow_tracking_uri: https://me:secret@host/x\n")
+    assert refusal(path) == f"{HEADING}{path}:3: tracking.mlflow_tracking_uri: {PASSWORD}"
+
+    path = config_file("sft:\n  dataset_path:\n  - path: a\n  - path: s3://me:secret@host/x\n")
+    assert refusal(path) == f"{HEADING}{path}:4: sft.dataset_path.1.path: {PASSWORD}"
+
+
+def test_url_without_a_password_is_taken(config_file) -> None:
+    path = config_file("tracking:\n  mlflow_tracking_uri: http://me@host:5000/a:b@c\n")
+
+    assert load_config(path).values.tracking.mlflow_tracking_uri == "http://me@host:5000/a:b@c"
+
+
+def test_mistake_that_a_merge_brings_in_is_told_with_the_file(config_file) -> None:
+    """A key taken in by `<<` has no line of its own."""
+    path = config_file("<<: {sed: 1}\n")
+    assert refusal(path) == f"{HEADING}{path}: sed: unknown key; did you mean `seed`?"
+
+    path = config_file(
+        "<<:\n"
+        "  quantization: {load_in_4bit: true, load_in_8bit: true}\n"
+        "  sft: {output_dir: runs, trainer: {save_stratgy: 'no'}}\n"
+        "  dpo: {output_dir: runs/dpo}\n"
+        "  tracking: {mlflow_tracking_uri: 'http://me:secret@host'}\n"
+    )
+    assert refusal(path).splitlines() == [
+        "the configuration is not valid",
+        f"  {path}: sft.trainer.save_stratgy: TRL's SFTConfig has no such argument; did you mean `sft.trainer.save_strategy`?",
+        f"  {path}: quantization.load_in_8bit: found true beside load_in_4bit: true; wanted only one of them",
+        f"  {path}: dpo.output_dir: found runs/dpo, wanted a folder apart from that of sft.output_dir: one would replace the other",
+        f"  {path}: tracking.mlflow_tracking_uri: {PASSWORD}",
+    ]
+
+
 def test_all_mistakes_are_told_at_once(config_file) -> None:
     told = refusal(config_file("sed: 1\nlora:\n  r: no\nsft:\n  max_length: -1\n"))
 
@@ -143,6 +246,61 @@ def test_unreadable_file_is_refused(config_file, content: str | bytes, said: str
     assert said in told
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nbase_model_id: 2026-99-99\n", ":2: not valid YAML: found '2026-99-99', which is no timestamp."),
+        ("seed: !!timestamp soon\n", ":1: not valid YAML: found 'soon', which is no timestamp."),
+        ("offline: !!bool maybe\n", ":1: not valid YAML: found 'maybe', which is no bool."),
+        (f"seed: !!int {'x' * 60}\n", f":1: not valid YAML: found '{'x' * 40}', which is no int."),
+        (
+            "lora:\n\tr: 8\n",
+            r":2: not valid YAML: found character '\t' that cannot start any token; indent with spaces, not with tabs.",
+        ),
+        (
+            'base_model_id: "C:\\models"\n',
+            ":1: not valid YAML: found unknown escape character 'm'; "
+            r'in "double quotes" \ has a meaning; write paths with /, or without quotes.',
+        ),
+        (
+            "seed: 1\nbase_model_id: a: b\n",
+            ":2: not valid YAML: mapping values are not allowed here; a space follows each key's colon, "
+            "keys of a section stand below each other, text that holds `: ` stands in quotes.",
+        ),
+        ("\n\nseed: \x07\n", ":3: not valid YAML: found the control character 0x07."),
+        ("a: &a [*a]\n", ": not valid YAML: nested too deeply, or an alias (*name) holds itself."),
+    ],
+)
+def test_broken_yaml_is_refused_with_its_line_and_what_to_do(config_file, text: str, said: str) -> None:
+    path = config_file(text)
+
+    assert refusal(path) == f"{path}{said}"
+
+
+def test_aliases_that_expand_are_refused_before_they_fill_the_memory(config_file, monkeypatch) -> None:
+    monkeypatch.setattr("scripts.common.config.MAX_KEYS", 5)
+    path = config_file("a: &a [1, 2]\nb: [*a, *a]\n")
+
+    assert refusal(path) == f"{path}: holds more than 5 keys and list entries. Do its aliases (*name) expand?"
+    assert load_config(config_file("lora: {r: 8, alpha: 3}\nseed: 1\n")).values.lora.alpha == 3
+
+
+def test_shipped_file_is_found_from_any_working_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    loaded = load_config("configs/config.yaml")
+
+    assert loaded.values == load_config(ROOT / "configs" / "config.yaml").values
+    assert all(origin.startswith("configs/config.yaml:") for origin in loaded.origins.values())
+    assert loaded.flags == "--config configs/config.yaml"
+
+
+def test_missing_file_is_named_as_it_was_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert refusal(Path("absent.yaml")).startswith("absent.yaml: no such configuration file. There are: ")
+
+
 def test_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:
     told = refusal(tmp_path / "absent.yaml")
 
@@ -151,7 +309,11 @@ def test_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:
 
 
 def test_folder_as_config_is_refused(tmp_path: Path) -> None:
-    assert "wanted a YAML file" in refusal(tmp_path)
+    assert refusal(tmp_path) == f"{tmp_path}: found {os.strerror(errno.EISDIR)}, wanted a YAML file in UTF-8."
+
+
+def test_impossible_file_name_is_refused() -> None:
+    assert refusal(Path("a\0b.yaml")) == "a\0b.yaml: found ValueError, wanted a YAML file in UTF-8."
 
 
 @pytest.mark.parametrize(
@@ -183,6 +345,7 @@ def test_last_set_wins_over_file_and_earlier_ones(config_file) -> None:
     [
         ("sft.learning_rate", "wanted KEY=VALUE"),
         ("=3", "wanted KEY=VALUE"),
+        ("sft.=3", "--set sft.=3: wanted KEY=VALUE, such as --set sft.learning_rate=1e-4"),
         ("seed.deeper=3", "seed is a value, not a section"),
         ("sft.max_length.a.b=3", "--set sft.max_length.a.b: sft.max_length is a value, not a section."),
         ('sft.trainer={"learning_rate": 1}', "--set: sft.trainer.learning_rate: has a place of its own"),
@@ -271,9 +434,44 @@ def test_trainer_block_refuses_a_misspelt_argument_with_the_right_one(config_fil
     assert "did you mean `sft.trainer.save_strategy`?" in refusal(path)
 
 
-def test_trainer_block_takes_what_trl_takes(config_file) -> None:
-    block = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "epoch", "weight_decay": 0.1, "warmup_steps": 0.1}
+def test_trainer_block_within_the_trainer_block_is_no_argument(config_file) -> None:
+    path = config_file("sft:\n  trainer:\n    trainer: 1\n")
 
+    assert f"{path}:3: sft.trainer.trainer: TRL's SFTConfig has no such argument; " in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("eval_strategy", "sometimes", 'found "sometimes"; wanted "no" or "steps" or "epoch"'),
+        ("max_steps", "many", 'found "many"; wanted a whole number'),
+        ("max_steps", "true", "found true; wanted a whole number"),
+        ("max_steps", "ü" * 200, f'found "{"ü" * 79}; wanted a whole number'),
+        ("weight_decay", "true", "found true; wanted a number"),
+        ("full_determinism", "1", "found 1; wanted true or false"),
+        ("debug", "3", "found 3; wanted text or a list"),
+        ("lr_scheduler_kwargs", "3", "found 3; wanted lines of `key: value` or text or null"),
+        ("save_steps", "0", "found 0; wanted a number above 0"),
+        ("logging_steps", "-1", "found -1; wanted a number above 0"),
+        ("eval_steps", "null", "found null; wanted a number above 0"),
+    ],
+)
+def test_trainer_block_refuses_a_value_of_the_wrong_kind(config_file, name: str, value: str, said: str) -> None:
+    path = config_file(f"sft:\n  trainer:\n    {name}: {value}\n")
+
+    assert refusal(path) == f"{HEADING}{path}:3: sft.trainer.{name}: {said}"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"max_steps": 3, "eval_strategy": "no", "save_strategy": "epoch", "weight_decay": 0.1, "warmup_steps": 0.1},
+        {"full_determinism": True, "debug": ["underflow_overflow"], "lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"save_steps": 1, "logging_steps": 0.5, "weight_decay": 0, "save_total_limit": None},
+        {"trackio_static_space_id": "any kind of value"},
+    ],
+)
+def test_trainer_block_takes_what_trl_takes(config_file, block: dict) -> None:
     loaded = load_config(config_file(f"sft: {json.dumps({'trainer': block})}\n"))
 
     assert loaded.values.sft.trainer == block
