@@ -20,7 +20,6 @@ from scripts.common.schema import Config, Lora, Performance, Quantization
 from tests.conftest import save_tiny_model
 
 CPU, GPU = (Machine(device, torch.float32, 1, 1, ()) for device in ("cpu", "cuda"))
-QUANTISED = Config(quantization=Quantization(load_in_4bit=True))
 
 
 def config(compile: object) -> Config:

@@ -31,16 +31,19 @@ def choose_compilation(config: Config, machine: Machine, base_folder: Path, toke
     The answer depends on plan and machine alone, never on a clock, so that a resumed run computes as it did before.
     Raises: UserError when it is asked for and cannot be.
     """
-    wanted, obstacle = config.performance.compile, _obstacle(config)
-    if wanted is True and obstacle:
-        raise UserError(f"performance.compile: found true, but {obstacle}. Set it to auto or false.")
-    flop = FLOP_PER_WEIGHT * parameter_count(base_folder) * tokens
-    if wanted != "auto":
-        return wanted, f"layers {'' if wanted else 'not '}compiled: asked for"
-    if machine.device != "cpu":
+    wanted = config.performance.compile
+    if wanted is False:
+        return False, "layers not compiled: asked for"
+    if wanted == "auto" and machine.device != "cpu":
         return False, "layers not compiled: on a GPU only when asked for"
+    obstacle = _obstacle(config)
+    if wanted is True:
+        if obstacle:
+            raise UserError(f"performance.compile: found true, but {obstacle}. Set it to auto or false.")
+        return True, "layers compiled: asked for"
     if obstacle:
         return False, f"layers not compiled: {obstacle}"
+    flop = FLOP_PER_WEIGHT * parameter_count(base_folder) * tokens
     repaid = flop >= REPAID_FROM_FLOP
     work = f"{flop / 1e12:.0f} TFLOP of work {'repay' if repaid else 'do not repay'} the time it takes"
     return repaid, f"layers {'' if repaid else 'not '}compiled: {work}"
