@@ -114,7 +114,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     seed_everything(values.seed)
     policy = load_policy(stage, machine, origin)
     if values.performance.fast_path:
-        score_answers_only(machine.device)
+        score_answers_only(machine.device, plan.compiled)
     if plan.compiled:
         compile_layers(policy)
     steps = total_steps(values.dpo, len(train), machine.processes)
@@ -128,7 +128,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     # The reference never changes: ask it once per pair where training and evaluation would ask more often.
     seen = steps * values.dpo.per_device_train_batch_size * values.dpo.gradient_accumulation_steps * machine.processes
     asked = seen + (EVALUATIONS_PER_RUN + 1) * len(validation)
-    arguments.setdefault("precompute_ref_log_probs", asked > len(train) + len(validation))
+    arguments.setdefault("precompute_ref_log_probs", asked >= len(train) + len(validation))
     mixed = values.dpo.sft_weight > 0
     by_length = [sorted(side, key=lambda pair: len(pair.input_ids)) for side in (train, validation)]
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)

@@ -73,7 +73,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     if is_main_process():
         save_initialisation(model, stage.run_dir)
     if values.performance.fast_path:
-        score_answers_only(machine.device)
+        score_answers_only(machine.device, plan.compiled)
         speed_up(model)
     if plan.compiled:
         compile_layers(model)

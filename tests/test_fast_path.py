@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from scripts.common import fast_path
+from scripts.common.adapted_linears import share_products
 from scripts.common.fast_path import (
     AnswerLogProbs,
     SimilarLengthSampler,
-    multiply_adapters_in_base_dtype,
     score_answers_only,
 )
 from scripts.common.modeling import add_lora, load_base
@@ -132,7 +132,7 @@ def test_log_probs_equal_a_direct_computation_in_one_piece_and_in_tiles(
     labels = torch.randint(vocabulary, (50,))
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in start] for _ in range(2))
 
-    got = AnswerLogProbs.apply(*ours, labels, temperature, 1, softcap, scale, OUTPUTS)
+    got = AnswerLogProbs().apply(*ours, labels, temperature, 1, softcap, scale, OUTPUTS)
     wanted = direct(*theirs, labels, temperature, softcap, scale)
     got[0].sum().backward()
     wanted.sum().backward()
@@ -144,7 +144,7 @@ def test_log_probs_equal_a_direct_computation_in_one_piece_and_in_tiles(
 
 
 def test_outputs_that_were_not_asked_for_are_not_computed() -> None:
-    got = AnswerLogProbs.apply(torch.randn(4, 8), torch.randn(9, 8), None, torch.arange(4), 1.0, 1, None, 1.0, ("log_probs",))  # fmt: skip
+    got = AnswerLogProbs().apply(torch.randn(4, 8), torch.randn(9, 8), None, torch.arange(4), 1.0, 1, None, 1.0, ("log_probs",))  # fmt: skip
 
     assert [value is None for value in got] == [False, True, True, True, True]
 
@@ -171,7 +171,7 @@ def test_gpu_keeps_trl_own_head(plain_trl) -> None:
 
 def test_adapters_multiply_in_bf16_and_their_gradients_are_fp32(tiny_llama: Path) -> None:
     model = add_lora(load(tiny_llama, torch.bfloat16), Lora(r=4), "base")
-    multiply_adapters_in_base_dtype(model)
+    share_products(model)
     seen = []
     for module in model.modules():
         if hasattr(module, "lora_A"):
@@ -199,7 +199,7 @@ def test_adapters_on_an_fp32_base_give_the_same_numbers(tmp_path: Path, architec
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
         if fast:
-            multiply_adapters_in_base_dtype(model)
+            share_products(model)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]

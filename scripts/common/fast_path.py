@@ -1,11 +1,12 @@
-"""What makes TRL's trainers fast without a GPU: score answer tokens only, plain attention for short rows, adapters
-multiplied in the base's dtype, and batches of similar length.
+"""What makes TRL's trainers fast without a GPU: score answer tokens only, plain attention for short rows, and
+batches of similar length; what adapters cost is in adapted_linears.py.
 
 All are exact: the same loss and gradients as TRL's own code on the same batch in fp32.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,11 @@ log = logging.getLogger(__name__)
 
 # Logits of one tile; what lies beyond is recomputed in the backward pass instead of being kept.
 TILE_BYTES = 512 * 2**20
+STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 BLOCK_BYTES = 4 * 2**20  # logits looked at together in fp32: few enough to stay in the processor's cache
 
 
-def score_answers_only(device: str) -> bool:
+def score_answers_only(device: str, compiled: bool = False) -> bool:
     """Make TRL's LM head project only positions that carry a label, where it would project all of them.
 
     With Triton TRL does so itself. Elsewhere it scores every position, prompts and padding included, in a tiled loop;
@@ -41,15 +43,18 @@ def score_answers_only(device: str) -> bool:
         log.warning("performance.fast_path: this TRL has no %s; training with its own, slower head", ", ".join(missing))
         return False
     trl_utils._use_triton = lambda device: True
-    trl_utils._ChunkedLogProbFunction = AnswerLogProbs
+    trl_utils._ChunkedLogProbFunction = AnswerLogProbs(compiled)
     return True
 
 
 class AnswerLogProbs:
     """Stand in for TRL's chunked autograd function with plain operations, which are faster on a CPU."""
 
-    @staticmethod
+    def __init__(self, compiled: bool = False) -> None:
+        self.compiled = compiled
+
     def apply(
+        self,
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -69,7 +74,9 @@ class AnswerLogProbs:
             logits, factor = functional.linear(hidden, weight, bias), logit_scale / temperature
             if softcap is not None:
                 logits, factor = softcap * torch.tanh(logits.float() * logit_scale / softcap), 1 / temperature
-            found: tuple[torch.Tensor | None, ...] = _LabelStatistics.apply(logits, wanted, factor, outputs)
+            found: tuple[torch.Tensor | None, ...] = _LabelStatistics.apply(
+                logits, wanted, factor, outputs, self.compiled
+            )
             return found
 
         rows = max(1, TILE_BYTES // (weight.element_size() * weight.shape[0]))
@@ -85,47 +92,72 @@ class AnswerLogProbs:
 class _LabelStatistics(torch.autograd.Function):
     """Read off logits what TRL asks of them, block by block, so that they are never copied whole to fp32.
 
-    Only the logits are kept for the backward pass, in their own dtype; softmax is taken again there.
+    Only the logits are kept for the backward pass, in their own dtype; softmax is taken again there. Compiled code goes
+    row by row of its own accord.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, factor: float, outputs: Sequence[str]
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, factor: float, outputs: Sequence[str], compiled: bool
     ) -> tuple[torch.Tensor | None, ...]:
-        names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in names if name == "log_probs" or name in outputs}
-        log_totals = []
-        for block, wanted in _blocks(logits, labels):
-            scores = block.float() if factor == 1 else block.float() * factor
-            best = scores.amax(-1, keepdim=True)
-            scores = scores - best
-            odds = scores.exp()
-            total, of_label = odds.sum(-1), scores.gather(-1, wanted[:, None])[:, 0]
-            log_totals.append(best[:, 0] + total.log())
-            found["log_probs"].append(of_label - total.log())
-            if "entropy" in found:
-                found["entropy"].append(total.log() - torch.linalg.vecdot(odds, scores) / total)
-            if "log_sum_sq_probs" in found:
-                found["log_sum_sq_probs"].append(torch.linalg.vecdot(odds, odds).log() - 2 * total.log())
-            if "mean_logits" in found:
-                found["mean_logits"].append(scores.mean(-1) + best[:, 0])
-            if "is_top1" in found:
-                found["is_top1"].append(of_label == 0)  # a tie counts
-        ctx.save_for_backward(logits, labels, torch.cat(log_totals))
-        ctx.factor = factor
-        results = tuple(torch.cat(found[name]) if name in found else None for name in names)
+        asked = tuple(name for name in STATISTICS if name == "log_probs" or name in outputs)
+        if compiled:
+            columns = _compiled(_read_statistics)(logits, labels, factor, asked)
+        else:
+            parts = [_read_statistics(block, wanted, factor, asked) for block, wanted in _blocks(logits, labels)]
+            columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        log_totals, found = columns[0], dict(zip(asked, columns[1:], strict=True))
+        ctx.save_for_backward(logits, labels, log_totals)
+        ctx.factor, ctx.compiled = factor, compiled
+        results = tuple(found.get(name) for name in STATISTICS)
         ctx.mark_non_differentiable(*(result for result in results[1:] if result is not None))
         return results
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, *others: Any) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor, *others: Any) -> tuple[torch.Tensor | None, ...]:
         logits, labels, log_totals = ctx.saved_tensors
-        gradient, slope = gradient * ctx.factor, torch.empty_like(logits)
-        for block, wanted, log_total, outer, target in _blocks(logits, labels, log_totals, gradient, slope):
-            scores = block.float() if ctx.factor == 1 else block.float() * ctx.factor
-            towards = (scores - log_total[:, None]).exp_().mul_(-outer[:, None])
-            target.copy_(towards.scatter_add_(-1, wanted[:, None], outer[:, None]))
-        return slope, None, None, None
+        gradient, labels = (gradient * ctx.factor)[:, None], labels[:, None]
+        if ctx.compiled:
+            slope = _compiled(_slope)(logits, log_totals, gradient, ctx.factor)
+        else:
+            slope = torch.empty_like(logits)
+            for *block, target in _blocks(logits, log_totals, gradient, slope):
+                target.copy_(_slope(*block, ctx.factor))
+        odds_of_labels = (logits.gather(-1, labels).float() * ctx.factor - log_totals[:, None]).exp()
+        slope.scatter_(-1, labels, (gradient - gradient * odds_of_labels).to(slope.dtype))
+        return slope, None, None, None, None
+
+
+def _read_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, factor: float, asked: tuple[str, ...]
+) -> list[torch.Tensor]:
+    """Return the log of the summed exponentials of each row, then what was asked for."""
+    scores = logits.float() if factor == 1 else logits.float() * factor
+    of_label, best = scores.gather(-1, labels[:, None])[:, 0], scores.amax(-1, keepdim=True)
+    of_label, scores, best = of_label - best[:, 0], scores - best, best[:, 0]
+    odds = scores.exp()
+    total = odds.sum(-1)
+    found = {"log_probs": of_label - total.log()}
+    if "entropy" in asked:
+        found["entropy"] = total.log() - torch.linalg.vecdot(odds, scores) / total
+    if "log_sum_sq_probs" in asked:
+        found["log_sum_sq_probs"] = torch.linalg.vecdot(odds, odds).log() - 2 * total.log()
+    if "mean_logits" in asked:
+        found["mean_logits"] = scores.mean(-1) + best
+    if "is_top1" in asked:
+        found["is_top1"] = of_label == 0  # a tie counts
+    return [best + total.log(), *(found[name] for name in asked)]
+
+
+def _slope(logits: torch.Tensor, log_totals: torch.Tensor, gradient: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return the gradient towards the logits, in their dtype, of log-probabilities of labels that are none of them."""
+    scores = logits.float() if factor == 1 else logits.float() * factor
+    return ((scores - log_totals[:, None]).exp() * -gradient).to(logits.dtype)
+
+
+@functools.cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
 
 
 def _blocks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -134,83 +166,28 @@ def _blocks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch
     return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
-class _LinearInInputDtype(torch.nn.Linear):
-    """Multiply in the dtype of the input; the fp32 weight is cast on the way and receives an fp32 gradient."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.linear(input, self.weight.to(input.dtype))
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """Compute x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, equation 3) and its gradients, adding in place.
-
-    Operation by operation, the scaling and the sums each pass over a matrix of the size of the output once more,
-    forwards and backwards; in a compiled layer they melt into what comes next, and adding in place would cost a copy.
-    Shapes: x (…, I), weight (O, I), A (R, I), B (O, R).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
-    ) -> torch.Tensor:  # fmt: skip
-        rows, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
-        down = rows @ A.T
-        output = functional.linear(rows, weight, bias)
-        output = output + (down @ B.T) * s if torch.compiler.is_compiling() else output.addmm_(down, B.T, alpha=s)
-        ctx.save_for_backward(rows, weight, A, B, down)
-        ctx.scaling = s
-        return output.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, A, B, down = ctx.saved_tensors
-        slope = gradient.reshape(-1, gradient.shape[-1])
-        inner = (slope @ B).mul_(ctx.scaling)
-        towards_x = None
-        if ctx.needs_input_grad[0]:
-            towards_x = slope @ weight
-            towards_x = towards_x + inner @ A if torch.compiler.is_compiling() else towards_x.addmm_(inner, A)
-            towards_x = towards_x.view(*gradient.shape[:-1], -1)
-        towards_B = (down.T @ slope).T  # a third faster than slope.T @ down, which turns the larger matrix
-        return towards_x, None, None, (inner.T @ rows).float(), towards_B.float().mul_(ctx.scaling), None
-
-
 def speed_up(model: Any) -> None:
     """Choose the faster of equal computations for a model with adapters; call it before either adapter is first asked."""
-    multiply_adapters_in_base_dtype(model)
+    from scripts.common.adapted_linears import share_products
+
+    share_products(model)
     attend_plainly_to_short_rows(model)
 
 
-def multiply_adapters_in_base_dtype(model: Any) -> None:
-    """Let bf16 activations meet fp32 adapter weights in bf16, where PEFT would multiply in fp32.
+class _Odds(torch.autograd.Function):
+    """Return exponentials in the dtype of the scores, 1 for the largest, and their fp32 sum over the last dimension."""
 
-    The weights that the optimizer moves stay fp32. With an fp32 base this changes nothing but the speed.
-    """
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora import LoraLayer
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        odds = (scores.float() - scores.amax(-1, keepdim=True).float()).exp()
+        kept = odds.to(scores.dtype)
+        ctx.save_for_backward(kept)
+        return kept, odds.sum(-1, keepdim=True)
 
-    class LeanLoraLinear(LoraLinear):
-        """PEFT's layer, with one fused product where a single plain adapter is at work."""
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            names = [name for name in self.active_adapters if name in self.lora_A]
-            if self.disable_adapters or self.merged or args or kwargs or len(names) != 1 or x.device.type != "cpu":
-                return super().forward(x, *args, **kwargs)
-            (name,), base = names, self.base_layer
-            plain = name not in self.lora_variant and isinstance(self.lora_dropout[name], torch.nn.Identity)
-            if not plain or base.weight.requires_grad or self.lora_B[name].bias is not None:
-                return super().forward(x)
-            A, B = self.lora_A[name].weight, self.lora_B[name].weight
-            return _AdaptedProduct.apply(x, base.weight, base.bias, A, B, self.scaling[name])
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
-            for linears in (module.lora_A, module.lora_B):
-                for linear in linears.values():
-                    linear.__class__ = _LinearInInputDtype
-            if type(module) is LoraLinear and type(module.base_layer) is torch.nn.Linear:
-                module.__class__ = LeanLoraLinear
+    @staticmethod
+    def backward(ctx: Any, towards_odds: torch.Tensor, towards_total: torch.Tensor) -> torch.Tensor:
+        (kept,) = ctx.saved_tensors
+        return ((towards_odds.float() + towards_total) * kept.float()).to(kept.dtype)
 
 
 def _attend(
@@ -243,9 +220,15 @@ def _attend(
     scale = size**-0.5 if scaling is None else scaling
     stacked = (query * scale).reshape(batch, groups, -1, size)  # the heads that share a key share one product
     scores = (stacked @ key.transpose(2, 3)).view(batch, groups, heads // groups, tokens, -1)
-    weights = functional.softmax(scores + attention_mask[:, :, None], dim=-1)
+    scores = scores + attention_mask[:, :, None]
+    # Compiled, dividing the few outputs instead of the many weights saves a pass over these; uncompiled it adds some.
+    weights, totals = (
+        _Odds.apply(scores) if torch.compiler.is_compiling() else (functional.softmax(scores, dim=-1), None)
+    )
     weights = functional.dropout(weights, dropout, training=module.training)
     output = weights.view(batch, groups, -1, weights.shape[-1]) @ value
+    if totals is not None:
+        output = (output / totals.view(batch, groups, -1, 1)).to(value.dtype)
     return output.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
 
 

@@ -56,6 +56,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL's own hands the numbers over in a temporary folder that only one process knows.
         self._choose_reference()
+        self.model.eval()
         found: list[tuple[int, float, float]] = []
         rounds = list(even_rounds(len(dataset), batch_size))
         for indices, _ in tqdm(rounds, f"reference, {name} pairs", disable=not is_main_process()):
