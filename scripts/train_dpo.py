@@ -109,7 +109,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     )
 
     values = stage.config.values
-    plan = plan_training(values, values.dpo, origin.base_folder, machine, train, sequences_per_row=2)
+    plan = plan_training(values, values.dpo, origin.base_folder, machine, train)
     plan.settle(machine)
     seed_everything(values.seed)
     policy = load_policy(stage, machine, origin)
@@ -209,7 +209,7 @@ def show_dry_run(stage: Stage) -> None:
     origin = find_origin(stage)
     train, _ = render(stage, origin.tokenizer, split)
     warn_of_length_bias(train)
-    show_plan(stage, origin.base_folder, files, train, [len(pair.input_ids) for pair in train], 2)
+    show_plan(stage, origin.base_folder, files, train, [len(pair.input_ids) for pair in train])
     for pair in train[:2]:
         prompt, chosen, rejected = map(origin.tokenizer.decode, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
         log.info("--- a training pair\n%s\n--- chosen >>>%s<<<\n--- rejected >>>%s<<<", prompt, chosen, rejected)

@@ -124,6 +124,7 @@ LAYERS = [
     {"rendering", "resuming", "stage"},
     {"modeling", "scoring", "adapted_linears", "compiling", "generation"},
     {"fast_path"},
+    {"shared_prompts"},
     {"training", "preferences"},
     {"finishing"},
     {"lifecycle", "reference"},

@@ -77,7 +77,7 @@ def test_attention_of_short_rows_gives_the_same_loss_and_gradients(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str, longest: int
 ) -> None:
     """With padding on both sides, keys shared by heads (llama, qwen3), and rows on both sides of the limit."""
-    monkeypatch.setattr(fast_path, "SHORT_ROW_TOKENS", longest)
+    monkeypatch.setattr(fast_path, "attends_plainly", lambda sequences, tokens: tokens <= longest)
     folder = save_tiny_model(tmp_path / "m", architecture)
     input_ids = torch.randint(5, 500, (3, 24), generator=torch.Generator().manual_seed(0))
     attention_mask = torch.ones_like(input_ids)

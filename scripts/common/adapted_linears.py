@@ -106,14 +106,15 @@ class Product:
         if name is None:
             self.matrix = self.at_work = None
             return
-        As, Bs = ([part[name].weight for part in parts] for parts in zip(*((l.lora_A, l.lora_B) for l in self.layers)))
+        As = [layer.lora_A[name].weight for layer in self.layers]
+        Bs = [layer.lora_B[name].weight for layer in self.layers]
         state = [(weight.data_ptr(), weight._version) for weight in (*As, *Bs)]
         if state == self.at_work and not self.layers[0].training:
             return
-        self.factors, self.scales, self.at_work = (*As, *Bs), tuple(l.scaling[name] for l in self.layers), state
+        self.factors, self.scales, self.at_work = (*As, *Bs), tuple(layer.scaling[name] for layer in self.layers), state
         rank = sum(map(len, As))
         if self.whole is None or self.whole.shape[1] < self.inputs + rank:
-            self._make_room()
+            self.whole = self._with_room()
         self.matrix = self.whole[: self.outputs + rank, : self.inputs + rank]
         self.matrix[:, self.inputs :] = 0
         row, column = 0, self.inputs
@@ -133,20 +134,21 @@ class Product:
             found.add(names[0] if plain else None)
         return found.pop() if len(found) == 1 else None
 
-    def _make_room(self) -> None:
-        """Move the base weights into a matrix that has room for the largest adapter."""
+    def _with_room(self) -> torch.Tensor:
+        """Move the base weights into a matrix that has room for the largest adapter, and return it."""
         rank = sum(max(len(linear.weight) for linear in layer.lora_A.values()) for layer in self.layers)
         bases = [layer.base_layer for layer in self.layers]
-        self.whole = bases[0].weight.new_zeros(self.outputs + rank, self.inputs + rank)
+        whole: torch.Tensor = bases[0].weight.new_zeros(self.outputs + rank, self.inputs + rank)
         row = 0
         for base in bases:
-            part = self.whole[row : row + len(base.weight), : self.inputs]
+            part = whole[row : row + len(base.weight), : self.inputs]
             part.copy_(base.weight)
             base.weight.data = part
             row += len(part)
         if any(base.bias is not None for base in bases):
             biases = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
             self.bias = torch.cat(biases)
+        return whole
 
     def ready_for(self, x: torch.Tensor) -> bool:
         """Tell whether the product takes this input."""

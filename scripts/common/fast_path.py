@@ -17,12 +17,13 @@ import torch.utils.checkpoint
 from torch.nn import functional
 from torch.utils.data import Sampler
 
-from scripts.common.memory import SHORT_ROW_TOKENS
+from scripts.common.memory import attends_plainly
 
 log = logging.getLogger(__name__)
 
 # Logits of one tile; what lies beyond is recomputed in the backward pass instead of being kept.
 TILE_BYTES = 512 * 2**20
+PLAIN_ATTENTION = "plain_for_short_rows"
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 BLOCK_BYTES = 4 * 2**20  # logits looked at together in fp32: few enough to stay in the processor's cache
 
@@ -121,8 +122,8 @@ class _LabelStatistics(torch.autograd.Function):
             slope = _compiled(_slope)(logits, log_totals, gradient, ctx.factor)
         else:
             slope = torch.empty_like(logits)
-            for *block, target in _blocks(logits, log_totals, gradient, slope):
-                target.copy_(_slope(*block, ctx.factor))
+            for block, log_total, outer, target in _blocks(logits, log_totals, gradient, slope):
+                target.copy_(_slope(block, log_total, outer, ctx.factor))
         odds_of_labels = (logits.gather(-1, labels).float() * ctx.factor - log_totals[:, None]).exp()
         slope.scatter_(-1, labels, (gradient - gradient * odds_of_labels).to(slope.dtype))
         return slope, None, None, None, None
@@ -187,7 +188,8 @@ class _Odds(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, towards_odds: torch.Tensor, towards_total: torch.Tensor) -> torch.Tensor:
         (kept,) = ctx.saved_tensors
-        return ((towards_odds.float() + towards_total) * kept.float()).to(kept.dtype)
+        slope: torch.Tensor = (towards_odds.float() + towards_total) * kept.float()
+        return slope.to(kept.dtype)
 
 
 def _attend(
@@ -208,7 +210,7 @@ def _attend(
     """
     batch, heads, tokens, size = query.shape
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
-    plain = tokens <= SHORT_ROW_TOKENS if torch.is_grad_enabled() else tokens == 1
+    plain = attends_plainly(batch, tokens) if torch.is_grad_enabled() else tokens == 1
     if special or attention_mask is None or not plain:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -239,17 +241,19 @@ def attend_plainly_to_short_rows(model: Any) -> None:
 
     base = model.get_base_model()
     if base.device.type == "cpu" and base.config._attn_implementation == "sdpa":
-        AttentionInterface.register("plain_for_short_rows", _attend)
-        AttentionMaskInterface.register("plain_for_short_rows", eager_mask)
-        base.set_attn_implementation("plain_for_short_rows")
+        AttentionInterface.register(PLAIN_ATTENTION, _attend)
+        AttentionMaskInterface.register(PLAIN_ATTENTION, eager_mask)
+        base.set_attn_implementation(PLAIN_ATTENTION)
 
 
 class SimilarLengthSampler(Sampler[int]):
     """Yield indices so that consecutive batches hold records of similar length, in an order that differs by epoch.
 
     A batch here is what one optimizer step sees: its parts are equally long on every process, and it is the same
-    however it is split over processes and accumulated gradients. Lengths are jittered by 3 %, so that batches differ between epochs too; the batch order is random, so no trend
-    in length runs through an epoch. The order depends on seed and epoch alone: a resumed run sees the same batches.
+    however it is split over processes and accumulated gradients. Lengths are jittered by 3 %, so that batches differ
+    between epochs too; the batch order is random, so no trend in length runs through an epoch. Only the very first
+    batch is the longest: a run that needs too much memory fails at once, and what follows fits into what it took.
+    The order depends on seed and epoch alone: a resumed run sees the same batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -268,8 +272,9 @@ class SimilarLengthSampler(Sampler[int]):
         order = sorted(range(len(self.lengths)), key=jittered.__getitem__)
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         short = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a short batch must come last
+        longest = [batches.pop()] if self.epoch == 0 and batches else []
         generator.shuffle(batches)
-        for batch in batches + short:
+        for batch in longest + batches + short:
             yield from batch
 
 

@@ -80,11 +80,10 @@ def show_plan(
     files: Sequence[DatasetFile],
     rows: Sequence[Any],
     lengths: Sequence[int],
-    sequences: int,
 ) -> None:
     """Print what a dry run can know: data, lengths, steps, machine and memory."""
     machine = choose_machine(stage.config.values)
-    plan = training.plan_training(stage.config.values, stage.section, base_folder, machine, rows, sequences)
+    plan = training.plan_training(stage.config.values, stage.section, base_folder, machine, rows)
     ordered = sorted(lengths)
     log.info("datasets: %s", ", ".join(f"{file.path} (weight {file.weight})" for file in files))
     log.info("tokens per sequence: median %d, longest %d; none would be cut", ordered[len(ordered) // 2], ordered[-1])

@@ -15,10 +15,14 @@ GIB = 2**30
 LIBRARIES_GIB = 0.9  # torch, transformers, TRL and MLflow in one CPU process
 # Values kept for the backward pass, per token and layer: multiples of the hidden and the intermediate size.
 EAGER_VALUES, COMPILED_VALUES = (16, 5), (11, 3.5)
-# Up to this many tokens a CPU attends plainly (fast_path.py): its attention weights are kept for the backward pass.
-SHORT_ROW_TOKENS = 512
+SHORT_ROW_TOKENS, FEW_WEIGHTS = 512, 8 * 512**2
 SAFETY_RATIO = 0.9  # of what is free
 NF4_BYTES, INT8_BYTES = 0.52, 1.01  # per weight, with its share of the scales
+
+
+def attends_plainly(sequences: int, longest: int) -> bool:
+    """Tell whether a CPU trains with plain attention (fast_path.py), whose weights are kept for the backward pass."""
+    return longest <= SHORT_ROW_TOKENS or sequences * longest**2 <= FEW_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def estimate_memory(
     per_layer = of_hidden * hidden + of_intermediate * intermediate
     kept = (layers * hidden + per_layer) if checkpointing else layers * per_layer
     attended = 0
-    if cpu and config.performance.fast_path and longest <= SHORT_ROW_TOKENS:
+    if cpu and config.performance.fast_path and attends_plainly(sequences, longest):
         heads = shape.get("num_attention_heads") or shape.get("n_head", 0)
         attended = sequences * heads * longest**2 * (1 if checkpointing else layers)
     return MemoryEstimate(

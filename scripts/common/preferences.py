@@ -6,6 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from scripts.common.processes import added_up, collected, even_rounds, place
 from scripts.common.rendering import IGNORED, Rendered, RenderedPair
 from scripts.common.runtime import is_main_process
 from scripts.common.scoring import mean_kl
+from scripts.common.shared_prompts import SharedPrompts
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +44,29 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
     ) -> None:
         self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
         self.control: Any
+        self.prompts: SharedPrompts | None = None
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._choose_reference()
 
     def row_length(self, row: dict[str, Any]) -> int:
-        """Return the tokens of a pair."""
-        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        """Return the tokens of a pair: of one row with both answers, or of the longer of two rows."""
+        answers = len(row["chosen_ids"]), len(row["rejected_ids"])
+        return len(row["prompt_ids"]) + (sum if self.prompts and self.prompts.possible else max)(answers)
+
+    def prompts_shared(self) -> AbstractContextManager[None]:
+        """Take every forward pass within for one of pairs, whose prompts are computed once where that is possible."""
+        return self.prompts.at_work() if self.prompts else nullcontext()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's loss."""
+        with self.prompts_shared():
+            return super().compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """Return the reference's log-probabilities of both sides."""
+        with self.prompts_shared():
+            return super().compute_ref_log_probs(model, inputs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # the ids are ours already
@@ -91,8 +109,9 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         # TRL copies the starting adapter to "ref"; without the copy its reference is the base.
         if self.reference == "base" and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
-        if self.fast_path:  # before the reference is first asked: both must compute alike
+        if self.fast_path and self.prompts is None:  # before the reference is first asked: both must compute alike
             speed_up(self.model)
+            self.prompts = SharedPrompts(self.model)
 
     @property
     def reference_adapter(self) -> str | None:
@@ -115,7 +134,7 @@ def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
     model, was_training = trainer.model, trainer.model.training
     model.eval()
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-    with torch.no_grad():
+    with torch.no_grad(), trainer.prompts_shared():
         scored = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

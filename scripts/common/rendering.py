@@ -59,6 +59,11 @@ class RenderedPair:
     def trained_tokens(self) -> int:
         return len(self.chosen_ids) + len(self.rejected_ids)
 
+    def in_one_row(self) -> Rendered:
+        """Return both answers behind the one prompt."""
+        answers = self.chosen_ids + self.rejected_ids
+        return Rendered(self.prompt_ids + answers, [IGNORED] * len(self.prompt_ids) + answers)
+
     def side(self, answer_ids: list[int]) -> Rendered:
         """Return the prompt with one answer, whose tokens are scored."""
         return Rendered(self.prompt_ids + answer_ids, [IGNORED] * len(self.prompt_ids) + answer_ids)

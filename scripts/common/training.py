@@ -23,7 +23,7 @@ from scripts.common.fast_path import GroupedByLength
 from scripts.common.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
 from scripts.common.modeling import adapter_kept
 from scripts.common.processes import added_up, decided_by_first, largest, own_share
-from scripts.common.rendering import Rendered
+from scripts.common.rendering import Rendered, RenderedPair
 from scripts.common.resuming import Resumption
 from scripts.common.runtime import Machine, StopSignal, is_main_process
 from scripts.common.schema import Config, Training
@@ -72,11 +72,15 @@ def plan_training(
     section: Training,
     base_folder: Path,
     machine: Machine,
-    rows: Sequence[Rendered],
-    sequences_per_row: int = 1,
+    rows: Sequence[Rendered | RenderedPair],
 ) -> Plan:
     """Estimate memory for the largest batch; decide on gradient checkpointing and on compiling."""
-    batch = section.per_device_train_batch_size
+    batch, sequences_per_row = section.per_device_train_batch_size, 1
+    if isinstance(rows[0], RenderedPair):
+        if machine.device == "cpu" and config.performance.fast_path:  # shared_prompts.py
+            rows = [row.in_one_row() if isinstance(row, RenderedPair) else row for row in rows]
+        else:
+            sequences_per_row = 2
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
     seen = total_steps(section, len(rows), machine.processes) * batch * section.gradient_accumulation_steps
     mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
