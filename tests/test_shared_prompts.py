@@ -54,7 +54,7 @@ def test_log_probabilities_and_gradients_equal_those_of_two_rows(tmp_path: Path,
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     speed_up(model)
-    shared = SharedPrompts(model)
+    shared = SharedPrompts(model, pairs())
     assert shared.possible
     widths: list[int] = []
     shared.decoder.register_forward_pre_hook(lambda _, args, given: widths.append(len([*args, given.get("input_ids")][0])), with_kwargs=True)  # fmt: skip
@@ -87,7 +87,7 @@ def test_rows_longer_than_a_sliding_window_stay_apart(tiny_llama: Path, window: 
     """The first pair takes nine tokens."""
     model = add_lora(load_base(tiny_llama, Config(), CPU), Lora(r=4), "m").eval()
     speed_up(model)
-    shared = SharedPrompts(model)
+    shared = SharedPrompts(model, pairs())
     shared.decoder.config.sliding_window = window
 
     with torch.no_grad(), shared.at_work():
@@ -105,7 +105,7 @@ def test_a_model_that_computes_otherwise_is_found_out(tiny_llama: Path, caplog: 
     layer.forward = lambda hidden, *args, **kwargs: original(hidden + hidden.cumsum(1), *args, **kwargs)
 
     with caplog.at_level(logging.WARNING):
-        assert not SharedPrompts(model).possible
+        assert not SharedPrompts(model, pairs()).possible
 
     assert "does not compute a prompt once" in caplog.text
 
@@ -113,4 +113,4 @@ def test_a_model_that_computes_otherwise_is_found_out(tiny_llama: Path, caplog: 
 def test_without_the_fast_path_attention_pairs_keep_two_rows(tiny_llama: Path) -> None:
     model = add_lora(load_base(tiny_llama, Config(), CPU), Lora(r=4), "m").eval()
 
-    assert not SharedPrompts(model).possible
+    assert not SharedPrompts(model, pairs()).possible

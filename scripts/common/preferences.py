@@ -45,6 +45,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
         self.control: Any
         self.prompts: SharedPrompts | None = None
+        self.sped_up = False
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._choose_reference()
@@ -54,18 +55,22 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         answers = len(row["chosen_ids"]), len(row["rejected_ids"])
         return len(row["prompt_ids"]) + (sum if self.prompts and self.prompts.possible else max)(answers)
 
-    def prompts_shared(self) -> AbstractContextManager[None]:
+    def prompts_shared(self, inputs: Any) -> AbstractContextManager[None]:
         """Take every forward pass within for one of pairs, whose prompts are computed once where that is possible."""
-        return self.prompts.at_work() if self.prompts else nullcontext()
+        if not self.fast_path:
+            return nullcontext()
+        if self.prompts is None:
+            self.prompts = SharedPrompts(self.model, inputs)
+        return self.prompts.at_work()
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss."""
-        with self.prompts_shared():
-            return super().compute_loss(*args, **kwargs)
+        with self.prompts_shared(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Return the reference's log-probabilities of both sides."""
-        with self.prompts_shared():
+        with self.prompts_shared(inputs):
             return super().compute_ref_log_probs(model, inputs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,9 +114,9 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         # TRL copies the starting adapter to "ref"; without the copy its reference is the base.
         if self.reference == "base" and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
-        if self.fast_path and self.prompts is None:  # before the reference is first asked: both must compute alike
+        if self.fast_path and not self.sped_up:  # before the reference is first asked: both must compute alike
             speed_up(self.model)
-            self.prompts = SharedPrompts(self.model)
+            self.sped_up = True
 
     @property
     def reference_adapter(self) -> str | None:
@@ -134,7 +139,7 @@ def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
     model, was_training = trainer.model, trainer.model.training
     model.eval()
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-    with torch.no_grad(), trainer.prompts_shared():
+    with torch.no_grad(), trainer.prompts_shared(batch):
         scored = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -16,7 +16,8 @@ from scripts.common.fast_path import PLAIN_ATTENTION
 log = logging.getLogger(__name__)
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+PROVEN_ON_PAIRS = 2
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}  # rounding alone makes 0.02
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class SharedPrompts:
     answers of unequal length no longer pad each other.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         self.decoder = model.get_base_model().base_model
         self.back: torch.Tensor | None = None
         self.active = False
@@ -74,7 +75,7 @@ class SharedPrompts:
         self.decoder.register_forward_pre_hook(self._rearrange, with_kwargs=True)
         self.decoder.register_forward_hook(self._put_back)
         self.possible = True
-        self.possible = self._proven()
+        self.possible = self._proven(sample)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -95,18 +96,16 @@ class SharedPrompts:
         )
 
     @torch.no_grad()
-    def _proven(self) -> bool:
-        """Compare both ways on a few tokens; a model for which they differ keeps its two rows per pair."""
-        ids = torch.arange(2, 50, device=self.decoder.device).reshape(4, 12) % self.decoder.config.vocab_size
-        attention_mask = torch.ones_like(ids)
-        ids[2, :5], ids[3, :2] = ids[0, :5], ids[1, :2]
-        attention_mask[0, 9:], attention_mask[3, 10:] = 0, 0
-        batch = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
-        training = self.decoder.training
+    def _proven(self, sample: dict[str, torch.Tensor]) -> bool:
+        """Compare both ways on the first pairs of a batch; a model for which they differ keeps its two rows per pair."""
+        batch: dict[str, Any] = {"use_cache": False}
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = torch.cat([side[:PROVEN_ON_PAIRS] for side in sample[name].chunk(2)])
+        real, training = batch["attention_mask"] == 1, self.decoder.training
         self.decoder.eval()
-        wanted = self.decoder(**batch).last_hidden_state[attention_mask == 1]
+        wanted = self.decoder(**batch).last_hidden_state[real]
         with self.at_work():
-            got = self.decoder(**batch).last_hidden_state[attention_mask == 1]
+            got = self.decoder(**batch).last_hidden_state[real]
         self.decoder.train(training)
         apart = float((got - wanted).float().norm() / wanted.float().norm())
         if not apart <= TOLERANCE[wanted.dtype]:
