@@ -103,7 +103,7 @@ class _LabelStatistics(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         asked = tuple(name for name in STATISTICS if name == "log_probs" or name in outputs)
         if compiled:
-            columns = _compiled(_read_statistics)(logits, labels, factor, asked)
+            columns = _compiled(_read_statistics)(logits.detach(), labels, factor, asked)
         else:
             parts = [_read_statistics(block, wanted, factor, asked) for block, wanted in _blocks(logits, labels)]
             columns = [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -251,7 +251,7 @@ class SimilarLengthSampler(Sampler[int]):
 
     A batch here is what one optimizer step sees: its parts are equally long on every process, and it is the same
     however it is split over processes and accumulated gradients. Lengths are jittered by 3 %, so that batches differ
-    between epochs too; the batch order is random, so no trend in length runs through an epoch. Only the very first
+    between epochs too; the batch order is random, so no trend in length runs through an epoch. Only the first
     batch is the longest: a run that needs too much memory fails at once, and what follows fits into what it took.
     The order depends on seed and epoch alone: a resumed run sees the same batches.
     """
@@ -272,7 +272,7 @@ class SimilarLengthSampler(Sampler[int]):
         order = sorted(range(len(self.lengths)), key=jittered.__getitem__)
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         short = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a short batch must come last
-        longest = [batches.pop()] if self.epoch == 0 and batches else []
+        longest = [batches.pop()] if batches else []
         generator.shuffle(batches)
         for batch in longest + batches + short:
             yield from batch

@@ -15,14 +15,14 @@ GIB = 2**30
 LIBRARIES_GIB = 0.9  # torch, transformers, TRL and MLflow in one CPU process
 # Values kept for the backward pass, per token and layer: multiples of the hidden and the intermediate size.
 EAGER_VALUES, COMPILED_VALUES = (16, 5), (11, 3.5)
-SHORT_ROW_TOKENS, FEW_WEIGHTS = 512, 8 * 512**2
+PLAINLY_ATTENDED = 16 * 512**2  # tokens that tokens attend to in a batch: 8 rows of 724, 16 of 512
 SAFETY_RATIO = 0.9  # of what is free
 NF4_BYTES, INT8_BYTES = 0.52, 1.01  # per weight, with its share of the scales
 
 
 def attends_plainly(sequences: int, longest: int) -> bool:
     """Tell whether a CPU trains with plain attention (fast_path.py), whose weights are kept for the backward pass."""
-    return longest <= SHORT_ROW_TOKENS or sequences * longest**2 <= FEW_WEIGHTS
+    return sequences * longest**2 <= PLAINLY_ATTENDED
 
 
 @dataclass(frozen=True)

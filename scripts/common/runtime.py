@@ -177,6 +177,13 @@ def give_freed_memory_back() -> None:
     _set_allocator(((M_MMAP_THRESHOLD, 2**20),))
 
 
+def empty_heap() -> None:
+    """Give back what is free in memory that the allocator keeps, and with it the holes between blocks of all sizes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+
+
 def _set_allocator(settings: tuple[tuple[int, int], ...]) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

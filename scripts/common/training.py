@@ -25,7 +25,7 @@ from scripts.common.modeling import adapter_kept
 from scripts.common.processes import added_up, decided_by_first, largest, own_share
 from scripts.common.rendering import Rendered, RenderedPair
 from scripts.common.resuming import Resumption
-from scripts.common.runtime import Machine, StopSignal, is_main_process
+from scripts.common.runtime import Machine, StopSignal, empty_heap, is_main_process
 from scripts.common.schema import Config, Training
 from scripts.common.scoring import score_answers
 from scripts.common.stage import Stage
@@ -213,6 +213,9 @@ class ProgressAndTracking(TrainerCallback):
             torch.manual_seed(args.seed + args.process_index)
         if is_main_process():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        empty_heap()  # an epoch begins with its longest batch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
