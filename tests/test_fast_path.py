@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from scripts.common import fast_path
-from scripts.common.adapted_linears import share_products
 from scripts.common.fast_path import (
     AnswerLogProbs,
     SimilarLengthSampler,
@@ -164,49 +163,6 @@ def test_gpu_keeps_trl_own_head(plain_trl) -> None:
 
     assert not score_answers_only("cuda")
     assert plain_trl._ChunkedLogProbFunction is original
-
-
-# --- adapters
-
-
-def test_adapters_multiply_in_bf16_and_their_gradients_are_fp32(tiny_llama: Path) -> None:
-    model = add_lora(load(tiny_llama, torch.bfloat16), Lora(r=4), "base")
-    share_products(model)
-    seen = []
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.register_forward_hook(lambda _, given, made: seen.append((given[0].dtype, made.dtype)))
-    ids = torch.arange(5, 25).reshape(1, 20)
-
-    model(input_ids=ids, labels=ids).loss.backward()
-
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
-    assert {p.dtype for p in trainable} == {p.grad.dtype for p in trainable} == {torch.float32}
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_adapters_on_an_fp32_base_give_the_same_numbers(tmp_path: Path, architecture: str, dropout: float) -> None:
-    """With a bias (qwen2), with weights stored the other way round (gpt2), and with dropout drawn from the same seed."""
-    folder = save_tiny_model(tmp_path / "m", architecture)
-    ids = torch.arange(5, 25).reshape(1, 20)
-
-    def loss_and_gradients(fast: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        model = add_lora(load(folder), Lora(r=4, init="gaussian", dropout=dropout), "base").train()
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter)
-        if fast:
-            share_products(model)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
-
-    fast, slow = loss_and_gradients(True), loss_and_gradients(False)
-    assert any(gradient.abs().max() > 1e-2 for gradient in slow[1:])
-    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(fast, slow, strict=True))
 
 
 # --- batches of similar length

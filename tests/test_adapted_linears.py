@@ -1,0 +1,132 @@
+"""Adapted layers that share a product give PEFT's numbers, whichever adapter is at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from scripts.common.adapted_linears import SharingLinear, _AdaptedProduct, share_products
+from scripts.common.modeling import add_lora, load_base, switched_to
+from scripts.common.runtime import Machine
+from scripts.common.schema import Config, Lora
+from tests.conftest import save_tiny_model
+
+IDS = torch.arange(5, 25).reshape(1, 20)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32):
+    """Load a tiny base."""
+    return load_base(folder, Config(), Machine("cpu", dtype, 1, 1, ()))
+
+
+def test_adapters_multiply_in_bf16_and_their_gradients_are_fp32(tiny_llama: Path) -> None:
+    model = add_lora(load(tiny_llama, torch.bfloat16), Lora(r=4), "base")
+    share_products(model)
+    seen = []
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.register_forward_hook(lambda _, given, made: seen.append((given[0].dtype, made.dtype)))
+    ids = torch.arange(5, 25).reshape(1, 20)
+
+    model(input_ids=ids, labels=ids).loss.backward()
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert {p.dtype for p in trainable} == {p.grad.dtype for p in trainable} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_on_an_fp32_base_give_the_same_numbers(tmp_path: Path, architecture: str, dropout: float) -> None:
+    """With a bias (qwen2), with weights stored the other way round (gpt2), and with dropout drawn from the same seed."""
+    folder = save_tiny_model(tmp_path / "m", architecture)
+    ids = torch.arange(5, 25).reshape(1, 20)
+
+    def loss_and_gradients(fast: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = add_lora(load(folder), Lora(r=4, init="gaussian", dropout=dropout), "base").train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        if fast:
+            share_products(model)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    fast, slow = loss_and_gradients(True), loss_and_gradients(False)
+    assert any(gradient.abs().max() > 1e-2 for gradient in slow[1:])
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(fast, slow, strict=True))
+
+
+def with_two_adapters(folder: Path, fast: bool):
+    """Return a model with a trainable adapter and a frozen one of higher rank and other scale."""
+    torch.manual_seed(0)
+    model = add_lora(load(folder), Lora(r=4, init="gaussian"), "base")
+    model.add_adapter("ref", LoraConfig(r=6, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+        if ".ref." in name:
+            parameter.requires_grad_(False)
+    model.set_adapter("default")
+    if fast:
+        share_products(model)
+    return model
+
+
+def test_layers_of_the_same_input_share_one_product(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four for each decoder layer: query with key and value, output, gate with up, down."""
+    calls: list[int] = []
+    apply = _AdaptedProduct.apply
+    monkeypatch.setattr(_AdaptedProduct, "apply", lambda *given: (calls.append(1), apply(*given))[1])
+    model = add_lora(load(tiny_llama), Lora(r=4), "base")
+    share_products(model)
+
+    model(input_ids=IDS)
+
+    assert len(calls) == 4 * model.config.num_hidden_layers
+    assert len([module for module in model.modules() if isinstance(module, SharingLinear)]) == 7 * model.config.num_hidden_layers  # fmt: skip
+
+
+def test_every_adapter_and_the_bare_base_answer_as_in_peft(tiny_llama: Path) -> None:
+    fast, slow = with_two_adapters(tiny_llama, True), with_two_adapters(tiny_llama, False)
+
+    seen = []
+    for adapter in ("default", "ref", None, "default"):
+        with torch.no_grad(), switched_to(fast, adapter), switched_to(slow, adapter):
+            seen.append(slow(input_ids=IDS).logits)
+            assert torch.allclose(fast(input_ids=IDS).logits, seen[-1], atol=1e-4), adapter
+
+    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+    assert not torch.allclose(seen[1], seen[2], atol=1e-2)
+
+
+def test_a_reference_asked_within_a_step_leaves_its_gradients_alone(tiny_llama: Path) -> None:
+    fast, slow = with_two_adapters(tiny_llama, True).train(), with_two_adapters(tiny_llama, False).train()
+
+    for model in (fast, slow):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        with torch.no_grad(), switched_to(model, "ref"):
+            model(input_ids=IDS)
+        loss.backward()
+
+    wanted = {name: parameter.grad for name, parameter in slow.named_parameters() if parameter.requires_grad}
+    assert any(gradient.abs().max() > 1e-2 for gradient in wanted.values())
+    for name, parameter in fast.named_parameters():
+        assert not parameter.requires_grad or torch.allclose(parameter.grad, wanted[name], atol=1e-4, rtol=1e-4), name
+
+
+def test_what_the_optimizer_moved_counts_in_the_next_pass(tiny_llama: Path) -> None:
+    """Also when it is moved behind autograd's back, as some optimizers do."""
+    model = with_two_adapters(tiny_llama, True).train()
+    before = model(input_ids=IDS).logits
+
+    for name, parameter in model.named_parameters():
+        if "lora_B.default" in name:
+            parameter.data.mul_(2)
+
+    assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-2)
