@@ -120,13 +120,24 @@ def test_a_reference_asked_within_a_step_leaves_its_gradients_alone(tiny_llama: 
         assert not parameter.requires_grad or torch.allclose(parameter.grad, wanted[name], atol=1e-4, rtol=1e-4), name
 
 
-def test_what_the_optimizer_moved_counts_in_the_next_pass(tiny_llama: Path) -> None:
-    """Also when it is moved behind autograd's back, as some optimizers do."""
-    model = with_two_adapters(tiny_llama, True).train()
-    before = model(input_ids=IDS).logits
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_optimizer_moved_counts_in_the_next_pass(tiny_llama: Path, training: bool) -> None:
+    """Training or not, and also when it is moved behind autograd's back, as torch's fused optimizers do."""
+    model = with_two_adapters(tiny_llama, True).train(training)
+    with torch.set_grad_enabled(training):
+        before = model(input_ids=IDS).logits
 
-    for name, parameter in model.named_parameters():
-        if "lora_B.default" in name:
-            parameter.data.mul_(2)
+        for name, parameter in model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.data.mul_(2)
 
-    assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-2)
+        assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-2)
+
+
+def test_what_inference_mode_made_can_be_trained_afterwards(tiny_llama: Path) -> None:
+    model = with_two_adapters(tiny_llama, True)
+    with torch.inference_mode():
+        model.eval()(input_ids=IDS)
+
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())

@@ -40,13 +40,15 @@ def share_products(model: Any) -> None:
         if not parameter.requires_grad:
             parameter.data = parameter.data.clone()
 
-    def renew(module: Any, *_: Any) -> None:
+    def renew(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         # A reference asked within a training step must not touch what that step's backward pass still needs.
         within_step = module.training and not torch.is_grad_enabled()
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        one_more = not torch.is_grad_enabled() and input_ids is not None and input_ids.shape[1] == 1
         for product in products:
-            product.renew(None if within_step else product.plain_adapter())
+            product.renew(None if within_step else product.plain_adapter(), one_more)
 
-    decoder.register_forward_pre_hook(renew)
+    decoder.register_forward_pre_hook(renew, with_kwargs=True)
 
 
 def _that_read_the_same(model: Any) -> Iterable[list[Any]]:
@@ -96,22 +98,25 @@ class Product:
         self.bias: torch.Tensor | None = None
         self.factors: tuple[Any, ...] = ()
         self.scales: tuple[float, ...] = ()
-        self.at_work: object = None
+        self.at_work: str | None = None
         self.computed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be changed outside it
     @torch.no_grad()
-    def renew(self, name: str | None) -> None:
-        """Take over an adapter, which may be another one or have moved since the last pass; with None, stand back."""
+    def renew(self, name: str | None, one_more: bool) -> None:
+        """Take over an adapter, which may be another one or have moved since the last pass; with None, stand back.
+
+        Optimizers move weights without leaving a mark on them, so only a pass for one more token takes them for unmoved.
+        """
         self.computed.clear()
         if name is None:
             self.matrix = self.at_work = None
             return
         As = [layer.lora_A[name].weight for layer in self.layers]
         Bs = [layer.lora_B[name].weight for layer in self.layers]
-        state = [(weight.data_ptr(), weight._version) for weight in (*As, *Bs)]
-        if state == self.at_work and not self.layers[0].training:
+        if one_more and name == self.at_work:
             return
-        self.factors, self.scales, self.at_work = (*As, *Bs), tuple(layer.scaling[name] for layer in self.layers), state
+        self.factors, self.scales, self.at_work = (*As, *Bs), tuple(layer.scaling[name] for layer in self.layers), name
         rank = sum(map(len, As))
         if self.whole is None or self.whole.shape[1] < self.inputs + rank:
             self.whole = self._with_room()
@@ -178,14 +183,16 @@ class _AdaptedProduct(torch.autograd.Function):
         widths, ranks = [len(B) for B in Bs], [len(A) for A in As]
         rows = x.reshape(-1, x.shape[-1])
         down = rows @ matrix[sum(widths) :, : rows.shape[1]].T
-        output = functional.linear(torch.cat([rows, down], 1), matrix[: sum(widths)], bias)
-        ctx.save_for_backward(rows, down, matrix)
+        both = torch.cat([rows, down], 1)
+        output = functional.linear(both, matrix[: sum(widths)], bias)
+        ctx.save_for_backward(both, matrix)  # its parts apart would be kept beside it when compiled
         ctx.scales, ctx.ranks, ctx.shape = scales, ranks, x.shape
         return tuple(part.view(*x.shape[:-1], -1) for part in output.split(widths, 1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, down, matrix = ctx.saved_tensors
+        both, matrix = ctx.saved_tensors
+        rows, down = both.split([both.shape[1] - sum(ctx.ranks), sum(ctx.ranks)], 1)
         slopes = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         slope = slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1)
         left, right = matrix.split([rows.shape[1], down.shape[1]], 1)

@@ -171,7 +171,7 @@ class Performance(Section):
     )
     fast_path: bool = Field(
         True,
-        description="Score only answer tokens and multiply adapters in the base's dtype; exact in fp32, much faster on a CPU.",
+        description="Score only answer tokens, multiply adapters with the base, compute a pair's prompt once; exact in fp32, much faster on a CPU.",
     )
     compile: Literal["auto"] | bool = Field(
         "auto",
