@@ -209,7 +209,7 @@ def show_dry_run(stage: Stage) -> None:
     origin = find_origin(stage)
     train, _ = render(stage, origin.tokenizer, split)
     warn_of_length_bias(train)
-    show_plan(stage, origin.base_folder, files, train, [len(pair.input_ids) for pair in train])
+    show_plan(stage, origin.base_folder, files, train)
     for pair in train[:2]:
         prompt, chosen, rejected = map(origin.tokenizer.decode, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
         log.info("--- a training pair\n%s\n--- chosen >>>%s<<<\n--- rejected >>>%s<<<", prompt, chosen, rejected)

@@ -127,7 +127,7 @@ def show_dry_run(stage: Stage) -> None:
     base_folder = find_model(stage.config.values.base_model_id, stage.config.values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     train, _ = render(stage, tokenizer, split)
-    show_plan(stage, base_folder, files, train, [len(row.input_ids) for row in train])
+    show_plan(stage, base_folder, files, train)
     for row in train[:2]:
         marked = "".join(
             f">>>{tokenizer.decode(ids)}<<<" if trained else tokenizer.decode(ids) for trained, ids in row.runs()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scripts.common.adapted_linears import family
 from scripts.common.artifacts import artifact_sha256, read_manifest
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError
@@ -276,17 +277,12 @@ def stack_adapters(
     return rows
 
 
-SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-
-
 def _that_read_the_same(network: Any, targets: set[str]) -> list[list[str]]:
     """Group layers that are known to be given the same input one after the other; the others stay alone."""
     groups: dict[tuple[str, int | str], list[str]] = {}
     for target in sorted(targets):
-        owner, _, child = target.rpartition(".")
-        family = next((number for number, names in enumerate(SIBLINGS) if child in names), child)
-        alone = type(network.get_submodule(target)) is not nn.Linear
-        groups.setdefault((owner, child if alone else family), []).append(target)
+        together = type(network.get_submodule(target)) is nn.Linear
+        groups.setdefault(family(target) if together else (target, ""), []).append(target)
     return list(groups.values())
 
 

@@ -207,3 +207,14 @@ def test_batches_hold_similar_lengths_in_no_order_of_length() -> None:
     assert means != sorted(means)
     assert means != sorted(means, reverse=True)
     assert [len(part) for part in cut] == [8] * 10 + [3]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_epoch_begins_with_its_longest_batch(epoch: int) -> None:
+    """So that too little memory shows at once."""
+    sampler = SimilarLengthSampler(LENGTHS[:80], 8, seed=0)
+    sampler.set_epoch(epoch)
+
+    first, *others = (sum(LENGTHS[index] for index in part) for part in batches(sampler))
+
+    assert first > max(others)

@@ -16,6 +16,12 @@ from scripts.common.runtime import processes_that_split_the_model
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
+def family(name: str) -> tuple[str, int | str]:
+    """Return what the names of layers that are given the same input have in common."""
+    owner, _, child = name.rpartition(".")
+    return owner, next((number for number, names in enumerate(SIBLINGS) if child in names), child)
+
+
 def share_products(model: Any) -> None:
     """Let the plain adapters of a CPU model work in its base's dtype, as part of the base's own products.
 
@@ -36,8 +42,9 @@ def share_products(model: Any) -> None:
         for place, layer in enumerate(product.layers):
             layer.__class__ = SharingLinear
             layer.product, layer.place = product, place
+    moved = {layer.base_layer.weight for product in products for layer in product.layers}
     for parameter in decoder.parameters():  # while one weight lies in the mapped file, all of it stays in memory
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter not in moved:
             parameter.data = parameter.data.clone()
 
     def renew(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -52,13 +59,11 @@ def share_products(model: Any) -> None:
 
 
 def _that_read_the_same(model: Any) -> Iterable[list[Any]]:
-    groups: dict[tuple[str, object], list[Any]] = {}
+    groups: dict[tuple[str, int | str], list[Any]] = {}
     for name, module in model.named_modules():
         plain = type(module) is LoraLinear and type(module.base_layer) is torch.nn.Linear
         if plain and not module.base_layer.weight.requires_grad:
-            owner, _, child = name.rpartition(".")
-            family = next((number for number, names in enumerate(SIBLINGS) if child in names), child)
-            groups.setdefault((owner, family), []).append(module)
+            groups.setdefault(family(name), []).append(module)
     return groups.values()
 
 
@@ -112,10 +117,10 @@ class Product:
         if name is None:
             self.matrix = self.at_work = None
             return
-        As = [layer.lora_A[name].weight for layer in self.layers]
-        Bs = [layer.lora_B[name].weight for layer in self.layers]
         if one_more and name == self.at_work:
             return
+        As = [layer.lora_A[name].weight for layer in self.layers]
+        Bs = [layer.lora_B[name].weight for layer in self.layers]
         self.factors, self.scales, self.at_work = (*As, *Bs), tuple(layer.scaling[name] for layer in self.layers), name
         rank = sum(map(len, As))
         if self.whole is None or self.whole.shape[1] < self.inputs + rank:

@@ -79,12 +79,11 @@ def show_plan(
     base_folder: Path,
     files: Sequence[DatasetFile],
     rows: Sequence[Any],
-    lengths: Sequence[int],
 ) -> None:
     """Print what a dry run can know: data, lengths, steps, machine and memory."""
     machine = choose_machine(stage.config.values)
     plan = training.plan_training(stage.config.values, stage.section, base_folder, machine, rows)
-    ordered = sorted(lengths)
+    ordered = sorted(len(row.input_ids) for row in rows)
     log.info("datasets: %s", ", ".join(f"{file.path} (weight {file.weight})" for file in files))
     log.info("tokens per sequence: median %d, longest %d; none would be cut", ordered[len(ordered) // 2], ordered[-1])
     log.info("%d optimizer steps", training.total_steps(stage.section, len(rows), machine.processes))

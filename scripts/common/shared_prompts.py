@@ -69,13 +69,11 @@ class SharedPrompts:
         self.decoder = model.get_base_model().base_model
         self.back: torch.Tensor | None = None
         self.active = False
-        if not self._known():
-            self.possible = False
-            return
-        self.decoder.register_forward_pre_hook(self._rearrange, with_kwargs=True)
-        self.decoder.register_forward_hook(self._put_back)
-        self.possible = True
-        self.possible = self._proven(sample)
+        self.possible = self._known()
+        if self.possible:
+            self.decoder.register_forward_pre_hook(self._rearrange, with_kwargs=True)
+            self.decoder.register_forward_hook(self._put_back)
+            self.possible = self._proven(sample)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
