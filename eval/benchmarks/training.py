@@ -1,8 +1,8 @@
 """Measure training side by side: this project, `trl` with its defaults and with its best flags, and any other command.
 
-Every system gets the same records and starts as its user would start it, the systems in turn. Its speed is the difference
-of two runs of different length, so start and warm-up, which are reported apart, do not count. Writes training.json,
-training.md and pictures to --out. Needs requirements.txt.
+Every system gets the same records and starts as its user would start it. Each peer runs beside this project: they take turns
+step by step, so that a machine whose speed drifts slows both alike. Start and warm-up, which are reported apart, do not
+count as speed. Writes training.json, training.md and pictures to --out. Needs requirements.txt.
 
     python -m eval.benchmarks.training --parts speed growth
 """
@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,13 @@ from eval.benchmarks.training_systems import (
     EPOCHS,
     LEARNING_RATE,
     SYSTEMS,
+    WARM_UP,
     Row,
+    Running,
     System,
     Task,
     read_rows,
-    run_to_the_end,
+    side_by_side,
     system_of_user,
     write_rows,
 )
@@ -50,6 +51,7 @@ from scripts.common.schema import Config
 log = logging.getLogger(__name__)
 
 HELD_OUT = 64
+FEWEST_STEPS = 4  # of which the first is the warm-up
 # Least work per weight and token: forward and the gradient of the activations; DPO also asks the reference once per pair.
 FLOP = {"sft": 4.0, "dpo": 4.0 + 2.0 / EPOCHS["dpo"]}
 
@@ -62,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stages", nargs="+", choices=["sft", "dpo"], default=["sft", "dpo"], help="default: both")
     add("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), help="default: all")
     add("--against", action="append", default=[], metavar="NAME=COMMAND", help="another system; {stage}, {model}, {data}, {output}, {batch}, {epochs}, {max_length}, {learning_rate} stand for the task")  # fmt: skip
-    add("--steps", nargs=2, type=int, default=[1, 3], metavar=("FEW", "MANY"), help="optimizer steps of the two runs (default: 1 3)")  # fmt: skip
-    add("--rounds", type=int, default=1, help="times each run is repeated; medians count (default: %(default)s)")
+    add("--steps", type=int, default=8, help="optimizer steps of a run (default: %(default)s)")
+    add("--rounds", type=int, default=1, help="times each run is repeated, with another seed; medians count (default: %(default)s)")  # fmt: skip
     add("--model", default="models/smollm2-135m-instruct", help="base model (default: %(default)s)")
     add("--max-length", type=int, default=512, help="longer records are left out (default: %(default)s)")
     add("--sft-data", default="data/sft/sample_sft.jsonl", metavar="FILE", help="default: %(default)s")
@@ -73,16 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", default="outputs/benchmarks/training", metavar="DIR", help="default: %(default)s")
     add("--paste", nargs="?", const=str(README), metavar="FILE", help="also put the tables into eval/benchmarks/README.md, or FILE")  # fmt: skip
     return parser
-
-
-@dataclass
-class Timed:
-    """What the runs of one system took, by their number of steps."""
-
-    system: System
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    peak_gib: float = 0.0
-    adapter: Path | None = None
 
 
 def matrix_limit(machine: Machine) -> float:
@@ -101,69 +93,73 @@ def matrix_limit(machine: Machine) -> float:
     return 2 * size**3 / best
 
 
-def steps_of(system: System, few: int, many: int) -> tuple[int, int]:
-    """Return the lengths of a system's two runs; `many` is one of them for all, so that equal samples can be compared."""
-    return (few, many) if system.factor == 1 else (many, many * system.factor)
-
-
 def rows_of(stage: str, steps: int) -> int:
     """Return how many records fill these steps."""
     return steps * BATCH[stage] // EPOCHS[stage]
 
 
-def time_systems(stage: str, systems: Sequence[System], rows: list[Row], arguments: argparse.Namespace, model: Path, work: Path) -> list[Timed]:  # fmt: skip
-    """Run every system twice per round, in turn."""
-    few, many = arguments.steps
-    found = [Timed(system) for system in systems]
-    for repeat in range(arguments.rounds):
-        for which in (0, 1):
-            for timed in found:
-                steps = steps_of(timed.system, few, many)[which]
-                data = write_rows(rows[: rows_of(stage, steps)], work / "data" / f"{stage}-{steps}")
-                output = work / timed.system.folder / f"{stage}-{steps}-{repeat}"
-                task = Task(stage, model, data, output, BATCH[stage], EPOCHS[stage], arguments.max_length, LEARNING_RATE[stage])  # fmt: skip
-                log.info("%s, %s: %d steps", stage, timed.system.name, steps)
-                seconds, peak = run_to_the_end(timed.system, task, work)
-                log.info("    %.1f s, %.1f GiB", seconds, peak)
-                timed.seconds.setdefault(steps, []).append(seconds)
-                timed.peak_gib = max(timed.peak_gib, peak)
-                if steps == many:
-                    timed.adapter = output
+def run_in_turns(stage: str, systems: Sequence[System], rows: list[Row], arguments: argparse.Namespace, model: Path, work: Path) -> list[list[Running]]:  # fmt: skip
+    """Run the first system beside each of the others; return the runs of every pair and round."""
+    data = write_rows(rows, work / "data" / stage)
+    found = []
+    others: Sequence[System | None] = systems[1:] or [None]
+    for other in others:
+        pair = [systems[0], other] if other else [systems[0]]
+        for seed in range(arguments.rounds):
+            log.info("%s, %s: round %d", stage, " beside ".join(system.name for system in pair), seed + 1)
+            beside = other.folder if other else "nothing"
+            tasks = [
+                Task(stage, model, data, work / system.folder / f"{stage}-{beside}-{seed}", BATCH[stage], EPOCHS[stage], arguments.max_length, LEARNING_RATE[stage], seed)
+                for system in pair
+            ]  # fmt: skip
+            found.append(side_by_side(pair, tasks, work))
+            for run in found[-1]:
+                log.info("    %s: %.1f s, %.1f GiB", run.system.name, run.seconds, run.peak_bytes / 2**30)
     return found
 
 
-def figures(
-    stage: str, timed: Timed, rows: list[Row], losses: dict[str, float], model: Path, limit: float
-) -> dict[str, Any]:
-    """Turn the seconds of two runs into speed, start-up and share of the machine."""
-    (short, few), (long, many) = sorted((steps, statistics.median(took)) for steps, took in timed.seconds.items())
-    samples = [rows_of(stage, steps) * EPOCHS[stage] for steps in (short, long)]
-    tokens = sum(row.tokens for row in rows[rows_of(stage, short) : rows_of(stage, long)]) * EPOCHS[stage]
-    found: dict[str, Any] = {
-        "system": timed.system.name, "steps": [short, long], "seconds": [few, many], "peak_memory_gib": timed.peak_gib,
-        "loss": losses.get(timed.system.name),
-    }  # fmt: skip
-    if many <= few:
-        log.warning(
-            "%s, %s: the longer run was not slower, so its speed is unknown; raise --steps", stage, timed.system.name
+def figures(stage: str, run: Running, rows: list[Row], weights: int, limit: float) -> dict[str, float]:
+    """Turn the moments of one run's steps into speed, start-up and share of the machine; empty where it showed no steps."""
+    counted = [moment for moment in run.steps if moment[1] >= WARM_UP]
+    if len(counted) < 2:
+        log.warning("%s, %s: saw no progress after the warm-up, so its speed is unknown", stage, run.system.name)
+        return {}
+    (begin, share), (end, _) = counted[0], counted[-1]
+    samples = len(rows) * EPOCHS[stage]
+    whole = sum(row.tokens for row in rows) * EPOCHS[stage]
+    tokens = whole * (1 - share)
+    if run.system.order:
+        tokens = sum(
+            rows[index].tokens for index in run.system.order(stage, rows, run.task.seed)[round(samples * share) :]
         )
-        return found
-    per_sample = (many - few) / (samples[1] - samples[0])
-    tokens_per_second = tokens / (many - few)
-    start = few - per_sample * samples[0]
-    return found | {
-        "samples_per_second": 1 / per_sample,
-        "tokens_per_second": tokens_per_second,
-        "limit_share": FLOP[stage] * parameter_count(model) * tokens_per_second / limit,
+    reference = run.steps[0][0] - run.reference_from if run.reference_from is not None else 0.0
+    training = whole * (end - begin) / tokens + reference
+    start = end - training
+    return {
+        "samples_per_second": samples / training,
+        "tokens_per_second": whole / training,
+        "limit_share": FLOP[stage] * weights * whole / training / limit,
         "start_seconds": start,
-        "minutes_for_1000": (start + 1000 * per_sample) / 60,
+        "minutes_for_1000": (start + 1000 * training / samples) / 60,
     }
 
 
-def enough_rows(stage: str, systems: list[System], arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Row], list[Row]]:  # fmt: skip
-    """Read what the longest run trains on, and records that no run sees."""
+def summary(stage: str, runs: list[Running], rows: list[Row], losses: dict[str, float], weights: int, limit: float) -> dict[str, Any]:  # fmt: skip
+    """Return the medians of one system's rounds, and the loss of each."""
+    rounds = [figures(stage, run, rows, weights, limit) for run in runs]
+    known = [losses[key] for run in runs if (key := str(run.task.output)) in losses]
+    return {
+        "system": runs[0].system.name,
+        "peak_memory_gib": max(run.peak_bytes for run in runs) / 2**30,
+        "losses": known,
+        "steps": [run.steps for run in runs],
+    } | ({key: statistics.median(each[key] for each in rounds) for key in rounds[0]} if all(rounds) else {})
+
+
+def enough_rows(stage: str, arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Row], list[Row]]:
+    """Read what the runs train on, and records that no run sees."""
     rows = read_rows(stage, getattr(arguments, f"{stage}_data"), tokenizer, arguments.max_length)
-    needed = max(rows_of(stage, steps) for system in systems for steps in steps_of(system, *arguments.steps))
+    needed = rows_of(stage, arguments.steps)
     if len(rows) <= needed:
         raise UserError(
             f"--{stage}-data: found {len(rows)} records of at most {arguments.max_length} tokens, wanted {needed} to train on "
@@ -178,17 +174,21 @@ def measure_speed(arguments: argparse.Namespace, systems: list[System], model: P
 
     taking_part = {stage: [system for system in systems if stage in system.stages] for stage in arguments.stages}
     taking_part = {stage: some for stage, some in taking_part.items() if some}
-    rows = {stage: enough_rows(stage, some, arguments, tokenizer) for stage, some in taking_part.items()}
-    limit = matrix_limit(machine)
+    rows = {stage: enough_rows(stage, arguments, tokenizer) for stage in taking_part}
+    limit, weights = matrix_limit(machine), parameter_count(model)
     found: dict[str, Any] = {"matrix_tflops": limit / 1e12, "steps": arguments.steps, "rounds": arguments.rounds}
     for stage, (train, held_out) in rows.items():
-        timed = time_systems(stage, taking_part[stage], train, arguments, model, work)
-        adapters = {each.system.name: each.adapter for each in timed if each.adapter}
+        runs = run_in_turns(stage, taking_part[stage], train, arguments, model, work)
+        adapters = {str(run.task.output): run.task.output for each in runs for run in each}
         losses = held_out_losses(stage, load_base(model, Config(), machine), tokenizer, held_out, adapters)
+        pairs = [runs[first : first + arguments.rounds] for first in range(0, len(runs), arguments.rounds)]
         found[stage] = {
-            "batch": BATCH[stage], "samples": rows_of(stage, arguments.steps[1]) * EPOCHS[stage],
+            "batch": BATCH[stage], "samples": len(train) * EPOCHS[stage],
             "held_out": len(held_out), "loss_before": losses["base"],
-            "systems": [figures(stage, each, train, losses, model, limit) for each in timed],
+            "pairs": [
+                [summary(stage, list(rounds), train, losses, weights, limit) for rounds in zip(*pair, strict=True)]
+                for pair in pairs
+            ],
         }  # fmt: skip
     return found
 
@@ -197,11 +197,8 @@ def measure_speed(arguments: argparse.Namespace, systems: list[System], model: P
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what was asked for and write what was found."""
     arguments = build_parser().parse_args(argv)
-    few, many = arguments.steps
-    if not 0 < few < many or arguments.rounds < 1:
-        raise UserError(
-            f"--steps {few} {many}: wanted two numbers above 0, the larger one last, and at least one round."
-        )
+    if arguments.steps < FEWEST_STEPS or arguments.rounds < 1:
+        raise UserError(f"--steps {arguments.steps}: wanted at least {FEWEST_STEPS}, and at least one round.")
     systems = [*(SYSTEMS[name] for name in arguments.systems), *map(system_of_user, arguments.against)]
     if not systems:
         raise UserError("--systems: nothing to measure. Name at least one system, or give a command with --against.")

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,9 @@ def time_to_quality(
             goes_on = running.goes_on()
             fresh = [path for path in whole_checkpoints(task.output) if path.name not in scored]
             if fresh:
-                seconds, reached = running.seconds, running.pause(partial(score, fresh[-1]))
+                running.suspend()
+                seconds, reached = running.seconds, score(fresh[-1])
+                running.resume()
                 scored |= {path.name for path in fresh}
                 step = int(fresh[-1].name.rpartition("-")[2])
                 seen.append({"seconds": seconds, "records": step * task.batch, "exact_match": reached})
@@ -131,7 +132,17 @@ def measure_quality(arguments: argparse.Namespace, systems: Sequence[System], mo
     courses = []
     for system in systems:
         output = work / system.folder / "quality"
-        task = Task("sft", model, data, output, BATCH["sft"], 1, arguments.max_length, LEARNING_RATE["sft"], SAVE_STEPS)
+        task = Task(
+            "sft",
+            model,
+            data,
+            output,
+            BATCH["sft"],
+            1,
+            arguments.max_length,
+            LEARNING_RATE["sft"],
+            save_steps=SAVE_STEPS,
+        )
 
         def score(adapter: Path) -> float:
             return exact_match(base, tokenizer, held_out, adapter)

@@ -28,11 +28,10 @@ def tables(found: dict[str, Any]) -> list[str]:
     """Render every part that was measured."""
     lines: list[str] = []
     if speed := found.get("speed"):
-        few, many = speed["steps"]
         lines += [
             *_about(speed, f"of {speed['model']}; its matrix product reaches {speed['matrix_tflops']:.2f} TFLOP/s."),
-            f"Speed is the difference of two runs, of {few} and {many} steps (a fast system: of {many} and more; see `steps` in "
-            f"training.json), medians of {speed['rounds']}; start and warm-up are what the shorter run took beyond that.",
+            f"Each peer ran beside this project for {speed['steps']} steps, in turns of a step; the first quarter is warm-up. Medians of "
+            f"{speed['rounds']} {'round' if speed['rounds'] == 1 else 'rounds with different seeds'}.",
         ]
         for stage in ("sft", "dpo"):
             if stage in speed:
@@ -53,31 +52,32 @@ def _number(value: float | None, pattern: str) -> str:
 
 
 def _speed_table(stage: str, part: dict[str, Any]) -> list[str]:
-    unit, first = UNITS[stage], part["systems"][0]
+    unit = UNITS[stage]
     rows = [
         f"| {stage.upper()}, batch {part['batch']} | {unit}/s | tokens/s | of the limit | start, warm-up | 1,000 {unit}, all in "
-        f"| peak memory | held-out loss | {first['system']} is faster |",
+        "| peak memory | held-out loss | times as fast |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for system in part["systems"]:
-        own, other = first.get("tokens_per_second"), system.get("tokens_per_second")
-        cells = [
-            system["system"],
-            _number(system.get("samples_per_second"), "{:.2f}"),
-            _number(other, "{:.0f}"),
-            _number(system.get("limit_share"), "{:.0%}"),
-            _number(system.get("start_seconds"), "{:.0f} s"),
-            _number(system.get("minutes_for_1000"), "{:.1f} min"),
-            _number(system["peak_memory_gib"], "{:.1f} GiB"),
-            _number(system["loss"], "{:.3f}"),
-            f"{own / other:.1f} ×" if own and other and system is not first else "–",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+    for pair in part["pairs"]:
+        for system in pair:
+            own, other = system.get("tokens_per_second"), pair[-1].get("tokens_per_second")
+            cells = [
+                f"{system['system']} beside {pair[-1]['system']}" if system is not pair[-1] else system["system"],
+                _number(system.get("samples_per_second"), "{:.2f}"),
+                _number(own, "{:.0f}"),
+                _number(system.get("limit_share"), "{:.0%}"),
+                _number(system.get("start_seconds"), "{:.0f} s"),
+                _number(system.get("minutes_for_1000"), "{:.1f} min"),
+                _number(system["peak_memory_gib"], "{:.1f} GiB"),
+                ", ".join(f"{loss:.3f}" for loss in system["losses"]) or "–",
+                f"{own / other:.1f} ×" if own and other and system is not pair[-1] else "–",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
     return [
         *rows,
         "",
-        f"Tokens are real ones, without padding. The loss is that of {part['held_out']} held-out {unit} after training on the same "
-        f"{part['samples']} ({part['loss_before']:.3f} before).",
+        f"Tokens are real ones, without padding. The losses are those of {part['held_out']} held-out {unit} after training on the same "
+        f"{part['samples']} ({part['loss_before']:.3f} before), one per round.",
     ]
 
 
@@ -105,20 +105,22 @@ def write_pictures(found: dict[str, Any], out: Path) -> None:
     if growth := found.get("growth"):
         draw_growth(growth["axes"], out / "growth.png")
     if speed := found.get("speed"):
-        _draw_speed({stage: speed[stage]["systems"] for stage in UNITS if stage in speed}, out / "speed.png")
+        _draw_speed({stage: speed[stage]["pairs"] for stage in UNITS if stage in speed}, out / "speed.png")
 
 
-def _draw_speed(stages: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _draw_speed(stages: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(stages), figsize=(6 * len(stages), 2.8), squeeze=False, layout="constrained")
-    for axis, (stage, systems) in zip(axes[0], stages.items(), strict=True):
-        names = [system["system"] for system in reversed(systems)]
-        bars = axis.barh(names, [system.get("tokens_per_second") or 0 for system in reversed(systems)])
+    for axis, (stage, pairs) in zip(axes[0], stages.items(), strict=True):
+        systems = [system for pair in reversed(pairs) for system in reversed(pair)]
+        speeds = [system.get("tokens_per_second") or 0 for system in systems]
+        bars = axis.barh(range(len(systems)), speeds, tick_label=[system["system"] for system in systems])
         axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.margins(x=0.12)
         axis.set(title=stage.upper(), xlabel="real tokens per second")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

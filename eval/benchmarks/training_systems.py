@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import psutil
 
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError
+from scripts.common.fast_path import SimilarLengthSampler
 from scripts.common.records import load_datasets, parse_preference, parse_record
 from scripts.common.runtime import available_cores
 from scripts.common.schema import Data, Lora
@@ -30,9 +31,11 @@ EPOCHS = {"sft": 1, "dpo": 2}
 LEARNING_RATE = {"sft": 2e-4, "dpo": 5e-5}
 BETA = 0.1
 LORA = Lora()
-# A system this fast takes more steps between its two runs, or the scatter of their start-up would hide the difference.
-OWN_FACTOR = 8
 POLL_SECONDS = 0.1
+WARM_UP = 0.25  # of a run: what is not counted as speed
+# The bar of transformers' Trainer and of this project; bars with a description before them count something else.
+STEP = re.compile(r"[\r\n]\s*\d+%\|[^|\r\n]*\|\s*(\d+)/(\d+) \[")
+REFERENCE_PASS = re.compile(r"[\r\n]reference, [^\r\n]*%\|")  # this project asks the reference before it trains
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Task:
     epochs: int
     max_length: int
     learning_rate: float
+    seed: int = 0
     save_steps: int | None = None
 
 
@@ -57,7 +61,7 @@ class System:
     name: str
     command: Callable[[Task], list[str]]
     stages: tuple[str, ...] = ("sft", "dpo")
-    factor: int = 1
+    order: Callable[[str, list[Row], int], list[int]] | None = None  # of records, where it is known and not random
     own_folder: bool = True  # whether it starts in a folder of its own; a user's command starts where the user is
 
     @property
@@ -78,7 +82,7 @@ def our_command(task: Task, **settings: object) -> list[str]:
     if task.stage == "dpo":  # as `trl dpo` does it: a fresh adapter, the bare base as reference
         section |= {"init_from": "null", "reference": "base", "beta": BETA}
     values = {f"{task.stage}.{key}": value for key, value in (section | settings).items()}
-    values |= {"base_model_id": task.model, "offline": "true", "data.validation_ratio": 0}
+    values |= {"base_model_id": task.model, "seed": task.seed, "offline": "true", "data.validation_ratio": 0}
     words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     return [sys.executable, str(ROOT / f"scripts/train_{task.stage}.py"), "--config", str(ROOT / "configs/config.yaml"), *words]  # fmt: skip
 
@@ -86,6 +90,16 @@ def our_command(task: Task, **settings: object) -> list[str]:
 def our_compiled_command(task: Task) -> list[str]:
     """Return this project's command as it chooses itself for runs of a common length; those timed here are shorter."""
     return [*our_command(task), "--set", "performance.compile=true"]
+
+
+def our_order(stage: str, rows: list[Row], seed: int) -> list[int]:
+    """Return the order in which this project takes records: the first batch of each epoch is the longest."""
+    sampler = SimilarLengthSampler([row.length for row in rows], BATCH[stage], seed)
+    order = []
+    for epoch in range(EPOCHS[stage]):
+        sampler.set_epoch(epoch)
+        order += list(sampler)
+    return order
 
 
 def trl_command(task: Task, *flags: str) -> list[str]:
@@ -101,7 +115,7 @@ def trl_command(task: Task, *flags: str) -> list[str]:
         "model_name_or_path": task.model, "dataset_name": task.data.parent, "output_dir": task.output,
         "lora_r": LORA.r, "lora_alpha": LORA.alpha, "lora_dropout": LORA.dropout, "lora_target_modules": "all-linear",
         "per_device_train_batch_size": task.batch, "num_train_epochs": task.epochs, "max_length": task.max_length,
-        "learning_rate": task.learning_rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "report_to": "none",
+        "learning_rate": task.learning_rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "report_to": "none", "seed": task.seed,
     }  # fmt: skip
     if task.save_steps:
         words["save_steps"] = task.save_steps
@@ -117,7 +131,7 @@ def trl_best_command(task: Task) -> list[str]:
 
 
 SYSTEMS = {
-    "ours": System("this project", our_compiled_command, factor=OWN_FACTOR),
+    "ours": System("this project", our_compiled_command, order=our_order),
     "trl": System("trl, defaults", trl_command),
     "trl-best": System("trl, best flags", trl_best_command, stages=("sft",)),
 }
@@ -143,11 +157,15 @@ def system_of_user(given: str) -> System:
 
 @dataclass(frozen=True)
 class Row:
-    """A record in the form every system reads, with its token ids and how many tokens a system must work through."""
+    """A record in the form every system reads, with its token ids and how many tokens a system must work through.
+
+    `length` is that of the row this project makes of it.
+    """
 
     fields: dict[str, Any]
     rendered: Any
     tokens: int
+    length: int
 
 
 def read_rows(stage: str, path: str, tokenizer: Any, max_length: int) -> list[Row]:
@@ -166,12 +184,13 @@ def read_rows(stage: str, path: str, tokenizer: Any, max_length: int) -> list[Ro
         }
         if stage == "sft":
             rendered: Any = render_record(tokenizer, record)
-            tokens = len(rendered.input_ids)
+            tokens = length = len(rendered.input_ids)
         else:
             rendered = render_pair(tokenizer, record)
-            tokens = 2 * len(rendered.prompt_ids) + rendered.trained_tokens
+            length = len(rendered.prompt_ids) + rendered.trained_tokens
+            tokens = length + len(rendered.prompt_ids)
         if len(rendered.input_ids) <= max_length:
-            rows.append(Row(fields, rendered, tokens))
+            rows.append(Row(fields, rendered, tokens, length))
     random.Random(0).shuffle(rows)
     return rows
 
@@ -196,14 +215,19 @@ def environment(work: Path, compiled: Path) -> dict[str, str]:
 
 
 class Running:
-    """A started command with its clock and the most memory its processes have held together."""
+    """A started command with its own clock, its progress, and the most memory its processes have held together.
+
+    `steps` are the moments at which its bar was seen to move, as (seconds, share of all steps).
+    """
 
     def __init__(self, system: System, task: Task, work: Path, command: Sequence[str] | None = None) -> None:
-        self.name, self.log = system.name, task.output.with_suffix(".log")
+        self.system, self.task, self.log = system, task, task.output.with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.peak_bytes, self.paused = 0, 0.0
+        self.peak_bytes, self.alive, self.steps = 0, True, list[tuple[float, float]]()
+        self.reference_from: float | None = None
         words = list(command or system.command(task))
         with self.log.open("w", encoding="utf-8") as output:
+            self.stopped, self.stopped_at = 0.0, 0.0
             self.begin = time.monotonic()
             try:
                 self.process = psutil.Popen(
@@ -211,7 +235,7 @@ class Running:
                     cwd=self.log.parent if system.own_folder else None,
                 )  # fmt: skip
             except OSError as error:
-                raise UserError(f"{self.name}: cannot start {words[0]}: {error.strerror}.") from None
+                raise UserError(f"{system.name}: cannot start {words[0]}: {error.strerror}.") from None
 
     def __enter__(self) -> Running:
         return self
@@ -230,19 +254,26 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """Return the time since the start, pauses left out."""
-        return time.monotonic() - self.begin - self.paused
+        """Return the time since the start, without that in which it was suspended."""
+        return (self.stopped_at or time.monotonic()) - self.begin - self.stopped
+
+    @property
+    def progress(self) -> float:
+        """Return the share of its steps that it has done."""
+        return self.steps[-1][1] if self.steps else 0.0
 
     def goes_on(self) -> bool:
-        """Wait a moment, look at the memory, and tell whether the command still runs.
+        """Wait a moment, look at memory and progress, and tell whether the command still runs.
 
         Raises: UserError with the end of its output when it failed.
         """
         with suppress(psutil.TimeoutExpired):
             code = self.process.wait(POLL_SECONDS)
+            self.alive = False
+            self._look_at_the_log()
             if code:
                 end = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-                raise UserError(f"{self.name} ended with exit code {code}; {self.log} ends with\n{end}")
+                raise UserError(f"{self.system.name} ended with exit code {code}; {self.log} ends with\n{end}")
             return False
         own, shared = 0, [0]
         for each in self.tree():
@@ -252,22 +283,55 @@ class Running:
                 own += memory.rss - common
                 shared.append(common)
         self.peak_bytes = max(self.peak_bytes, own + max(shared))
+        self._look_at_the_log()
         return True
 
-    def pause(self, work: Callable[[], Any]) -> Any:
-        """Stop the clock and the processes while something else is done."""
-        begin = time.monotonic()
-        stopped = self.tree()
-        for each in stopped:
+    def _look_at_the_log(self) -> None:
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        if self.reference_from is None and REFERENCE_PASS.search(text):
+            self.reference_from = self.seconds
+        if found := STEP.findall(text):
+            done = int(found[-1][0]) / int(found[-1][1])
+            if not self.steps or done > self.progress:
+                self.steps.append((self.seconds, done))
+
+    def suspend(self) -> None:
+        """Stop the processes and their clock."""
+        for each in self.tree():
             with suppress(psutil.Error):
                 each.suspend()
-        try:
-            return work()
-        finally:
-            for each in stopped:
-                with suppress(psutil.Error):
-                    each.resume()
-            self.paused += time.monotonic() - begin
+        self.stopped_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Let a suspended command go on."""
+        self.stopped += time.monotonic() - self.stopped_at
+        self.stopped_at = 0.0
+        for each in self.tree():
+            with suppress(psutil.Error):
+                each.resume()
+
+
+def side_by_side(systems: Sequence[System], tasks: Sequence[Task], work: Path) -> list[Running]:
+    """Run all systems, one at a time: each up to its first steps, then always the one that is behind, for a step.
+
+    So a machine whose speed drifts slows all of them alike. Their memory must fit together.
+    """
+    with ExitStack() as stack:
+        runs = []
+        for system, task in zip(systems, tasks, strict=True):
+            run = stack.enter_context(Running(system, task, work))
+            while run.goes_on() and run.progress < WARM_UP:
+                pass
+            run.suspend()
+            runs.append(run)
+        while waiting := [run for run in runs if run.alive]:
+            behind = min(waiting, key=lambda run: run.progress)
+            behind.resume()
+            before = behind.progress
+            while behind.goes_on() and behind.progress == before:
+                pass
+            behind.suspend()
+        return runs
 
 
 def run_to_the_end(system: System, task: Task, work: Path, command: Sequence[str] | None = None) -> tuple[float, float]:
