@@ -97,7 +97,8 @@ def test_layers_that_torch_cannot_compile_name_the_key(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_compiled_training_takes_the_same_course_in_fp32(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_compiled_training_takes_the_same_course_in_fp32(tiny_llama: Path, keep_weights: bool) -> None:
     """Batches of other sizes and lengths are no new compilation, and a pass without gradients compiles nothing."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(5, 500, shape, generator=generator) for shape in ((3, 24), (2, 31), (4, 17), (3, 40))]
@@ -105,7 +106,7 @@ def test_compiled_training_takes_the_same_course_in_fp32(tiny_llama: Path) -> No
     def course(compiled: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = add_lora(load_base(tiny_llama, Config(), CPU), Lora(r=4), "m")
-        speed_up(model)
+        speed_up(model, keep_weights)
         if compiled:
             compile_layers(model)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -102,6 +102,7 @@ class Product:
         self.matrix: torch.Tensor | None = None  # the part of it that the adapter at work fills, if one is
         self.bias: torch.Tensor | None = None
         self.factors: tuple[Any, ...] = ()
+        self.places: tuple[torch.Tensor, ...] = ()  # where in the matrix each factor goes
         self.scales: tuple[float, ...] = ()
         self.at_work: str | None = None
         self.computed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -121,17 +122,24 @@ class Product:
             return
         As = [layer.lora_A[name].weight for layer in self.layers]
         Bs = [layer.lora_B[name].weight for layer in self.layers]
-        self.factors, self.scales, self.at_work = (*As, *Bs), tuple(layer.scaling[name] for layer in self.layers), name
+        self.factors, self.scales = (*As, *Bs), tuple(layer.scaling[name] for layer in self.layers)
+        self.at_work = name
+        if self.matrix is None or [place.shape for place in self.places] != [factor.shape for factor in self.factors]:
+            self._make_room_for(As, Bs)
+        for place, weight, scale in zip(self.places, self.factors, (1.0,) * len(As) + self.scales, strict=True):
+            torch.mul(weight, scale, out=place)
+
+    def _make_room_for(self, As: list[torch.Tensor], Bs: list[torch.Tensor]) -> None:
+        """Choose the part of the matrix that these adapters fill, and each one's place in it."""
         rank = sum(map(len, As))
         if self.whole is None or self.whole.shape[1] < self.inputs + rank:
             self.whole = self._with_room()
         self.matrix = self.whole[: self.outputs + rank, : self.inputs + rank]
         self.matrix[:, self.inputs :] = 0
-        row, column = 0, self.inputs
-        for A, B, scale in zip(As, Bs, self.scales, strict=True):
-            self.matrix[row : row + len(B), column : column + len(A)] = B * scale
-            self.matrix[self.outputs + column - self.inputs :][: len(A), : self.inputs] = A
-            row, column = row + len(B), column + len(A)
+        lower, right = self.matrix[self.outputs :, : self.inputs], self.matrix[: self.outputs, self.inputs :]
+        ranks = [len(A) for A in As]
+        columns = zip(right.split([len(B) for B in Bs]), range(len(Bs)), strict=True)
+        self.places = (*lower.split(ranks), *(rows.split(ranks, 1)[place] for rows, place in columns))
 
     def plain_adapter(self) -> str | None:
         """Name the one adapter that all layers use without dropout, bias or variant; None where they do not."""

@@ -167,12 +167,15 @@ def _blocks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch
     return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
-def speed_up(model: Any) -> None:
-    """Choose the faster of equal computations for a model with adapters; call it before either adapter is first asked."""
+def speed_up(model: Any, keep_weights: bool = True) -> None:
+    """Choose the faster of equal computations for a model with adapters; call it before either adapter is first asked.
+
+    Without `keep_weights`, layers that are compiled later keep no attention weights for the backward pass.
+    """
     from scripts.common.adapted_linears import share_products
 
     share_products(model)
-    attend_plainly_to_short_rows(model)
+    attend_plainly_to_short_rows(model, keep_weights)
 
 
 class _Odds(torch.autograd.Function):
@@ -200,12 +203,13 @@ def _attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    keep_weights: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend plainly while training on short rows and from a single new token, with torch's fused kernel otherwise.
 
     The backward pass of the fused CPU kernel would take a fifth of a step; the memory of plain attention grows with the
-    square of the length.
+    square of the length, unless compiled code takes the weights again in the backward pass, which slows a step by 7 %.
     Shapes: query (B, H, T, D), key and value (B, G, S, D) with H a multiple of G; returns (B, T, H, D).
     """
     batch, heads, tokens, size = query.shape
@@ -218,30 +222,51 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return fused
-    groups = key.shape[1]
-    scale = size**-0.5 if scaling is None else scaling
-    stacked = (query * scale).reshape(batch, groups, -1, size)  # the heads that share a key share one product
-    scores = (stacked @ key.transpose(2, 3)).view(batch, groups, heads // groups, tokens, -1)
-    scores = scores + attention_mask[:, :, None]
-    # Compiled, dividing the few outputs instead of the many weights saves a pass over these; uncompiled it adds some.
-    weights, totals = (
-        _Odds.apply(scores) if torch.compiler.is_compiling() else (functional.softmax(scores, dim=-1), None)
-    )
-    weights = functional.dropout(weights, dropout, training=module.training)
-    output = weights.view(batch, groups, -1, weights.shape[-1]) @ value
-    if totals is not None:
-        output = (output / totals.view(batch, groups, -1, 1)).to(value.dtype)
+    query = query * (size**-0.5 if scaling is None else scaling)
+    dropout = dropout if module.training else 0.0
+    if torch.compiler.is_compiling():
+        # Dividing the few outputs instead of the many weights saves a pass over these; uncompiled it would add some.
+        inputs = (query, key, value, attention_mask, dropout)
+        sums, totals = (
+            _weighted_sums(*inputs)
+            if keep_weights
+            else torch.utils.checkpoint.checkpoint(_weighted_sums, *inputs, use_reentrant=False)
+        )
+        output = (sums / totals).to(value.dtype)
+    else:
+        scores = _scores(query, key, attention_mask)
+        output = _weighted(functional.softmax(scores, dim=-1), value, dropout)
     return output.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
 
 
-def attend_plainly_to_short_rows(model: Any) -> None:
+def _scores(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the scores of every head; the heads that share a key share one product. Shape (B, G, H / G, T, S)."""
+    batch, heads, tokens, size = query.shape
+    groups = key.shape[1]
+    stacked = query.reshape(batch, groups, -1, size) @ key.transpose(2, 3)
+    return stacked.view(batch, groups, heads // groups, tokens, -1) + attention_mask[:, :, None]
+
+
+def _weighted(weights: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    return functional.dropout(weights, dropout).flatten(2, 3) @ value
+
+
+def _weighted_sums(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of the values, weighted by exponentials of the scores, and what to divide them by."""
+    odds, totals = _Odds.apply(_scores(query, key, attention_mask))
+    return _weighted(odds, value, dropout), totals.flatten(2, 3)
+
+
+def attend_plainly_to_short_rows(model: Any, keep_weights: bool = True) -> None:
     """Replace torch's fused attention on a CPU where plain matrix products are faster; other attention stays."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     base = model.get_base_model()
     if base.device.type == "cpu" and base.config._attn_implementation == "sdpa":
-        AttentionInterface.register(PLAIN_ATTENTION, _attend)
+        AttentionInterface.register(PLAIN_ATTENTION, functools.partial(_attend, keep_weights=keep_weights))
         AttentionMaskInterface.register(PLAIN_ATTENTION, eager_mask)
         base.set_attn_implementation(PLAIN_ATTENTION)
 

@@ -68,10 +68,12 @@ def estimate_memory(
     cpu: bool,
     checkpointing: bool,
     compiled: bool,
+    keep_weights: bool = True,
 ) -> MemoryEstimate:
     """Estimate a run's peak from the model's shape and its largest batch.
 
-    That is its largest forward pass: so many sequences, padded to the tokens of the longest, with so many answer tokens.
+    That is its largest forward pass: so many sequences, padded to the tokens of the longest, with so many answer tokens. For
+    `keep_weights` see fast_path.py.
     """
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     hidden = shape.get("hidden_size") or shape.get("n_embd", 0)
@@ -88,7 +90,7 @@ def estimate_memory(
     attended = 0
     if cpu and config.performance.fast_path and attends_plainly(sequences, longest):
         heads = shape.get("num_attention_heads") or shape.get("n_head", 0)
-        attended = sequences * heads * longest**2 * (1 if checkpointing else layers)
+        attended = sequences * heads * longest**2 * (layers if keep_weights and not checkpointing else 1)
     return MemoryEstimate(
         weights=weight_bytes / processes_that_split_the_model() / GIB,
         adapter=adapter_parameters * 16 / GIB,  # fp32 weight, gradient and two Adam moments

@@ -115,7 +115,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         if self.reference == "base" and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         if self.fast_path and not self.sped_up:  # before the reference is first asked: both must compute alike
-            speed_up(self.model)
+            speed_up(self.model, keep_weights=False)  # rows of two answers are long
             self.sped_up = True
 
     @property

@@ -76,7 +76,8 @@ def plan_training(
 ) -> Plan:
     """Estimate memory for the largest batch; decide on gradient checkpointing and on compiling."""
     batch, sequences_per_row = section.per_device_train_batch_size, 1
-    if isinstance(rows[0], RenderedPair):
+    pairs = isinstance(rows[0], RenderedPair)
+    if pairs:
         if machine.device == "cpu" and config.performance.fast_path:  # shared_prompts.py
             rows = [row.in_one_row() if isinstance(row, RenderedPair) else row for row in rows]
         else:
@@ -91,7 +92,7 @@ def plan_training(
         return estimate_memory(
             base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
             answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
-            checkpointing=checkpointing, compiled=compiled,
+            checkpointing=checkpointing, compiled=compiled, keep_weights=not (compiled and pairs),
         )  # fmt: skip
 
     wanted = config.performance.gradient_checkpointing
