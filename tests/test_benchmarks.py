@@ -55,15 +55,16 @@ def test_whole_command_measures_this_project_beside_a_given_command(
     readme.write_text(f"before\n{START}\nold figures\n{END}\nafter\n", encoding="utf-8")
 
     found = measure(tmp_path, tiny_llama, "--stages", "sft", "--systems", "ours", "--against", peer, "--paste", str(readme))  # fmt: skip
-    [[ours, theirs]] = found["speed"]["sft"]["pairs"]
+    pair = found["speed"]["sft, sleeper"]
+    ours, theirs = pair["systems"]
 
     assert theirs["samples_per_second"] == pytest.approx(20, rel=0.3), "the clock stands still while the other trains"
-    assert [share for _, share in theirs["steps"][0]] == pytest.approx([done / 32 for done in range(33)])
-    assert [share for _, share in ours["steps"][0]] == [0, 0.25, 0.5, 0.75, 1]
+    assert [share for _, share in theirs["moments"][0]] == pytest.approx([done / 32 for done in range(33)])
+    assert [share for _, share in ours["moments"][0]] == [0, 0.25, 0.5, 0.75, 1]
     assert 0.3 <= theirs["peak_memory_gib"] < 0.4
     assert ours["peak_memory_gib"] > theirs["peak_memory_gib"]
     assert theirs["losses"] == [], "it left no adapter"
-    assert ours["losses"] != [found["speed"]["sft"]["loss_before"]]
+    assert ours["losses"] != [pair["loss_before"]]
     text = (tmp_path / "out" / "training.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
     assert "| sleeper | " in text
@@ -181,11 +182,10 @@ def test_checkpoint_still_being_written_is_not_scored_nor_one_of_another_run(tmp
 @pytest.mark.drill
 def test_every_system_and_every_part_works_on_a_tiny_model(tmp_path: Path, tiny_llama: Path) -> None:
     found = measure(tmp_path, tiny_llama)
-    for stage, count in (("sft", 2), ("dpo", 1)):
-        part = found["speed"][stage]
-        assert len(part["pairs"]) == count
-        assert all(system["losses"] != [part["loss_before"]] for pair in part["pairs"] for system in pair)
-        assert all(system["samples_per_second"] > 0 for pair in part["pairs"] for system in pair)
+    assert set(found["speed"]) == {"sft, trl, defaults", "sft, trl, best flags", "dpo, trl, defaults"}
+    for pair in found["speed"].values():
+        assert all(system["losses"] != [pair["loss_before"]] for system in pair["systems"])
+        assert all(system["samples_per_second"] > 0 for system in pair["systems"])
 
     point = measure_point(Point(width=64, length=40, batch=2, records=20), tmp_path / "growth")
     assert point["tokens_per_record"] == pytest.approx(40, rel=0.5)

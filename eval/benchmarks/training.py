@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=["speed", "growth", "quality"], default=["speed"], help="what is measured; other parts of an earlier --out are kept (default: speed)")  # fmt: skip
+    add("--parts", nargs="+", choices=["speed", "growth", "quality"], default=["speed"], help="what is measured; what an earlier run left in --out about other parts and peers is kept (default: speed)")  # fmt: skip
     add("--stages", nargs="+", choices=["sft", "dpo"], default=["sft", "dpo"], help="default: both")
     add("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), help="default: all")
     add("--against", action="append", default=[], metavar="NAME=COMMAND", help="another system; {stage}, {model}, {data}, {output}, {batch}, {epochs}, {max_length}, {learning_rate} stand for the task")  # fmt: skip
@@ -98,24 +98,20 @@ def rows_of(stage: str, steps: int) -> int:
     return steps * BATCH[stage] // EPOCHS[stage]
 
 
-def run_in_turns(stage: str, systems: Sequence[System], rows: list[Row], arguments: argparse.Namespace, model: Path, work: Path) -> list[list[Running]]:  # fmt: skip
-    """Run the first system beside each of the others; return the runs of every pair and round."""
+def run_in_turns(stage: str, pair: Sequence[System], rows: list[Row], arguments: argparse.Namespace, model: Path, work: Path) -> list[list[Running]]:  # fmt: skip
+    """Run systems side by side, once per round; return the runs of each system."""
     data = write_rows(rows, work / "data" / stage)
     found = []
-    others: Sequence[System | None] = systems[1:] or [None]
-    for other in others:
-        pair = [systems[0], other] if other else [systems[0]]
-        for seed in range(arguments.rounds):
-            log.info("%s, %s: round %d", stage, " beside ".join(system.name for system in pair), seed + 1)
-            beside = other.folder if other else "nothing"
-            tasks = [
-                Task(stage, model, data, work / system.folder / f"{stage}-{beside}-{seed}", BATCH[stage], EPOCHS[stage], arguments.max_length, LEARNING_RATE[stage], seed)
-                for system in pair
-            ]  # fmt: skip
-            found.append(side_by_side(pair, tasks, work))
-            for run in found[-1]:
-                log.info("    %s: %.1f s, %.1f GiB", run.system.name, run.seconds, run.peak_bytes / 2**30)
-    return found
+    for seed in range(arguments.rounds):
+        log.info("%s, %s: round %d", stage, " beside ".join(system.name for system in pair), seed + 1)
+        tasks = [
+            Task(stage, model, data, work / system.folder / f"{stage}-{pair[-1].folder}-{seed}", BATCH[stage], EPOCHS[stage], arguments.max_length, LEARNING_RATE[stage], seed)
+            for system in pair
+        ]  # fmt: skip
+        found.append(side_by_side(pair, tasks, work))
+        for run in found[-1]:
+            log.info("    %s: %.1f s, %.1f GiB", run.system.name, run.seconds, run.peak_bytes / 2**30)
+    return [list(runs) for runs in zip(*found, strict=True)]
 
 
 def figures(stage: str, run: Running, rows: list[Row], weights: int, limit: float) -> dict[str, float]:
@@ -152,7 +148,7 @@ def summary(stage: str, runs: list[Running], rows: list[Row], losses: dict[str, 
         "system": runs[0].system.name,
         "peak_memory_gib": max(run.peak_bytes for run in runs) / 2**30,
         "losses": known,
-        "steps": [run.steps for run in runs],
+        "moments": [run.steps for run in runs],
     } | ({key: statistics.median(each[key] for each in rounds) for key in rounds[0]} if all(rounds) else {})
 
 
@@ -169,27 +165,27 @@ def enough_rows(stage: str, arguments: argparse.Namespace, tokenizer: Any) -> tu
 
 
 def measure_speed(arguments: argparse.Namespace, systems: list[System], model: Path, tokenizer: Any, machine: Machine, work: Path) -> dict[str, Any]:  # fmt: skip
-    """Time all systems in all stages, and score what they learnt."""
+    """Time the first system beside each of the others in all stages, and score what they learnt."""
     from scripts.common.modeling import load_base
 
     taking_part = {stage: [system for system in systems if stage in system.stages] for stage in arguments.stages}
     taking_part = {stage: some for stage, some in taking_part.items() if some}
     rows = {stage: enough_rows(stage, arguments, tokenizer) for stage in taking_part}
     limit, weights = matrix_limit(machine), parameter_count(model)
-    found: dict[str, Any] = {"matrix_tflops": limit / 1e12, "steps": arguments.steps, "rounds": arguments.rounds}
+    found: dict[str, Any] = {}
     for stage, (train, held_out) in rows.items():
-        runs = run_in_turns(stage, taking_part[stage], train, arguments, model, work)
-        adapters = {str(run.task.output): run.task.output for each in runs for run in each}
+        first, *others = taking_part[stage]
+        pairs = [[first, other] for other in others] or [[first]]
+        measured = [run_in_turns(stage, pair, train, arguments, model, work) for pair in pairs]
+        adapters = {str(run.task.output): run.task.output for pair in measured for runs in pair for run in runs}
         losses = held_out_losses(stage, load_base(model, Config(), machine), tokenizer, held_out, adapters)
-        pairs = [runs[first : first + arguments.rounds] for first in range(0, len(runs), arguments.rounds)]
-        found[stage] = {
-            "batch": BATCH[stage], "samples": len(train) * EPOCHS[stage],
-            "held_out": len(held_out), "loss_before": losses["base"],
-            "pairs": [
-                [summary(stage, list(rounds), train, losses, weights, limit) for rounds in zip(*pair, strict=True)]
-                for pair in pairs
-            ],
-        }  # fmt: skip
+        for pair, runs_of_each in zip(pairs, measured, strict=True):
+            found[f"{stage}, {pair[-1].name}"] = {
+                "stage": stage, "matrix_tflops": limit / 1e12, "steps": arguments.steps, "rounds": arguments.rounds,
+                "batch": BATCH[stage], "samples": len(train) * EPOCHS[stage],
+                "held_out": len(held_out), "loss_before": losses["base"],
+                "systems": [summary(stage, runs, train, losses, weights, limit) for runs in runs_of_each],
+            }  # fmt: skip
     return found
 
 
@@ -223,12 +219,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for part in arguments.parts:
         if part == "speed":
-            measured = measure_speed(arguments, systems, model, tokenizer, machine, work)
+            pairs = measure_speed(arguments, systems, model, tokenizer, machine, work)
+            found[part] = found.get(part, {}) | {name: about | pair for name, pair in pairs.items()}
         elif part == "growth":
-            measured = {"axes": measure_growth(work)}
+            found[part] = about | {"axes": measure_growth(work)}
         else:
-            measured = measure_quality(arguments, systems, model, tokenizer, machine, work)
-        found[part] = about | measured
+            found[part] = about | measure_quality(arguments, systems, model, tokenizer, machine, work)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     text = "\n".join(tables(found))

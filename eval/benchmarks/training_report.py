@@ -28,14 +28,13 @@ def tables(found: dict[str, Any]) -> list[str]:
     """Render every part that was measured."""
     lines: list[str] = []
     if speed := found.get("speed"):
-        lines += [
-            *_about(speed, f"of {speed['model']}; its matrix product reaches {speed['matrix_tflops']:.2f} TFLOP/s."),
-            f"Each peer ran beside this project for {speed['steps']} steps, in turns of a step; the first quarter is warm-up. Medians of "
-            f"{speed['rounds']} {'round' if speed['rounds'] == 1 else 'rounds with different seeds'}.",
-        ]
-        for stage in ("sft", "dpo"):
-            if stage in speed:
-                lines += ["", *_speed_table(stage, speed[stage])]
+        lines += dict.fromkeys(line for pair in speed.values() for line in _about(pair, f"of {pair['model']}."))
+        lines.append(
+            "Each peer ran beside this project, in turns of a step; the first quarter of the steps is warm-up. Medians of all rounds, each with its own seed."
+        )
+        for stage in UNITS:
+            if pairs := [pair for pair in speed.values() if pair["stage"] == stage]:
+                lines += ["", *_speed_table(stage, pairs)]
     if growth := found.get("growth"):
         lines += ["", *_about(growth, "of Llama shapes with random weights."), "", *growth_table(growth["axes"])]
     if quality := found.get("quality"):
@@ -51,18 +50,20 @@ def _number(value: float | None, pattern: str) -> str:
     return "–" if value is None else pattern.format(value)
 
 
-def _speed_table(stage: str, part: dict[str, Any]) -> list[str]:
+def _speed_table(stage: str, pairs: list[dict[str, Any]]) -> list[str]:
     unit = UNITS[stage]
     rows = [
-        f"| {stage.upper()}, batch {part['batch']} | {unit}/s | tokens/s | of the limit | start, warm-up | 1,000 {unit}, all in "
+        f"| {stage.upper()}, batch {pairs[0]['batch']} | {unit}/s | tokens/s | of the limit | start, warm-up | 1,000 {unit}, all in "
         "| peak memory | held-out loss | times as fast |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for pair in part["pairs"]:
-        for system in pair:
-            own, other = system.get("tokens_per_second"), pair[-1].get("tokens_per_second")
+    notes = []
+    for pair in pairs:
+        *_, last = pair["systems"]
+        for system in pair["systems"]:
+            own, other = system.get("tokens_per_second"), last.get("tokens_per_second")
             cells = [
-                f"{system['system']} beside {pair[-1]['system']}" if system is not pair[-1] else system["system"],
+                system["system"] if system is last else f"{system['system']}, beside {last['system']}",
                 _number(system.get("samples_per_second"), "{:.2f}"),
                 _number(own, "{:.0f}"),
                 _number(system.get("limit_share"), "{:.0%}"),
@@ -70,15 +71,14 @@ def _speed_table(stage: str, part: dict[str, Any]) -> list[str]:
                 _number(system.get("minutes_for_1000"), "{:.1f} min"),
                 _number(system["peak_memory_gib"], "{:.1f} GiB"),
                 ", ".join(f"{loss:.3f}" for loss in system["losses"]) or "–",
-                f"{own / other:.1f} ×" if own and other and system is not pair[-1] else "–",
+                f"{own / other:.1f} ×" if own and other and system is not last else "–",
             ]
             rows.append(f"| {' | '.join(cells)} |")
-    return [
-        *rows,
-        "",
-        f"Tokens are real ones, without padding. The losses are those of {part['held_out']} held-out {unit} after training on the same "
-        f"{part['samples']} ({part['loss_before']:.3f} before), one per round.",
-    ]
+        notes.append(
+            f"Beside {last['system']}: {pair['steps']} steps, {pair['samples']} {unit}, {pair['rounds']} round(s); the matrix product "
+            f"reached {pair['matrix_tflops']:.2f} TFLOP/s; losses on {pair['held_out']} held-out {unit}, {pair['loss_before']:.3f} before."
+        )
+    return [*rows, "", *notes, "Tokens are real ones, without padding."]
 
 
 def _quality_table(part: dict[str, Any]) -> list[str]:
@@ -105,18 +105,19 @@ def write_pictures(found: dict[str, Any], out: Path) -> None:
     if growth := found.get("growth"):
         draw_growth(growth["axes"], out / "growth.png")
     if speed := found.get("speed"):
-        _draw_speed({stage: speed[stage]["pairs"] for stage in UNITS if stage in speed}, out / "speed.png")
+        _draw_speed(list(speed.values()), out / "speed.png")
 
 
-def _draw_speed(stages: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+def _draw_speed(pairs: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    stages = [stage for stage in UNITS if any(pair["stage"] == stage for pair in pairs)]
     figure, axes = pyplot.subplots(1, len(stages), figsize=(6 * len(stages), 2.8), squeeze=False, layout="constrained")
-    for axis, (stage, pairs) in zip(axes[0], stages.items(), strict=True):
-        systems = [system for pair in reversed(pairs) for system in reversed(pair)]
+    for axis, stage in zip(axes[0], stages, strict=True):
+        systems = [system for pair in pairs if pair["stage"] == stage for system in pair["systems"]][::-1]
         speeds = [system.get("tokens_per_second") or 0 for system in systems]
         bars = axis.barh(range(len(systems)), speeds, tick_label=[system["system"] for system in systems])
         axis.bar_label(bars, fmt="%.0f", padding=3)

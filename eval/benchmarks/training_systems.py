@@ -21,7 +21,6 @@ import psutil
 
 from scripts.common.config import ROOT
 from scripts.common.errors import UserError
-from scripts.common.fast_path import SimilarLengthSampler
 from scripts.common.records import load_datasets, parse_preference, parse_record
 from scripts.common.runtime import available_cores
 from scripts.common.schema import Data, Lora
@@ -94,6 +93,8 @@ def our_compiled_command(task: Task) -> list[str]:
 
 def our_order(stage: str, rows: list[Row], seed: int) -> list[int]:
     """Return the order in which this project takes records: the first batch of each epoch is the longest."""
+    from scripts.common.fast_path import SimilarLengthSampler
+
     sampler = SimilarLengthSampler([row.length for row in rows], BATCH[stage], seed)
     order = []
     for epoch in range(EPOCHS[stage]):

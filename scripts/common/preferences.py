@@ -55,6 +55,11 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         answers = len(row["chosen_ids"]), len(row["rejected_ids"])
         return len(row["prompt_ids"]) + (sum if self.prompts and self.prompts.possible else max)(answers)
 
+    def _longest_first(self, pairs: Any) -> list[int]:
+        """Return row numbers so that pairs pad each other little and too little memory shows at once."""
+        lengths = [self.row_length(pair) for pair in pairs]
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
     def prompts_shared(self, inputs: Any) -> AbstractContextManager[None]:
         """Take every forward pass within for one of pairs, whose prompts are computed once where that is possible."""
         if not self.fast_path:
@@ -81,7 +86,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         self._choose_reference()
         self.model.eval()
         found: list[tuple[int, float, float]] = []
-        rounds = list(even_rounds(len(dataset), batch_size))
+        rounds = list(even_rounds(self._longest_first(dataset), batch_size))
         for indices, _ in tqdm(rounds, f"reference, {name} pairs", disable=not is_main_process()):
             batch = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
             chosen, rejected = self.compute_ref_log_probs(self.model, batch)
@@ -97,7 +102,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         """Return the means over all held-out pairs; TRL averages batches of unequal size."""
         pairs, totals = self.eval_dataset, defaultdict[str, float](float)
         self.model.eval()
-        for indices, count in even_rounds(len(pairs), self.args.eval_batch_size):
+        for indices, count in even_rounds(self._longest_first(pairs), self.args.eval_batch_size):
             self._metrics["eval"].clear()
             batch = self.data_collator([pairs[index] for index in indices])
             loss = float(self.prediction_step(self.model, batch, prediction_loss_only=True)[0])

@@ -106,15 +106,16 @@ def own_share(rows: Sequence[T]) -> tuple[list[T], int]:
     return own + list(rows[: math.ceil(len(rows) / count) - len(own)]), len(own)
 
 
-def even_rounds(rows: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Deal row numbers out so that all processes get equally many per round; yield the own ones and the round's count.
+def even_rounds(order: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """Deal rows out in an order so that all processes get equally many per round; yield the own ones and the round's count.
 
     What is left at the end and too little for one each is taken by all, so a mean over processes is one over the rows.
     """
     rank, count = place()
     start = 0
-    while start < rows:
-        each = min(batch_size, (rows - start) // count)
-        first, taken, mine = (start + rank * each, each * count, each) if each else (start, rows - start, rows - start)
-        yield list(range(first, first + mine)), taken
+    while start < len(order):
+        each = min(batch_size, (len(order) - start) // count)
+        left = len(order) - start
+        first, taken, mine = (start + rank * each, each * count, each) if each else (start, left, left)
+        yield list(order[first : first + mine]), taken
         start += taken
