@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,11 +76,9 @@ def test_whole_command_measures_this_project_beside_a_given_command(
     assert not (tmp_path / "out" / "work").exists()
 
 
-def ran(system: System, stage: str, *steps: tuple[float, float], reference_from: float | None = None) -> Any:
+def ran(system: System, stage: str, *steps: tuple[float, float], reference: Sequence[tuple[float, float]] = ()) -> Any:
     """Return what is known of a run whose bar moved at these moments."""
-    return SimpleNamespace(
-        system=system, task=replace(TASK, stage=stage, seed=3), steps=list(steps), reference_from=reference_from
-    )
+    return SimpleNamespace(system=system, task=replace(TASK, stage=stage, seed=3), steps=steps, reference=reference)
 
 
 def test_speed_leaves_the_warm_up_out_and_the_rest_is_start() -> None:
@@ -104,7 +103,7 @@ def test_long_batch_in_the_warm_up_does_not_make_the_rest_look_fast() -> None:
 
 def test_two_epochs_of_pairs_count_twice_and_the_reference_pass_once() -> None:
     rows = [Row({}, None, tokens=100, length=80) for _ in range(32)]
-    run = ran(SYSTEMS["ours"], "dpo", (20.0, 0.0), (30.0, 0.25), (54.0, 1.0), reference_from=12.0)
+    run = ran(SYSTEMS["ours"], "dpo", (20.0, 0.0), (30.0, 0.25), (54.0, 1.0), reference=[(10.0, 0.0), (18.0, 1.0)])
 
     found = training.figures("dpo", run, rows, weights=1, limit=1)
 
@@ -169,6 +168,23 @@ def test_clock_and_command_stand_still_during_a_pause_and_nothing_outlives_it(tm
     assert moved <= 1
     assert counted <= passed - 0.5
     assert watch() == 0
+
+
+def test_progress_is_read_off_the_training_bar_and_the_reference_bar_alone(tmp_path: Path) -> None:
+    bars = [
+        "Loading weights: 100%|###| 272/272 [00:00<00:00, 9 it/s]", "reference, train pairs:   0%|   | 0/12 [00:00<?, ?it/s]",
+        "reference, train pairs: 100%|###| 12/12 [00:09<00:00, 1.2it/s]", "  0%|   | 0/4 [00:00<?, ?step/s]",
+        " 50%|##  | 2/4 [00:03<00:03, 1.5s/step, loss 2.286]", "100%|####| 4/4 [00:06<00:00, 1.5s/step]",
+    ]  # fmt: skip
+    script = f"import time\nfor bar in {bars!r}:\n print(end='\\r' + bar, flush=True); time.sleep(0.4)"
+    system = System("bars", lambda task: [sys.executable, "-c", script])
+
+    with Running(system, replace(TASK, output=tmp_path / "a"), tmp_path) as running:
+        while running.goes_on():
+            pass
+    assert [share for _, share in running.steps] == [0, 0.5, 1]
+    assert [share for _, share in running.reference] == [0, 1]
+    assert running.reference[-1][0] - running.reference[0][0] == pytest.approx(0.4, abs=0.2)
 
 
 def test_checkpoint_still_being_written_is_not_scored_nor_one_of_another_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from transformers import EarlyStoppingCallback
 
 from scripts import get_demo_model, train_dpo, train_sft
 from scripts.common.config import load_config
+from scripts.common.memory import estimate_memory
 from scripts.common.modeling import find_model, load_base
+from scripts.common.rendering import RenderedPair
 from scripts.common.runtime import StopSignal, choose_machine
 from scripts.common.schema import Config, Performance, Quantization
 from scripts.common.stage import Stage
@@ -113,6 +116,21 @@ def test_gradient_checkpointing_is_as_asked_for(tiny_llama: Path, wanted: bool) 
     config = Config(performance=Performance(gradient_checkpointing=wanted))
     row = SimpleNamespace(input_ids=[1] * 50, trained_tokens=10)
     assert plan_training(config, config.sft, tiny_llama, choose_machine(config), [row]).checkpointing is wanted
+
+
+def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are_kept(tiny_llama: Path) -> None:
+    config = Config(performance=Performance(gradient_checkpointing=False))
+    machine = choose_machine(config)
+    pair, row = RenderedPair([1] * 100, [2] * 80, [3] * 60), SimpleNamespace(input_ids=[1] * 240, trained_tokens=140)
+    dpo = plan_training(config, config.dpo, tiny_llama, machine, [pair]).estimate
+    batch = {"per_device_train_batch_size": config.dpo.per_device_train_batch_size}
+    assert dpo == plan_training(config, config.sft.model_copy(update=batch), tiny_llama, machine, [row]).estimate
+
+    shape = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8"))
+    size = {"sequences": 4, "longest": 240, "answer_tokens": 140, "bytes_per_value": 4, "cpu": True, "checkpointing": False, "compiled": True}  # fmt: skip
+    kept, again = (estimate_memory(tiny_llama, config, **size, keep_weights=keep) for keep in (True, False))
+    one_layer = 4 * 240**2 * shape["num_attention_heads"] * 4 / 2**30
+    assert kept.total - again.total == pytest.approx((shape["num_hidden_layers"] - 1) * one_layer)
 
 
 def test_8bit_loads_8bit_layers(tiny_llama: Path) -> None:

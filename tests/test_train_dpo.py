@@ -154,6 +154,26 @@ def test_reference_base_is_the_bare_base(chain: Path, tmp_path: Path) -> None:
     assert torch.allclose(torch.cat(reference), expected, atol=1e-4)
 
 
+def test_reference_pass_groups_pairs_by_length_and_gives_each_its_own_numbers(chain: Path, tmp_path: Path) -> None:
+    trainer = build(chain, tmp_path)
+    pairs = trainer.train_dataset.select(range(7))
+    lengths, compute = [], trainer.compute_ref_log_probs
+
+    def watched(model, batch):
+        lengths.append(batch["attention_mask"].sum(1).max().item())
+        return compute(model, batch)
+
+    trainer.compute_ref_log_probs = watched
+    found = trainer._precompute_ref_logps(pairs, "train", 2)
+
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 4
+    for number, pair in enumerate(pairs):
+        chosen, rejected = compute(trainer.model, trainer.data_collator([pair]))
+        assert found[number]["ref_chosen_logps"] == pytest.approx(chosen.item(), abs=1e-3)
+        assert found[number]["ref_rejected_logps"] == pytest.approx(rejected.item(), abs=1e-3)
+
+
 def test_the_result_is_one_adapter_for_the_plain_base(chain: Path) -> None:
     """Plain PEFT loads it; it has the tensors of the SFT adapter with other values and no copy of the reference."""
     from peft import PeftModel

@@ -128,7 +128,7 @@ def figures(stage: str, run: Running, rows: list[Row], weights: int, limit: floa
         tokens = sum(
             rows[index].tokens for index in run.system.order(stage, rows, run.task.seed)[round(samples * share) :]
         )
-    reference = run.steps[0][0] - run.reference_from if run.reference_from is not None else 0.0
+    reference = run.reference[-1][0] - run.reference[0][0] if run.reference else 0.0
     training = whole * (end - begin) / tokens + reference
     start = end - training
     return {
@@ -149,6 +149,7 @@ def summary(stage: str, runs: list[Running], rows: list[Row], losses: dict[str, 
         "peak_memory_gib": max(run.peak_bytes for run in runs) / 2**30,
         "losses": known,
         "moments": [run.steps for run in runs],
+        "reference_moments": [run.reference for run in runs],
     } | ({key: statistics.median(each[key] for each in rounds) for key in rounds[0]} if all(rounds) else {})
 
 

@@ -34,7 +34,7 @@ POLL_SECONDS = 0.1
 WARM_UP = 0.25  # of a run: what is not counted as speed
 # The bar of transformers' Trainer and of this project; bars with a description before them count something else.
 STEP = re.compile(r"[\r\n]\s*\d+%\|[^|\r\n]*\|\s*(\d+)/(\d+) \[")
-REFERENCE_PASS = re.compile(r"[\r\n]reference, [^\r\n]*%\|")  # this project asks the reference before it trains
+REFERENCE = re.compile(r"[\r\n]reference, [^\r\n|]*?(\d+)%\|")  # this project asks the reference before it trains
 
 
 @dataclass(frozen=True)
@@ -215,17 +215,24 @@ def environment(work: Path, compiled: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+def note(moments: list[tuple[float, float]], seconds: float, share: float) -> None:
+    """Add a moment if a bar has moved."""
+    if not moments or share > moments[-1][1]:
+        moments.append((seconds, share))
+
+
 class Running:
     """A started command with its own clock, its progress, and the most memory its processes have held together.
 
-    `steps` are the moments at which its bar was seen to move, as (seconds, share of all steps).
+    `steps` are the moments at which its bar was seen to move, as (seconds, share of all steps), and `reference` those of
+    its reference pass.
     """
 
     def __init__(self, system: System, task: Task, work: Path, command: Sequence[str] | None = None) -> None:
         self.system, self.task, self.log = system, task, task.output.with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.peak_bytes, self.alive, self.steps = 0, True, list[tuple[float, float]]()
-        self.reference_from: float | None = None
+        self.reference: list[tuple[float, float]] = []
         words = list(command or system.command(task))
         with self.log.open("w", encoding="utf-8") as output:
             self.stopped, self.stopped_at = 0.0, 0.0
@@ -289,12 +296,10 @@ class Running:
 
     def _look_at_the_log(self) -> None:
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        if self.reference_from is None and REFERENCE_PASS.search(text):
-            self.reference_from = self.seconds
+        if found := REFERENCE.findall(text):
+            note(self.reference, self.seconds, int(found[-1]) / 100)
         if found := STEP.findall(text):
-            done = int(found[-1][0]) / int(found[-1][1])
-            if not self.steps or done > self.progress:
-                self.steps.append((self.seconds, done))
+            note(self.steps, self.seconds, int(found[-1][0]) / int(found[-1][1]))
 
     def suspend(self) -> None:
         """Stop the processes and their clock."""
