@@ -156,18 +156,21 @@ def test_reference_base_is_the_bare_base(chain: Path, tmp_path: Path) -> None:
 
 def test_reference_pass_groups_pairs_by_length_and_gives_each_its_own_numbers(chain: Path, tmp_path: Path) -> None:
     trainer = build(chain, tmp_path)
-    pairs = trainer.train_dataset.select(range(7))
-    lengths, compute = [], trainer.compute_ref_log_probs
+    pairs = trainer.train_dataset.select(range(7)).remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
+    seen, compute = [], trainer.compute_ref_log_probs
 
     def watched(model, batch):
-        lengths.append(batch["attention_mask"].sum(1).max().item())
+        seen.append(batch["attention_mask"].sum(1).max().item())
         return compute(model, batch)
 
     trainer.compute_ref_log_probs = watched
     found = trainer._precompute_ref_logps(pairs, "train", 2)
 
-    assert lengths == sorted(lengths, reverse=True)
-    assert len(lengths) == 4
+    longest_first = sorted(pairs, key=trainer.row_length, reverse=True)
+    sides = [
+        len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in longest_first
+    ]
+    assert seen == [max(sides[start : start + 2]) for start in range(0, 7, 2)]
     for number, pair in enumerate(pairs):
         chosen, rejected = compute(trainer.model, trainer.data_collator([pair]))
         assert found[number]["ref_chosen_logps"] == pytest.approx(chosen.item(), abs=1e-3)
