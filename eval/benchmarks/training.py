@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--parts", nargs="+", choices=["speed", "growth", "quality"], default=["speed"], help="what is measured; what an earlier run left in --out about other parts and peers is kept (default: speed)")  # fmt: skip
     add("--stages", nargs="+", choices=["sft", "dpo"], default=["sft", "dpo"], help="default: both")
     add("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), help="default: all")
-    add("--against", action="append", default=[], metavar="NAME=COMMAND", help="another system; {stage}, {model}, {data}, {output}, {batch}, {epochs}, {max_length}, {learning_rate} stand for the task")  # fmt: skip
+    add("--against", action="append", default=[], metavar="NAME=COMMAND", help="another system; {stage}, {model}, {data}, {output}, {batch}, {epochs}, {max_length}, {learning_rate}, {seed} stand for the task")  # fmt: skip
     add("--steps", type=int, default=8, help="optimizer steps of a run (default: %(default)s)")
     add("--rounds", type=int, default=1, help="times each run is repeated, with another seed; medians count (default: %(default)s)")  # fmt: skip
     add("--model", default="models/smollm2-135m-instruct", help="base model (default: %(default)s)")

@@ -209,7 +209,7 @@ def _attend(
     """Attend plainly while training on short rows and from a single new token, with torch's fused kernel otherwise.
 
     The backward pass of the fused CPU kernel would take a fifth of a step; the memory of plain attention grows with the
-    square of the length, unless compiled code takes the weights again in the backward pass, which slows a step by 7 %.
+    square of the length, unless compiled code takes the weights again in the backward pass, which costs time.
     Shapes: query (B, H, T, D), key and value (B, G, S, D) with H a multiple of G; returns (B, T, H, D).
     """
     batch, heads, tokens, size = query.shape

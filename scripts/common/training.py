@@ -92,7 +92,7 @@ def plan_training(
         return estimate_memory(
             base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
             answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
-            checkpointing=checkpointing, compiled=compiled, keep_weights=not (compiled and pairs),
+            checkpointing=checkpointing, compiled=compiled, keep_weights=not (compiled and pairs),  # as preferences.py asks for
         )  # fmt: skip
 
     wanted = config.performance.gradient_checkpointing
