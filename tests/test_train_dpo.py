@@ -157,6 +157,7 @@ def test_reference_base_is_the_bare_base(chain: Path, tmp_path: Path) -> None:
 def test_reference_pass_groups_pairs_by_length_and_gives_each_its_own_numbers(chain: Path, tmp_path: Path) -> None:
     trainer = build(chain, tmp_path)
     pairs = trainer.train_dataset.select(range(7)).remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
+    pairs = pairs.map(lambda pair, number: {"chosen_ids": pair["chosen_ids"] * (number + 1)}, with_indices=True)
     seen, compute = [], trainer.compute_ref_log_probs
 
     def watched(model, batch):
