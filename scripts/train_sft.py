@@ -93,6 +93,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
         processing_class=origin.tokenizer,
         group_by_length=values.performance.group_by_length,
         held_out=validation,
+        answer_tokens=sum(row.trained_tokens for row in train) / len(train),
     )
 
 

@@ -44,7 +44,9 @@ def stage_in(folder: Path, **trainer: object):
     return Stage("sft", LoadedConfig(values, {}), values.sft, folder, StopSignal(), False)
 
 
-def make_trainer(model, folder: Path, tokenizer_folder: Path, **trainer: object) -> AnswerLossTrainer:
+def make_trainer(
+    model, folder: Path, tokenizer_folder: Path, rows: list[Rendered] = ROWS, **trainer: object
+) -> AnswerLossTrainer:
     """Build the trainer as the stage does."""
     from datasets import Dataset
     from trl import SFTConfig
@@ -56,10 +58,11 @@ def make_trainer(model, folder: Path, tokenizer_folder: Path, **trainer: object)
     return AnswerLossTrainer(
         model=model,
         args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in ROWS]),
+        train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows]),
         processing_class=load_tokenizer(tokenizer_folder),
         group_by_length=True,
         held_out=[],
+        answer_tokens=sum(row.trained_tokens for row in rows) / len(rows),
     )
 
 
@@ -114,6 +117,29 @@ def test_trainer_arguments_are_accepted_on_a_machine_without_a_gpu(tmp_path: Pat
     assert not arguments.gradient_checkpointing
     assert arguments.activation_checkpointing is False
     assert arguments.report_to == []
+
+
+def test_every_answer_token_counts_alike_in_batches_of_similar_length(tiny_llama: Path, tmp_path: Path) -> None:
+    """Over an epoch the gradients add up to that of the mean over all tokens; what is logged is each batch's own mean."""
+    rows = [Rendered(list(range(5, 9 + n)), [-100] * 4 + list(range(9, 9 + n))) for n in (2, 3, 4, 30, 31, 32)]
+    gradients, losses = {}, []
+    for size in (6, 3):
+        torch.manual_seed(0)
+        model = add_lora(load(tiny_llama), Lora(r=2, dropout=0.0), str(tiny_llama))
+        trainer = make_trainer(model, tmp_path, tiny_llama, rows=rows, per_device_train_batch_size=size)
+        batches = list(trainer.get_train_dataloader())
+        for batch in batches:
+            items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
+            assert loss.item() == pytest.approx(model(**batch).loss.item(), abs=1e-5)
+            loss.backward()
+            losses.append(loss.item())
+        gradients[size] = {name: p.grad / len(batches) for name, p in model.named_parameters() if p.grad is not None}
+
+    assert len(losses) == 1 + 2
+    assert max(gradient.abs().max() for gradient in gradients[6].values()) > 1e-3
+    for name, gradient in gradients[6].items():
+        assert torch.allclose(gradients[3][name], gradient, atol=1e-6), name
 
 
 def test_our_labels_reach_the_model_untouched(tiny_llama: Path, tmp_path: Path) -> None:

@@ -108,8 +108,11 @@ def plan_training(
 class AnswerLossTrainer(GroupedByLength, SFTTrainer):
     """TRL's SFTTrainer with batches of similar length and a held-out loss that no batch size changes."""
 
-    def __init__(self, *args: Any, group_by_length: bool, held_out: Sequence[Rendered], **kwargs: Any) -> None:
-        self.group_by_length, self.held_out = group_by_length, held_out
+    def __init__(
+        self, *args: Any, group_by_length: bool, held_out: Sequence[Rendered], answer_tokens: float, **kwargs: Any
+    ) -> None:
+        """Take, beside TRL's arguments, the mean number of answer tokens per training record."""
+        self.group_by_length, self.held_out, self.answer_tokens = group_by_length, held_out, answer_tokens
         self.control: Any
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
@@ -117,6 +120,24 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
     def row_length(self, row: dict[str, Any]) -> int:
         """Return the tokens of a row."""
         return len(row["input_ids"])
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss; the gradient of a batch of similar length is weighted by its number of answer tokens.
+
+        TRL divides by that number. Random batches hold about the same, but a batch of short records would count each of
+        its tokens for more than those of a long one, and the held-out loss, which is per token, would end higher.
+        """
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.group_by_length or num_items_in_batch is None:
+            return found
+        counted = self.args.world_size if self.args.average_tokens_across_devices else 1
+        records = self.args.train_batch_size * self.args.gradient_accumulation_steps * counted
+        loss, *outputs = found if return_outputs else (found,)
+        # What is logged stays the mean of the batch.
+        weighted = loss.detach() + (loss - loss.detach()) * (num_items_in_batch / (records * self.answer_tokens))
+        return (weighted, *outputs) if return_outputs else weighted
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
