@@ -119,7 +119,7 @@ def test_gradient_checkpointing_is_as_asked_for(tiny_llama: Path, wanted: bool) 
 
 
 def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are_kept(tiny_llama: Path) -> None:
-    config = Config(performance=Performance(gradient_checkpointing=False))
+    config = Config(performance=Performance(gradient_checkpointing=False, device="cpu"))
     machine = choose_machine(config)
     pair, row = RenderedPair([1] * 100, [2] * 80, [3] * 60), SimpleNamespace(input_ids=[1] * 240, trained_tokens=140)
     dpo = plan_training(config, config.dpo, tiny_llama, machine, [pair]).estimate

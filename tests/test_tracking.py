@@ -200,6 +200,20 @@ def test_store_that_dies_and_returns_gets_everything_in_order(config, tmp_path: 
     assert "training goes on" in warnings_in(caplog)[0]
 
 
+def test_numbers_of_quick_steps_are_delivered_together_and_none_is_lost(config, monkeypatch) -> None:
+    """A delivery takes longer than a small model's step on a GPU; MLflow takes a thousand numbers at once."""
+    deliveries = []
+    with tracked_run(config, "sft") as tracker:
+        deliver = tracker._client.log_batch
+        monkeypatch.setattr(tracker._client, "log_batch", lambda *a, **k: (deliveries.append(a), deliver(*a, **k)))
+        for step in range(700):
+            tracker.log_metrics({"train/loss": 1.0 * step, "train/entropy": 2.0}, step)
+
+    history = mlflow.MlflowClient().get_metric_history(tracker.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(step, 1.0 * step) for step in range(700)]
+    assert 3 <= len(deliveries) < 20
+
+
 def test_store_that_stays_away_does_not_stop_the_run_and_says_what_is_lost(config, tmp_path: Path, caplog) -> None:
     with tracked_run(config, "sft") as tracker:
         break_store(tmp_path)

@@ -64,7 +64,7 @@ def nudge(trainer) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, value in trainer.model.named_parameters():
         if ".default." in name:
-            value.data += 0.05 * torch.randn(value.shape, generator=generator)
+            value.data += 0.05 * torch.randn(value.shape, generator=generator).to(value.device)
 
 
 def test_the_first_margin_is_zero_and_the_first_loss_is_ln_2(chain: Path) -> None:
@@ -109,15 +109,14 @@ def test_trl_computes_the_loss_of_the_paper(chain: Path, tmp_path: Path) -> None
     nudge(trainer)
     trainer.model.eval()
     rows = [trainer.train_dataset[index] for index in range(3)]
-    batch = trainer.data_collator(rows)
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
     with torch.no_grad():
         theirs = float(trainer.compute_loss(trainer.model, dict(batch)))
     ours, margin = oracle_loss(trainer, batch)
     assert theirs == pytest.approx(ours, abs=1e-5)
     assert margin.abs().max() > 1e-3
-    swapped = trainer.data_collator(
-        [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
-    )
+    turned = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
+    swapped = trainer._prepare_inputs(trainer.data_collator(turned))
     _, flipped = oracle_loss(trainer, swapped)
     assert torch.allclose(flipped, -margin, atol=1e-5)
 
@@ -144,7 +143,7 @@ def test_the_reference_is_a_copy_of_the_adapter_on_the_same_base(chain: Path, tm
 def test_reference_base_is_the_bare_base(chain: Path, tmp_path: Path) -> None:
     trainer = build(chain, tmp_path, "dpo.reference=base")
     assert trainer.reference_adapter is None
-    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
     with torch.no_grad():
         reference = trainer.compute_ref_log_probs(trainer.model, batch)
         trainer.model.disable_adapter_layers()
@@ -173,7 +172,7 @@ def test_reference_pass_groups_pairs_by_length_and_gives_each_its_own_numbers(ch
     ]
     assert seen == [max(sides[start : start + 2]) for start in range(0, 7, 2)]
     for number, pair in enumerate(pairs):
-        chosen, rejected = compute(trainer.model, trainer.data_collator([pair]))
+        chosen, rejected = compute(trainer.model, trainer._prepare_inputs(trainer.data_collator([pair])))
         assert found[number]["ref_chosen_logps"] == pytest.approx(chosen.item(), abs=1e-3)
         assert found[number]["ref_rejected_logps"] == pytest.approx(rejected.item(), abs=1e-3)
 
@@ -219,7 +218,7 @@ def test_every_loss_of_the_schema_trains_a_step(chain: Path, tmp_path: Path) -> 
 
     trainer = build(chain, tmp_path, "dpo.sft_weight=0.3")
     nudge(trainer)
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in range(2)]))
     losses = set()
     for name in get_args(DpoLoss):
         trainer.loss_types, trainer.loss_weights = [name, "sft"], [1.0, 0.3]

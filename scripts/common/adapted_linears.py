@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
-from scripts.common.runtime import processes_that_split_the_model
+from scripts.common.runtime import sharding
 
 # Layers of one decoder layer that are given the same input, one after the other.
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -23,7 +23,7 @@ def family(name: str) -> tuple[str, int | str]:
 
 
 def share_products(model: Any) -> None:
-    """Let the plain adapters of a CPU model work in its base's dtype, as part of the base's own products.
+    """Let plain adapters work in their base's dtype, as part of the base's own products.
 
     The weights that the optimizer moves stay fp32. With an fp32 base this changes nothing but the speed. Other layers,
     quantised or with dropout or a variant of LoRA, compute as PEFT does.
@@ -35,7 +35,7 @@ def share_products(model: Any) -> None:
                 for linear in linears.values():
                     linear.__class__ = _LinearInInputDtype
     decoder = model.get_base_model().base_model
-    if decoder.device.type != "cpu" or processes_that_split_the_model() > 1:
+    if sharding():
         return
     products = [Product(layers) for layers in _that_read_the_same(model)]
     for product in products:
@@ -44,7 +44,7 @@ def share_products(model: Any) -> None:
             layer.product, layer.place = product, place
     moved = {layer.base_layer.weight for product in products for layer in product.layers}
     for parameter in decoder.parameters():  # while one weight lies in the mapped file, all of it stays in memory
-        if not parameter.requires_grad and parameter not in moved:
+        if parameter.device.type == "cpu" and not parameter.requires_grad and parameter not in moved:
             parameter.data = parameter.data.clone()
 
     def renew(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -126,8 +126,7 @@ class Product:
         self.at_work = name
         if self.matrix is None or [place.shape for place in self.places] != [factor.shape for factor in self.factors]:
             self._make_room_for(As, Bs)
-        for place, weight, scale in zip(self.places, self.factors, (1.0,) * len(As) + self.scales, strict=True):
-            torch.mul(weight, scale, out=place)
+        torch._foreach_copy_(self.places, (*As, *torch._foreach_mul(Bs, self.scales)))
 
     def _make_room_for(self, As: list[torch.Tensor], Bs: list[torch.Tensor]) -> None:
         """Choose the part of the matrix that these adapters fill, and each one's place in it."""

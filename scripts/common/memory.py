@@ -14,7 +14,7 @@ from scripts.common.schema import Config
 GIB = 2**30
 LIBRARIES_GIB = 0.9  # torch, transformers, TRL and MLflow in one CPU process
 # Values kept for the backward pass, per token and layer: multiples of the hidden and the intermediate size.
-EAGER_VALUES, COMPILED_VALUES = (16, 5), (11, 3.5)
+EAGER_VALUES, GPU_VALUES, COMPILED_VALUES = (16, 5), (12, 4), (11, 3.5)
 PLAINLY_ATTENDED = 16 * 512**2  # tokens that tokens attend to in a batch: 8 rows of 724, 16 of 512
 SAFETY_RATIO = 0.9  # of what is free
 NF4_BYTES, INT8_BYTES = 0.52, 1.01  # per weight, with its share of the scales
@@ -84,7 +84,7 @@ def estimate_memory(
         shrunk = NF4_BYTES if config.quantization.load_in_4bit else INT8_BYTES
         weight_bytes -= parameter_count(folder, of_decoder_matrices=True) * (bytes_per_value - shrunk)
     adapter_parameters = layers * config.lora.r * (8 * hidden + 3 * (hidden + intermediate))
-    of_hidden, of_intermediate = COMPILED_VALUES if compiled else EAGER_VALUES
+    of_hidden, of_intermediate = COMPILED_VALUES if compiled else EAGER_VALUES if cpu else GPU_VALUES
     per_layer = of_hidden * hidden + of_intermediate * intermediate
     kept = (layers * hidden + per_layer) if checkpointing else layers * per_layer
     attended = 0

@@ -233,12 +233,13 @@ def load_base(folder: Path, config: Config, machine: Machine) -> Any:
         return model
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
     quantization = _quantization_config(config, machine) if quantized else None
+    place: int | str = int(os.environ.get("LOCAL_RANK", "0")) if machine.device == "cuda" else "cpu"
     with _told_as(folder):
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=machine.dtype,
             quantization_config=quantization,
-            device_map={"": int(os.environ.get("LOCAL_RANK", "0"))} if quantized and machine.device == "cuda" else None,
+            device_map={"": place} if quantized else None,  # without it a quantised base goes to any GPU there is
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -24,6 +24,8 @@ from scripts.common.runtime import is_main_process, signals_held
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60
+METRICS_SECONDS = 2  # between deliveries: each takes a store 5 ms to a quarter of a second, and steps may be as short
+METRICS_AT_ONCE = 1000  # MLflow takes no more
 MAX_PARAMETER_LENGTH = 500  # long enough for any of ours but a list of datasets
 
 
@@ -33,8 +35,9 @@ class Tracker:
     def __init__(self, client: Any = None, run_id: str | None = None) -> None:
         self.run_id = run_id
         self._client = client
+        self._metrics: list[Any] = []
         self._undelivered: list[Callable[[], Any]] = []
-        self._failed_at = 0.0
+        self._delivered_at = self._failed_at = 0.0
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; a long value is cut, as MLflow would refuse it."""
@@ -44,12 +47,14 @@ class Tracker:
         self._send(lambda: self._client.log_batch(self.run_id, params=entries))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step."""
+        """Record numbers at a step; they are delivered together with those of the seconds before."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        entries = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._send(lambda: self._client.log_batch(self.run_id, metrics=entries))
+        if self._client is not None:
+            self._metrics += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+            if time.monotonic() - self._delivered_at > METRICS_SECONDS:
+                self._flush_unless_it_just_failed()
 
     def log_dataset(self, path: str, sha256: str, context: str, records: int) -> None:
         """Record a dataset by the hash of its file as an input of the run."""
@@ -81,22 +86,29 @@ class Tracker:
         if self._client is None:
             return
         self._undelivered.append(delivery)
+        self._flush_unless_it_just_failed()
+
+    def _flush_unless_it_just_failed(self) -> None:
         if time.monotonic() - self._failed_at > RETRY_SECONDS or not self._failed_at:
             self.flush()
 
     def flush(self) -> None:
         """Deliver what waits, in order; the first failure is told, the rest waits for a better time."""
-        while self._undelivered:
-            try:
+        try:
+            while self._metrics:
+                self._client.log_batch(self.run_id, metrics=self._metrics[:METRICS_AT_ONCE])
+                del self._metrics[:METRICS_AT_ONCE]
+            while self._undelivered:
                 self._undelivered[0]()
-            except Exception as error:  # whatever the store raises, training goes on
-                if not self._failed_at:
-                    log.warning(
-                        "MLflow store is not reachable (%s); training goes on, entries are kept", _first_line(error)
-                    )
-                self._failed_at = time.monotonic()
-                return
-            self._undelivered.pop(0)
+                self._undelivered.pop(0)
+        except Exception as error:  # whatever the store raises, training goes on
+            if not self._failed_at:
+                log.warning(
+                    "MLflow store is not reachable (%s); training goes on, entries are kept", _first_line(error)
+                )
+            self._failed_at = time.monotonic()
+            return
+        self._delivered_at = time.monotonic()
         if self._failed_at:
             log.info("MLflow store is back; everything kept was delivered")
             self._failed_at = 0.0
@@ -104,7 +116,7 @@ class Tracker:
     @property
     def waiting(self) -> int:
         """Count the entries that could not be delivered yet."""
-        return len(self._undelivered)
+        return len(self._metrics) + len(self._undelivered)
 
 
 def open_store(config: LoadedConfig) -> None:
