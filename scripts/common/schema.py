@@ -177,7 +177,9 @@ class Performance(Section):
         "auto",
         description="Compile the decoder layers: a third faster on a CPU, after half a minute or more; `auto` when a run is long enough. Needs a C++ compiler.",
     )
-    group_by_length: bool = Field(True, description="Put records of similar length into the same batch; less padding.")
+    group_by_length: bool = Field(
+        True, description="Batches of similar length: less padding; each answer token counts alike."
+    )
 
 
 class Check(Section):
