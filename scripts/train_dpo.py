@@ -100,6 +100,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     from scripts.common.compiling import compile_layers
     from scripts.common.fast_path import score_answers_only
     from scripts.common.preferences import PreferenceTrainer
+    from scripts.common.reference_logps import FOLDER, KeptLogps
     from scripts.common.training import (
         EVALUATIONS_PER_RUN,
         make_arguments,
@@ -132,6 +133,10 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     mixed = values.dpo.sft_weight > 0
     by_length = [sorted(side, key=lambda pair: len(pair.input_ids)) for side in (train, validation)]
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)
+    basis = {
+        "base": origin.fingerprint, "quantization": values.quantization.model_dump(), "device": machine.device,
+        "dtype": str(machine.dtype), "fast_path": values.performance.fast_path,
+    }  # fmt: skip
     return PreferenceTrainer(
         model=policy,
         args=make_arguments(
@@ -147,6 +152,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
         processing_class=origin.tokenizer,
         group_by_length=values.performance.group_by_length,
         reference=values.dpo.reference,
+        kept_logps=KeptLogps(Path(values.dpo.output_dir).parent / FOLDER, basis),
         fast_path=values.performance.fast_path,
     )
 

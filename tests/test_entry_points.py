@@ -121,7 +121,7 @@ LAYERS = [
     {"artifacts", "runtime", "deid_report", "tiny_model"},
     {"processes", "memory"},
     {"records", "tracking"},
-    {"rendering", "resuming", "stage"},
+    {"rendering", "reference_logps", "resuming", "stage"},
     {"modeling", "scoring", "adapted_linears", "compiling", "generation"},
     {"fast_path"},
     {"shared_prompts"},

@@ -177,6 +177,42 @@ def test_reference_pass_groups_pairs_by_length_and_gives_each_its_own_numbers(ch
         assert found[number]["ref_rejected_logps"] == pytest.approx(rejected.item(), abs=1e-3)
 
 
+def test_reference_is_not_asked_twice_unless_what_it_says_may_differ(chain: Path, tmp_path: Path, monkeypatch) -> None:
+    from scripts.common.preferences import PreferenceTrainer
+
+    asked, ask = [], PreferenceTrainer._ask_reference
+    monkeypatch.setattr(PreferenceTrainer, "_ask_reference", lambda *a: (asked.append(a[2]), ask(*a))[1])
+    kept = f"dpo.output_dir={tmp_path}/out/dpo"
+
+    def numbers(*overrides: str) -> list[list[float]]:
+        asked.clear()
+        trainer = build(chain, tmp_path, kept, *overrides)
+        columns = ("ref_chosen_logps", "ref_rejected_logps")
+        return [list(side[name]) for side in (trainer.train_dataset, trainer.eval_dataset) for name in columns]
+
+    first = numbers()
+    assert asked == ["train", "eval"]
+    assert numbers("dpo.beta=0.5", "seed=0", "dpo.learning_rate=0.5") == first
+    assert asked == []
+    assert numbers("dpo.reference=base") != first
+    assert asked == ["train", "eval"]
+    numbers("performance.fast_path=false")
+    assert asked == ["train", "eval"]
+    for file in (tmp_path / "out/.reference_logps").iterdir():
+        file.write_text(file.read_text()[:40])  # a disk that lost the rest
+    assert numbers() == first
+    assert asked == ["train", "eval"]
+
+
+def test_numbers_that_cannot_be_kept_do_not_stop_a_run(chain: Path, tmp_path: Path, caplog) -> None:
+    (tmp_path / ".reference_logps").write_text("no folder")
+
+    trainer = build(chain, tmp_path, f"dpo.output_dir={tmp_path}/dpo")
+
+    assert all(math.isfinite(value) for value in trainer.train_dataset["ref_chosen_logps"])
+    assert "cannot be kept" in caplog.text
+
+
 def test_the_result_is_one_adapter_for_the_plain_base(chain: Path) -> None:
     """Plain PEFT loads it; it has the tensors of the SFT adapter with other values and no copy of the reference."""
     from peft import PeftModel

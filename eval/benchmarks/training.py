@@ -45,6 +45,7 @@ from eval.benchmarks.training_systems import (
 )
 from scripts.common.errors import UserError, entry_point
 from scripts.common.memory import parameter_count
+from scripts.common.reference_logps import FOLDER
 from scripts.common.runtime import Machine, apply_machine, choose_machine, hardware, set_up_logging
 from scripts.common.schema import Config
 
@@ -108,6 +109,8 @@ def run_in_turns(stage: str, pair: Sequence[System], rows: list[Row], arguments:
             Task(stage, model, data, work / system.folder / f"{stage}-{pair[-1].folder}-{seed}", BATCH[stage], EPOCHS[stage], arguments.max_length, LEARNING_RATE[stage], seed)
             for system in pair
         ]  # fmt: skip
+        for system in pair:  # each round asks its reference
+            shutil.rmtree(work / system.folder / FOLDER, ignore_errors=True)
         found.append(side_by_side(pair, tasks, work))
         for run in found[-1]:
             log.info("    %s: %.1f s, %.1f GiB", run.system.name, run.seconds, run.peak_bytes / 2**30)

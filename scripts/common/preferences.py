@@ -20,6 +20,7 @@ from scripts.common.fast_path import GroupedByLength, speed_up
 from scripts.common.generation import Health, generate_answers, health
 from scripts.common.modeling import adapter_kept, switched_to, whole_weights
 from scripts.common.processes import added_up, collected, even_rounds, place
+from scripts.common.reference_logps import KeptLogps, Logps
 from scripts.common.rendering import IGNORED, Rendered, RenderedPair
 from scripts.common.runtime import is_main_process
 from scripts.common.scoring import mean_kl
@@ -40,9 +41,10 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
     """TRL's DPOTrainer on ids rendered by this project, with an explicit reference model."""
 
     def __init__(
-        self, *args: Any, group_by_length: bool, reference: str, fast_path: bool = False, **kwargs: Any
+        self, *args: Any, group_by_length: bool, reference: str, kept_logps: KeptLogps, fast_path: bool, **kwargs: Any
     ) -> None:
         self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
+        self.kept_logps = kept_logps
         self.control: Any
         self.prompts: SharedPrompts | None = None
         self.sped_up = False
@@ -84,6 +86,15 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL's own hands the numbers over in a temporary folder that only one process knows.
         self._choose_reference()
+        pairs = [[pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]] for pair in dataset]
+        logps = self.kept_logps.of(
+            self.reference_weights(), pairs, lambda: self._ask_reference(dataset, name, batch_size)
+        )
+        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            dataset = dataset.add_column(column, [pair[side] for pair in logps])
+        return dataset
+
+    def _ask_reference(self, dataset: Any, name: str, batch_size: int) -> Logps:
         self.model.eval()
         found: list[tuple[int, float, float]] = []
         rounds = list(even_rounds(self._longest_first(dataset), batch_size))
@@ -92,9 +103,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
             chosen, rejected = self.compute_ref_log_probs(self.model, batch)
             found += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
         logps = {index: (chosen, rejected) for index, chosen, rejected in collected(found)}
-        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
-            dataset = dataset.add_column(column, [logps[index][side] for index in range(len(dataset))])
-        return dataset
+        return [logps[index] for index in range(len(dataset))]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
