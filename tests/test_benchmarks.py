@@ -112,6 +112,13 @@ def test_two_epochs_of_pairs_count_twice_and_the_reference_pass_once() -> None:
     assert found["start_seconds"] == pytest.approx(54 - 40)
 
 
+def test_first_quarter_of_a_reference_pass_is_warm_up_and_its_pairs_are_the_longest() -> None:
+    rows = [Row({}, None, tokens=length, length=length) for length in (10, 400) for _ in range(16)]
+    reference = [(0.0, 0.0), (100.0, 0.25), (100.0 + 8 * 400 + 16 * 10, 1.0)]
+
+    assert training.reference_seconds(ran(SYSTEMS["ours"], "dpo", reference=reference), rows) == 16 * 400 + 16 * 10
+
+
 def test_system_that_shows_no_steps_gets_no_figure(caplog: pytest.LogCaptureFixture) -> None:
     assert training.figures("sft", ran(SYSTEMS["trl"], "sft"), [Row({}, None, 1, 1)] * 8, weights=1, limit=1) == {}
     assert "saw no progress" in caplog.text

@@ -117,6 +117,16 @@ def run_in_turns(stage: str, pair: Sequence[System], rows: list[Row], arguments:
     return [list(runs) for runs in zip(*found, strict=True)]
 
 
+def reference_seconds(run: Running, rows: list[Row]) -> float:
+    """Return what this project's reference pass takes, longest pairs first; its first quarter, too, only warms up."""
+    counted = [moment for moment in run.reference if moment[1] >= WARM_UP]
+    if len(counted) < 2:
+        return run.reference[-1][0] - run.reference[0][0] if run.reference else 0.0
+    (begin, share), (end, _) = counted[0], counted[-1]
+    tokens = [row.tokens for row in sorted(rows, key=lambda row: row.length, reverse=True)]
+    return (end - begin) * sum(tokens) / sum(tokens[round(share * len(tokens)) :])
+
+
 def figures(stage: str, run: Running, rows: list[Row], weights: int, limit: float) -> dict[str, float]:
     """Turn the moments of one run's steps into speed, start-up and share of the machine; empty where it showed no steps."""
     counted = [moment for moment in run.steps if moment[1] >= WARM_UP]
@@ -131,8 +141,7 @@ def figures(stage: str, run: Running, rows: list[Row], weights: int, limit: floa
         tokens = sum(
             rows[index].tokens for index in run.system.order(stage, rows, run.task.seed)[round(samples * share) :]
         )
-    reference = run.reference[-1][0] - run.reference[0][0] if run.reference else 0.0
-    training = whole * (end - begin) / tokens + reference
+    training = whole * (end - begin) / tokens + reference_seconds(run, rows)
     start = end - training
     return {
         "samples_per_second": samples / training,
