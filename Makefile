@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt -r requirements.gpu.txt -r requirements.extra.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements.gpu.txt -r requirements.extra.txt
 	touch $@
 
 setup: $(VENV)/.ready
