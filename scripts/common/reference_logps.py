@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class KeptLogps:
             log.info("reference: what it says about %d pairs is taken from %s", len(pairs), file)
             return kept
         logps = ask()
-        if is_main_process():
+        if is_main_process() and all(math.isfinite(value) for pair in logps for value in pair):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text_durably(file, json.dumps(logps))

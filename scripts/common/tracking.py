@@ -54,7 +54,7 @@ class Tracker:
         if self._client is not None:
             self._metrics += [Metric(key, float(value), now, step) for key, value in metrics.items()]
             if time.monotonic() - self._delivered_at > METRICS_SECONDS:
-                self._flush_unless_it_just_failed()
+                self.deliver()
 
     def log_dataset(self, path: str, sha256: str, context: str, records: int) -> None:
         """Record a dataset by the hash of its file as an input of the run."""
@@ -86,9 +86,10 @@ class Tracker:
         if self._client is None:
             return
         self._undelivered.append(delivery)
-        self._flush_unless_it_just_failed()
+        self.deliver()
 
-    def _flush_unless_it_just_failed(self) -> None:
+    def deliver(self) -> None:
+        """Deliver what waits, unless the store has just failed."""
         if time.monotonic() - self._failed_at > RETRY_SECONDS or not self._failed_at:
             self.flush()
 

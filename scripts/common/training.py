@@ -250,6 +250,8 @@ class ProgressAndTracking(TrainerCallback):
         )  # processes that stop at different steps would wait for ever
         if self.stop.exit_code:
             control.should_save = control.should_training_stop = True
+        if control.should_save:  # a resumed run does not log again what lies before its checkpoint
+            self.tracker.deliver()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -258,6 +260,8 @@ class ProgressAndTracking(TrainerCallback):
         if not is_main_process():
             return
         self.tracker.log_metrics({metric_name(key): value for key, value in numbers.items()}, state.global_step)
+        if control.should_save:
+            self.tracker.deliver()
         if self.bar is not None and "loss" in numbers:
             self.bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {self.tokens_per_second:.0f} tokens/s")
         if "eval_loss" in numbers:
