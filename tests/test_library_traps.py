@@ -142,6 +142,22 @@ def test_every_answer_token_counts_alike_in_batches_of_similar_length(tiny_llama
         assert torch.allclose(gradients[3][name], gradient, atol=1e-6), name
 
 
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_autocast_casts_on_a_gpu_only_where_the_fast_path_does_not(tmp_path: Path, fast_path: bool) -> None:
+    """On top of it, it costs a third of a step."""
+    gpu, stage = Machine("cuda", torch.bfloat16, 1, 1, ()), stage_in(tmp_path)
+    performance = stage.config.values.performance.model_copy(update={"fast_path": fast_path})
+    config = dataclasses.replace(
+        stage.config, values=stage.config.values.model_copy(update={"performance": performance})
+    )
+
+    arguments = trainer_arguments(
+        dataclasses.replace(stage, config=config), gpu, steps=10, validation=True, checkpointing=False
+    )
+
+    assert arguments["bf16"] is not fast_path
+
+
 def test_our_labels_reach_the_model_untouched(tiny_llama: Path, tmp_path: Path) -> None:
     """TRL builds masks of its own from messages, of which some train the prompt (trap 7); ours go in as they are."""
     trainer = make_trainer(add_lora(load(tiny_llama), Lora(r=2), "base"), tmp_path, tiny_llama)
