@@ -172,7 +172,7 @@ def trainer_arguments(
         "seed": stage.config.values.seed,
         "use_cpu": machine.device == "cpu",
         # The weights themselves are bf16 and the fast path brings adapters to the dtype of their input. Autocast on top
-        # costs a third of a GPU's step and several times as much on a CPU.
+        # makes a GPU's step a third longer, and on a CPU costs several times more than it saves.
         "bf16": machine.device == "cuda"
         and machine.dtype == torch.bfloat16
         and not stage.config.values.performance.fast_path,
