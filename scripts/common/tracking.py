@@ -24,7 +24,7 @@ from scripts.common.runtime import is_main_process, signals_held
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60
-METRICS_SECONDS = 2  # between deliveries: each takes a store 5 to 20 ms, a distant one longer, and steps may be as short
+METRICS_SECONDS = 2  # between deliveries: each takes a store 5 to 20 ms or, far away, more than a step
 METRICS_AT_ONCE = 1000  # MLflow takes no more
 MAX_PARAMETER_LENGTH = 500  # long enough for any of ours but a list of datasets
 
