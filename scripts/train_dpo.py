@@ -100,7 +100,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
     from scripts.common.compiling import compile_layers
     from scripts.common.fast_path import score_answers_only
     from scripts.common.preferences import PreferenceTrainer
-    from scripts.common.reference_logps import FOLDER, KeptLogps
+    from scripts.common.reference_logps import LOGPS_FOLDER, KeptLogps
     from scripts.common.training import (
         EVALUATIONS_PER_RUN,
         make_arguments,
@@ -152,7 +152,7 @@ def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[An
         processing_class=origin.tokenizer,
         group_by_length=values.performance.group_by_length,
         reference=values.dpo.reference,
-        kept_logps=KeptLogps(Path(values.dpo.output_dir).parent / FOLDER, basis),
+        kept_logps=KeptLogps(Path(values.dpo.output_dir).parent / LOGPS_FOLDER, basis),
         fast_path=values.performance.fast_path,
     )
 

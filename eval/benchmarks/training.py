@@ -45,7 +45,7 @@ from eval.benchmarks.training_systems import (
 )
 from scripts.common.errors import UserError, entry_point
 from scripts.common.memory import parameter_count
-from scripts.common.reference_logps import FOLDER
+from scripts.common.reference_logps import LOGPS_FOLDER
 from scripts.common.runtime import Machine, apply_machine, choose_machine, hardware, set_up_logging
 from scripts.common.schema import Config
 
@@ -110,39 +110,46 @@ def run_in_turns(stage: str, pair: Sequence[System], rows: list[Row], arguments:
             for system in pair
         ]  # fmt: skip
         for system in pair:  # each round asks its reference
-            shutil.rmtree(work / system.folder / FOLDER, ignore_errors=True)
+            shutil.rmtree(work / system.folder / LOGPS_FOLDER, ignore_errors=True)
         found.append(side_by_side(pair, tasks, work))
         for run in found[-1]:
             log.info("    %s: %.1f s, %.1f GiB", run.system.name, run.seconds, run.peak_bytes / 2**30)
     return [list(runs) for runs in zip(*found, strict=True)]
 
 
-def reference_seconds(run: Running, rows: list[Row]) -> float:
-    """Return what this project's reference pass takes, longest pairs first; its first quarter, too, only warms up."""
-    counted = [moment for moment in run.reference if moment[1] >= WARM_UP]
+def extrapolated(moments: Sequence[tuple[float, float]], tokens: Sequence[int] | None) -> float | None:
+    """Return what all of it would take at the pace after the first quarter, which warms up; None where no more was seen.
+
+    `tokens` are those of each record in the order of work; without them the records count alike.
+    """
+    counted = [moment for moment in moments if moment[1] >= WARM_UP]
     if len(counted) < 2:
-        return run.reference[-1][0] - run.reference[0][0] if run.reference else 0.0
+        return None
     (begin, share), (end, _) = counted[0], counted[-1]
-    tokens = [row.tokens for row in sorted(rows, key=lambda row: row.length, reverse=True)]
-    return (end - begin) * sum(tokens) / sum(tokens[round(share * len(tokens)) :])
+    left = sum(tokens[round(share * len(tokens)) :]) / sum(tokens) if tokens else 1 - share
+    return (end - begin) / left
+
+
+def reference_seconds(run: Running, rows: list[Row]) -> float:
+    """Return what this project's reference pass takes, longest pairs first."""
+    longest_first = sorted(rows, key=lambda row: row.length, reverse=True)
+    found = extrapolated(run.reference, [row.tokens for row in longest_first])
+    if found is None:
+        return run.reference[-1][0] - run.reference[0][0] if run.reference else 0.0
+    return found
 
 
 def figures(stage: str, run: Running, rows: list[Row], weights: int, limit: float) -> dict[str, float]:
     """Turn the moments of one run's steps into speed, start-up and share of the machine; empty where it showed no steps."""
-    counted = [moment for moment in run.steps if moment[1] >= WARM_UP]
-    if len(counted) < 2:
+    order = run.system.order(stage, rows, run.task.seed) if run.system.order else []
+    steps = extrapolated(run.steps, [rows[index].tokens for index in order])
+    if steps is None:
         log.warning("%s, %s: saw no progress after the warm-up, so its speed is unknown", stage, run.system.name)
         return {}
-    (begin, share), (end, _) = counted[0], counted[-1]
     samples = len(rows) * EPOCHS[stage]
     whole = sum(row.tokens for row in rows) * EPOCHS[stage]
-    tokens = whole * (1 - share)
-    if run.system.order:
-        tokens = sum(
-            rows[index].tokens for index in run.system.order(stage, rows, run.task.seed)[round(samples * share) :]
-        )
-    training = whole * (end - begin) / tokens + reference_seconds(run, rows)
-    start = end - training
+    training = steps + reference_seconds(run, rows)
+    start = run.steps[-1][0] - training
     return {
         "samples_per_second": samples / training,
         "tokens_per_second": whole / training,

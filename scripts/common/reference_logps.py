@@ -17,7 +17,7 @@ from scripts.common.runtime import is_main_process
 
 log = logging.getLogger(__name__)
 
-FOLDER = ".reference_logps"  # beside the adapter
+LOGPS_FOLDER = ".reference_logps"  # beside the adapter
 Logps = list[tuple[float, float]]  # of the chosen and of the rejected answer of each pair
 
 
