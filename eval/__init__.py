@@ -1,0 +1,1 @@
+"""Measure and compare models on records that none of them was trained on."""

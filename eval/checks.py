@@ -12,8 +12,8 @@ NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
-def passes(check: Check, answer: str, prompt: str, reference: str | None) -> bool:
-    """Tell whether an answer keeps every condition of a check."""
+def passes(check: Check, answer: str, prompt: str, target: str | None) -> bool:
+    """Decide whether an answer keeps every condition of a check."""
     text = answer.strip()
     words, folded = len(text.split()), text.casefold()
     return (
@@ -23,7 +23,7 @@ def passes(check: Check, answer: str, prompt: str, reference: str | None) -> boo
         and check.min_words <= words <= (check.max_words or words)
         and len(SENTENCE_END.findall(text)) <= (check.max_sentences or len(text))
         and (not check.json_parses or _is_json(text))
-        and (not check.exact_match or text == (reference or "").strip())
+        and (not check.exact_match or text == (target or "").strip())
         and (not check.numbers_from_prompt or set(NUMBER.findall(text)) <= set(NUMBER.findall(prompt)))
     )
 

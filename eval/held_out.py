@@ -4,53 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from scripts.common.artifacts import Manifest
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
-from scripts.common.records import (
-    Preference,
-    Record,
-    is_validation,
-    load_datasets,
-    parse_preference,
-    parse_record,
-)
+from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets
+from scripts.dataset.split import is_validation
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that every model answers, and the answer that the data give to it."""
+
+    source: str
+    prompt: tuple[Message, ...]
+    target: str
+
+    @property
+    def text(self) -> str:
+        """Return what a user wrote or a system prompt says, without earlier answers."""
+        return "\n".join(message["content"] for message in self.prompt if message["role"] != "assistant")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What no stage has trained on."""
+    """The records that no stage has trained on."""
 
-    records: tuple[Record, ...]
-    pairs: tuple[Preference, ...]
+    records: tuple[Record | Preference, ...]
 
-    def questions(self, most: int | None) -> list[tuple[str, tuple[dict[str, str], ...], str]]:
-        """Return (source, prompt, reference answer) of every different prompt."""
-        found: dict[tuple[tuple[str, ...], ...], tuple[str, tuple[dict[str, str], ...], str]] = {}
-        items: list[Record | Preference] = [*self.records, *self.pairs]
-        for item in items:
-            key = tuple((message["role"], message["content"]) for message in item.prompt)
-            found.setdefault(key, (item.source, item.prompt, item.answer))
+    @property
+    def pairs(self) -> list[Preference]:
+        """Return those that compare two answers."""
+        return [record for record in self.records if isinstance(record, Preference)]
+
+    def questions(self, most: int | None) -> list[Question]:
+        """Return every different prompt once."""
+        found: dict[tuple[tuple[str, str], ...], Question] = {}
+        for record in self.records:
+            key = tuple((message["role"], message["content"]) for message in record.prompt)
+            found.setdefault(key, Question(record.source, record.prompt, record.answer))
         return list(found.values())[:most]
 
 
 def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
-    """Read the validation side of the datasets that these stages train on."""
+    """Read the validation side of the datasets that these stages train on.
+
+    Raises: UserError when nothing is held out.
+    """
     values = config.values
-    sides: list[tuple[Any, ...]] = []
-    for name, section, parse in (("sft", values.sft, parse_record), ("dpo", values.dpo, parse_preference)):
-        if name not in stages:
-            sides.append(())
-            continue
-        records = [
-            r
-            for file in load_datasets(section.dataset_path, parse, values.data, f"{name}.dataset_path")
-            for r in file.records
-        ]
-        sides.append(tuple(record for record in records if is_validation(record.prompt, values.data)))
-    if not any(sides):
+    held_out = tuple(
+        record
+        for stage in TRAINING_STAGES.values()
+        if stage.name in stages
+        for file in load_datasets(
+            getattr(values, stage.name).dataset_path, PARSERS[stage.records], values.data, f"{stage.name}.dataset_path"
+        )
+        for record in file.records
+        if is_validation(record.prompt, values.data)
+    )
+    if not held_out:
         raise UserError(
             "data.validation_ratio: nothing is held out, so nothing can be compared. Raise it and train again."
         )
-    return HeldOut(sides[0], sides[1])
+    return HeldOut(held_out)
+
+
+def check_split(folder: Path, manifest: Manifest, config: LoadedConfig) -> None:
+    """Refuse a model that may know the held-out prompts, because other ones were held out when it was trained.
+
+    Raises: UserError naming both splits.
+    """
+    data, split = config.values.data, manifest.split
+    if (split.seed, split.ratio) != (data.split_seed, data.validation_ratio):
+        raise UserError(
+            f"{folder}: was trained with the split of seed {split.seed} and ratio {split.ratio}, but the configuration "
+            f"holds out by seed {data.split_seed} and ratio {data.validation_ratio}, so it may have seen these prompts. "
+            "Give the configuration it was trained with (--config)."
+        )

@@ -1,4 +1,4 @@
-"""Turn the facts of a comparison into one HTML file that opens anywhere, offline, and refers to nothing outside itself."""
+"""The report of a comparison: its facts, and one HTML file of them that opens anywhere, offline, and refers to nothing else."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, Field
+
+from eval.metrics import Better, Difference, Estimate, Metric, Runs
+from eval.verdict import Verdict
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MINUS = "−"
@@ -22,33 +26,84 @@ CURVES = "curves_"
 Segments = list[tuple[bool, str]]
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+class Sample(BaseModel):
+    """One prompt with the answers of all models and the checks that each answer passes."""
+
+    source: str
+    prompt: str
+    reference: str | None  # the target answer
+    answers: dict[str, str | None]
+    checks: dict[str, dict[str, bool]]
+    changed: float  # share of words that differ between the two models compared
+
+
+class Benchmarks(BaseModel):
+    """What lm-eval measured."""
+
+    metrics: list[Metric]
+    warnings: list[str]
+    settings: dict[str, dict[str, Any]]  # by task
+
+
+class Judgement(BaseModel):
+    """What judges preferred: a row per judge and pair of models."""
+
+    created: str | None = None
+    criteria: str
+    votes: str | None = None  # the file of votes
+    rows: list[dict[str, Any]]
+
+
+class Report(BaseModel):
+    """Everything that a report shows. What a run did not measure is empty or null."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    schema_version: int = Field(1, alias="schema")
+    created: str
+    title: str
+    verdict: Verdict | None = None
+    models: list[str]
+    metrics: list[Metric] = []
+    health: dict[str, dict[str, float | None]] = {}
+    training: dict[str, dict[str, Any]] = {}  # the metrics of each adapter's manifest
+    curves: dict[str, str] = {}  # data URIs
+    lineage: dict[str, dict[str, Any]] = {}
+    samples: list[Sample] = []
+    benchmarks: Benchmarks | None = None
+    judge: Judgement | None = None
+    runs: Runs | None = None
+    notes: list[str] = []
+
+
+def write_report(folder: Path, report: Report) -> None:
     """Write the page, its figures, the answers and the pictures."""
     (folder / "report.html").write_text(render_report(report), encoding="utf-8")
-    samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in report["samples"])
+    samples = "".join(json.dumps(sample.model_dump(), ensure_ascii=False) + "\n" for sample in report.samples)
     (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
-    slim = {key: value for key, value in report.items() if key not in ("samples", "curves")}
-    (folder / "report.json").write_text(json.dumps(slim, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, picture in report["curves"].items():
+    figures = report.model_dump(by_alias=True, exclude={"samples", "curves"})
+    (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, picture in report.curves.items():
         (folder / f"{CURVES}{name}.png").write_bytes(base64.b64decode(picture.removeprefix(PNG)))
 
 
-def read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> Report:
     """Read what write_report wrote."""
-    samples = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    pictures = {path.stem.removeprefix(CURVES): path.read_bytes() for path in sorted(folder.glob(f"{CURVES}*.png"))}
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    order = [name for name in report["models"] if name in pictures]
-    report["curves"] = {name: PNG + base64.b64encode(pictures[name]).decode() for name in order}
-    return {**report, "samples": [json.loads(line) for line in samples]}
+    figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    pictures = {name: folder / f"{CURVES}{name}.png" for name in figures["models"]}
+    curves = {name: picture_uri(path) for name, path in pictures.items() if path.is_file()}
+    return Report(**figures, curves=curves, samples=[json.loads(line) for line in lines])
 
 
-def render_report(report: dict[str, Any]) -> str:
-    """Return the whole page; every text in the report is shown as text, never as markup.
+def picture_uri(path: Path) -> str:
+    """Return a PNG as a URI that holds it."""
+    return PNG + base64.b64encode(path.read_bytes()).decode()
 
-    A metric of unit `share` holds values from 0 to 1 and is shown in percent; any other unit is shown as it is.
-    """
-    for name, picture in report["curves"].items():
+
+def render_report(report: Report) -> str:
+    """Return the whole page; every text in the report is shown as text, never as markup."""
+    for name, picture in report.curves.items():
         if not picture.startswith("data:image/"):
             raise ValueError(f"curves.{name}: found {picture[:40]!r}, wanted a data:image/… URI")
     environment = Environment(
@@ -59,7 +114,7 @@ def render_report(report: dict[str, Any]) -> str:
     environment.globals.update(
         axis=axis, zero_axis=zero_axis, reading=reading, in_group=in_group, marked_answers=marked_answers
     )
-    page = environment.get_template(TEMPLATE.name).render(report)
+    page = environment.get_template(TEMPLATE.name).render(dict(report))
     return page.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be saved
 
 
@@ -95,49 +150,48 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def axis(metric: dict[str, Any]) -> tuple[float, float]:
+def axis(metric: Metric) -> tuple[float, float]:
     """Return the ends of the common scale on which a metric's intervals are drawn."""
-    if metric["unit"] == "share":
+    if metric.unit == "share":
         return 0.0, 1.0
-    bounds = _bounds([*metric["models"].values(), *metric["baselines"].values()])
+    bounds = _bounds([*metric.models.values(), *metric.baselines.values()])
     margin = 0.08 * (max(bounds) - min(bounds)) or 1.0
     return min(bounds) - margin, max(bounds) + margin
 
 
-def zero_axis(metrics: Iterable[dict[str, Any]]) -> tuple[float, float]:
+def zero_axis(metrics: Iterable[Metric]) -> tuple[float, float]:
     """Return the ends of a scale with zero in its middle that holds every difference of these metrics."""
-    widest = max(map(abs, _bounds(d for metric in metrics for d in metric["differences"]))) * 1.08 or 1.0
+    widest = max(map(abs, _bounds(d for metric in metrics for d in metric.differences))) * 1.08 or 1.0
     return -widest, widest
 
 
-def _bounds(estimates: Iterable[dict[str, Any]]) -> list[float]:
-    found = [estimate[key] for estimate in estimates for key in ("value", "ci_low", "ci_high")]
-    return [value for value in found if value is not None and math.isfinite(value)] or [0.0]
+def _bounds(estimates: Iterable[Estimate | Difference]) -> list[float]:
+    bounds = [bound for each in estimates for bound in (each.value, each.ci_low, each.ci_high)]
+    return [bound for bound in bounds if bound is not None and math.isfinite(bound)] or [0.0]
 
 
-def reading(difference: dict[str, Any], better: str) -> str:
+def reading(difference: Difference, better: Better) -> str:
     """Say in words what a difference between two models means."""
-    value, needed = difference["value"], difference["needed_n"]
-    if value is None:
-        return "not measured"
-    if difference["shown"]:
-        return f"{difference['a']} is {'better' if (value > 0) == (better == 'higher') else 'worse'}"
-    if value == difference["ci_low"] == difference["ci_high"] == 0:
+    value, needed = difference.value, difference.needed_n
+    if difference.shown:
+        return f"{difference.a} is {'better' if (value > 0) == (better == 'higher') else 'worse'}"
+    if value == difference.ci_low == difference.ci_high == 0:
         return "no difference at all"
     return "not shown" + (f"; this size would need about {needed:,} items" if needed else "")
 
 
-def in_group(metrics: list[dict[str, Any]], group: str) -> list[dict[str, Any]]:
+def in_group(metrics: list[Metric], group: str) -> list[Metric]:
     """Return the metrics of one section of the report."""
-    return [metric for metric in metrics if metric["group"] == group]
+    return [metric for metric in metrics if metric.group == group]
 
 
-def marked_answers(sample: dict[str, Any], compared: list[str]) -> dict[str, Segments]:
+def marked_answers(sample: Sample, compared: list[str]) -> dict[str, Segments]:
     """Return each model's answer in pieces, those of the two compared models with the words that only they have."""
-    answers = {model: [(False, text)] for model, text in sample["answers"].items() if text is not None}
-    if len(compared) == 2 and all(model in answers for model in compared):
+    texts = {model: text for model, text in sample.answers.items() if text is not None}
+    answers = {model: [(False, text)] for model, text in texts.items()}
+    if len(compared) == 2 and all(model in texts for model in compared):
         first, second = compared
-        answers[first], answers[second] = word_differences(sample["answers"][first], sample["answers"][second])
+        answers[first], answers[second] = word_differences(texts[first], texts[second])
     return answers
 
 

@@ -15,40 +15,44 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.lmeval_candidates import BASE, Candidate, find_base, find_candidates, unseen_by
-from eval.lmeval_tasks import DOMAIN, Plan, build_plans, check_names
-from scripts.common.artifacts import (
-    locked_run_dir,
-    parent_entry,
-    portable_path,
-    publish,
-    read_manifest,
-    sha256_file,
-    write_manifest,
-)
+from eval.checks import check_rules
+from eval.lmeval.candidates import Candidate, find_base, find_candidates, unseen_by
+from eval.lmeval.tasks import DOMAIN, Plan, build_plans, check_names
+from scripts.common.artifacts import BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts, sha256_file
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
-from scripts.common.runtime import (
-    apply_machine,
-    choose_machine,
-    peak_memory_gib,
-    prepare_environment,
-    set_up_logging,
-    trapped_signals,
-)
+from scripts.common.machine import Machine, apply_machine, choose_machine, peak_memory_gib
+from scripts.common.paths import portable_path
+from scripts.common.run import Run, open_run
+from scripts.common.stages import BASE
+
+if TYPE_CHECKING:
+    from eval.lmeval.results import Entry
+    from eval.metrics import Metric
+    from scripts.common.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the models of a call rest on, and the data of their tasks."""
+
+    base_model: BaseModelFacts
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    datasets: list[DatasetFacts]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,76 +67,141 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(
-    candidates: Sequence[Candidate], arguments: argparse.Namespace, config: LoadedConfig
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run every task on every model; returns the results and what the manifest says of base and data."""
-    from eval.lmeval_models import active, load_candidates
-    from eval.lmeval_results import current_sha256
-    from scripts.common.modeling import load_tokenizer
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Find the models, run every task on each, compare and report."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit: found {arguments.limit}, wanted at least 1; leave it out for whole tasks.")
+    check_names(arguments.task)
+    config = load_config(arguments.config, arguments.overrides)
+    check_rules(config.values.eval.checks)
+    with open_run("eval", config, "lmeval.output_dir", extends="eval") as run:
+        candidates = find_candidates(arguments.model_path)
 
+        from eval.lmeval.results import table
+        from scripts.common.tracking import tracked_run
+
+        parents = [candidate.manifest.mlflow.run_id for candidate in candidates if candidate.manifest]
+        with tracked_run(config, "eval", parent_run_id=parents[-1] if parents else None) as tracker:
+            entries, basis = evaluate(candidates, arguments.task, arguments.limit, config)
+            metrics = publish_results(run, entries, basis, candidates, tracker)
+    log.info(
+        "± standard error; [95 %% interval of the paired difference]; * shown after correction\n%s", table(metrics)
+    )
+    log.info("report  %s", run.output_dir / "report.html")
+    return 0
+
+
+def evaluate(
+    candidates: Sequence[Candidate], tasks: Sequence[str], limit: int | None, config: LoadedConfig
+) -> tuple[list[Entry], Basis]:
+    """Run every task on every model, one base in memory at a time.
+
+    Returns: the results, and what the models of the last base rest on.
+    """
     machine = choose_machine(config.values)
     apply_machine(machine)
     log.info("%s; %d threads", "; ".join(machine.reasons), machine.threads)
-    stages = unseen_by(candidates, config) if DOMAIN in arguments.task else []
+    stages = unseen_by(candidates, config) if DOMAIN in tasks else []
+    clock = Clock(len(candidates))
+    entries: list[Entry] = []
+    for group in group_by_base(candidates):
+        results, basis = evaluate_group(group, tasks, stages, limit, config, machine, clock)
+        entries += results
+    return entries, basis
+
+
+def group_by_base(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    """Yield the candidates that are loaded together: the base with its adapters, then each model of its own."""
     on_base = [candidate for candidate in candidates if candidate.is_adapter or candidate.label == BASE]
-    groups = [on_base] if on_base else []
-    groups += [[candidate] for candidate in candidates if candidate not in on_base]
-    results: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
-    finished, started = 0, time.monotonic()
-    for group in groups:
-        base, folder = find_base(group, config)
-        tokenizer = load_tokenizer(folder)
-        plans, manager = build_plans(arguments.task, config, stages, tokenizer)
-        model, effects = load_candidates(group, folder, tokenizer, config.values, machine)
-        facts = {**base_facts(group, base, folder, tokenizer), "datasets": [plan.data for plan in plans if plan.data]}
-        for candidate in group:
-            location = folder if candidate.label == BASE else candidate.folder
-            about = {
-                "model": portable_path(location),
-                "label": candidate.label,
-                "sha256": current_sha256(location),
-                "largest_logit_change": effects.get(candidate.label),
-            }
-            for plan in plans:
-                total = len(candidates) * len(plans)
-                each = (time.monotonic() - started) / 60 / max(finished, 1)
-                left = f", about {each * (total - finished):.0f} min left" if finished else ""
-                log.info("%s on %s (%d of %d%s)", candidate.label, plan.name, finished + 1, total, left)
-                with active(model, candidate):
-                    results += run_task(model, tokenizer, plan, manager, about, arguments.limit, config, machine)
-                finished += 1
-        del model
-    return results, facts
+    if on_base:
+        yield on_base
+    for candidate in candidates:
+        if candidate not in on_base:
+            yield [candidate]
 
 
-def base_facts(group: Sequence[Candidate], base: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
+class Clock:
+    """Say before each task on each model how long the rest may take."""
+
+    def __init__(self, candidates: int) -> None:
+        self.candidates, self.finished, self.started = candidates, 0, time.monotonic()
+
+    def announce(self, candidate: Candidate, plan: Plan, plans: int) -> None:
+        """Log what starts now; what was announced before has ended."""
+        total = self.candidates * plans
+        minutes = (time.monotonic() - self.started) / 60 / max(self.finished, 1) * (total - self.finished)
+        left = f", about {minutes:.0f} min left" if self.finished else ""
+        self.finished += 1
+        log.info("%s on %s (%d of %d%s)", candidate.label, plan.name, self.finished, total, left)
+
+
+def evaluate_group(
+    group: Sequence[Candidate],
+    tasks: Sequence[str],
+    stages: Sequence[str],
+    limit: int | None,
+    config: LoadedConfig,
+    machine: Machine,
+    clock: Clock,
+) -> tuple[list[Entry], Basis]:
+    """Run every task on models that share a base, which is in memory only until this returns."""
+    from eval.lmeval.models import active, load_candidates
+    from eval.lmeval.results import current_sha256
+    from scripts.model.base import load_tokenizer
+
+    base_id, revision, folder = find_base(group, config)
+    tokenizer = load_tokenizer(folder)
+    plans, manager = build_plans(tasks, config, stages, tokenizer)
+    model, effects = load_candidates(group, folder, tokenizer, config.values, machine)
+    entries: list[Entry] = []
+    for candidate in group:
+        location = folder if candidate.label == BASE else candidate.folder
+        about = {
+            "model": portable_path(location),
+            "label": candidate.label,
+            "sha256": current_sha256(location),
+            "largest_logit_change": effects.get(candidate.label),
+        }
+        for plan in plans:
+            clock.announce(candidate, plan, len(plans))
+            with active(model, candidate):
+                entries += run_task(model, tokenizer, plan, manager, about, limit, config, machine)
+    return entries, find_basis(group, base_id, revision, folder, tokenizer, plans)
+
+
+def find_basis(
+    group: Sequence[Candidate], base_id: str, revision: str | None, folder: Path, tokenizer: Any, plans: Sequence[Plan]
+) -> Basis:
     """Identify what the models of a group rest on, as every manifest does."""
-    from scripts.common.modeling import base_fingerprint, gguf_file
-    from scripts.common.rendering import template_sha256, tokenizer_sha256
+    from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+    from scripts.model.find import gguf_file
+    from scripts.model.fingerprint import base_fingerprint
 
-    made_on = next((candidate.manifest["base_model"] for candidate in group if candidate.manifest), None)
-    if made_on is None:
+    base_model = next((candidate.manifest.base_model for candidate in group if candidate.manifest), None)
+    if base_model is None:
         gguf = gguf_file(folder)
-        made_on = {**base, "fingerprint": sha256_file(folder / gguf) if gguf else base_fingerprint(folder)}
-    return {
-        "base_model": made_on,
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "chat_template_sha256": template_sha256(tokenizer),
-    }
+        fingerprint = sha256_file(folder / gguf) if gguf else base_fingerprint(folder)
+        base_model = BaseModelFacts(id=base_id, revision=revision, fingerprint=fingerprint)
+    return Basis(
+        base_model=base_model,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        chat_template_sha256=template_sha256(tokenizer),
+        datasets=[plan.data for plan in plans if plan.data],
+    )
 
 
 def run_task(
     model: Any, tokenizer: Any, plan: Plan, manager: Any, about: dict[str, Any], limit: int | None,
-    config: LoadedConfig, machine: Any,
-) -> list[dict[str, Any]]:  # fmt: skip
+    config: LoadedConfig, machine: Machine,
+) -> list[Entry]:  # fmt: skip
     """Run one task on the active model, and keep with the result every setting that it depends on."""
     from lm_eval import simple_evaluate
 
-    from eval.lmeval_models import wrap
-    from eval.lmeval_results import collect
-    from scripts.common.rendering import template_sha256, tokenizer_sha256
+    from eval.lmeval.models import wrap
+    from eval.lmeval.results import collect
+    from scripts.dataset.rendering import template_sha256, tokenizer_sha256
 
     lmeval, quantization = config.values.lmeval, config.values.quantization
     results = simple_evaluate(
@@ -161,74 +230,43 @@ def run_task(
     return collect(results, plan.titles, settings=settings, **about)
 
 
-def finish(
-    entries: list[dict[str, Any]], facts: dict[str, Any], candidates: Sequence[Candidate], config: LoadedConfig,
-    run_dir: Path, tracker: Any,
-) -> str:  # fmt: skip
-    """Compare with what is there from earlier calls, write all of it as one folder, and tell the tracker."""
-    from eval.lmeval_results import arrange, compare_entries, read_earlier, table, write_results
+def publish_results(
+    run: Run, entries: list[Entry], basis: Basis, candidates: Sequence[Candidate], tracker: Tracker
+) -> list[Metric]:
+    """Compare with what is there from earlier calls, write all of it as one folder, and log it."""
+    from eval.lmeval.results import arrange, compare_entries, read_earlier, write_results
 
-    output_dir = Path(config.values.lmeval.output_dir)
-    earlier, warnings = read_earlier(output_dir, [(entry["task"], entry["model"]) for entry in entries])
+    earlier, warnings = read_earlier(run.output_dir, [(entry["task"], entry["model"]) for entry in entries])
     everything = arrange(earlier + entries)
     metrics, unlike = compare_entries(everything)
     for warning in (warnings := warnings + unlike):
         log.warning("%s", warning)
-    part = run_dir / "finished"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    part = run.empty_folder()
     write_results(part, everything, metrics, warnings)
     figures = {
         f"{entry['task']}/{name}" + (f"/{entry['label']}" if len(candidates) > 1 else ""): metric["value"]
         for entry in entries
         for name, metric in entry["metrics"].items()
     }
-    last = next((candidate for candidate in reversed(candidates) if candidate.manifest), None)
-    write_manifest(
-        part,
-        "eval",
-        **facts,
-        parent=parent_entry(last.folder, last.manifest) if last and last.manifest else None,
-        split={"seed": config.values.data.split_seed, "ratio": config.values.data.validation_ratio},
-        config=config.values.model_dump(mode="json"),
-        mlflow={"run_id": tracker.run_id},
+    last = next((each for each in reversed(candidates) if each.manifest), None)
+    data = run.values.data
+    manifest = Manifest(
+        stage=run.stage,
+        base_model=basis.base_model,
+        tokenizer_sha256=basis.tokenizer_sha256,
+        chat_template_sha256=basis.chat_template_sha256,
+        parent=last.manifest.as_parent(last.folder) if last and last.manifest else None,
+        datasets=basis.datasets,
+        split=SplitFacts(seed=data.split_seed, ratio=data.validation_ratio),
+        config=run.values.model_dump(mode="json"),
+        mlflow=RunFacts(run_id=tracker.run_id),
         metrics=figures | {"peak_memory_gib": round(peak_memory_gib(), 2)},
     )
-    publish(part, output_dir)
+    run.publish(part, manifest)
     tracker.log_metrics({f"eval/{name}": value for name, value in figures.items()})
     tracker.log_params({f"{entry['task']}.{k}": v for entry in entries for k, v in entry["settings"].items()})
-    tracker.log_artifact(output_dir)
-    return table(metrics)
-
-
-@entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate."""
-    from eval.checks import check_rules
-
-    arguments = build_parser().parse_args(argv)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit: found {arguments.limit}, wanted at least 1; leave it out for whole tasks.")
-    check_names(arguments.task)
-    config = load_config(arguments.config, arguments.overrides)
-    check_rules(config.values.eval.checks)
-    prepare_environment(config.values)
-    output_dir = config.values.lmeval.output_dir
-    with trapped_signals(), locked_run_dir(output_dir) as run_dir:
-        set_up_logging(run_dir / "log.txt")
-        if Path(output_dir).exists():
-            read_manifest(output_dir, stages=("eval",))  # whatever else lies there is not ours to replace
-        candidates = find_candidates(arguments.model_path)
-
-        from scripts.common.tracking import tracked_run
-
-        runs = [candidate.manifest["mlflow"]["run_id"] for candidate in candidates if candidate.manifest]
-        with tracked_run(config, "eval", parent_run_id=runs[-1] if runs else None) as tracker:
-            entries, facts = evaluate(candidates, arguments, config)
-            shown = finish(entries, facts, candidates, config, run_dir, tracker)
-    log.info("± standard error; [95 %% interval of the paired difference]; * shown after correction\n%s", shown)
-    log.info("report  %s", Path(output_dir) / "report.html")
-    return 0
+    tracker.log_artifact(run.output_dir)
+    return metrics
 
 
 if __name__ == "__main__":

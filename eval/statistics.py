@@ -15,6 +15,7 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 
+SIGNIFICANT = 0.05  # a difference counts as shown below this p-value, after correction
 EXACT_FLIPS = 16  # up to here all 2**k sign patterns are counted
 CHUNK = 2_000_000  # random numbers held at once
 
@@ -47,7 +48,7 @@ def ratio_interval(
     """Return sum(sums) / sum(counts), such as loss per token, with its bootstrap interval over items.
 
     The expanded percentile interval: quantiles widened by t and by sqrt(n / (n - 1)). The plain percentile interval is
-    too short below about 100 items, and BCa mends skew but not that shortness.
+    too short below about 100 items, and BCa corrects skew but not that shortness.
     Where no item differs from the others the interval is the value itself.
     Source: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015), arXiv:1411.5279.
     """
@@ -88,6 +89,7 @@ def paired_p_value(a: ArrayLike, b: ArrayLike, seed: int = 0, samples: int = 10_
     """Return the two-sided p-value of a mean difference when a and b are swapped at random per item.
 
     Exact for up to 16 items that differ (the others change nothing), otherwise Monte Carlo counting the data itself.
+    scipy's `permutation_test` says the same, but takes about fifty times as long.
     Source: Fisher's sign-flip test; the +1 after Phipson and Smyth, Permutation P-values Should Never Be Zero (2010).
     """
     difference = _difference(a, b)
@@ -109,9 +111,9 @@ def paired_p_value(a: ArrayLike, b: ArrayLike, seed: int = 0, samples: int = 10_
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
-    """Return a rate with its score interval, which holds near 0 and 1 and for few items; a tie may count half.
+    """Return a rate with its score interval, which holds near 0 and 1 and for few items.
 
-    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
+    A tie may count half, which scipy's `binomtest` does not take. Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"found {successes} successes of {n}; wanted 0 to n of at least one")
@@ -128,8 +130,8 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
     Source: McNemar (1947) with the binomial distribution instead of chi-square.
     """
     difference = _difference(a, b)
-    only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
-    return min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    only_a, disagreements = int((difference > 0).sum()), int(np.count_nonzero(difference))
+    return float(stats.binomtest(only_a, disagreements).pvalue) if disagreements else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

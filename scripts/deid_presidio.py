@@ -16,27 +16,30 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.common.artifacts import git_state, locked_run_dir, sha256_file, write_text_durably
+from scripts.common.artifacts import locked_run_dir, sha256_file, write_text_durably
 from scripts.common.config import add_config_arguments, load_config
-from scripts.common.deid_report import REPORT_SCHEMA, report_path
+from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError, entry_point
-from scripts.common.records import BadRow
-from scripts.common.runtime import available_cores, set_up_logging, trapped_signals
+from scripts.common.machine import available_cores, peak_resident_gib
+from scripts.common.run import set_up_logging
 from scripts.common.schema import Config, Deid
+from scripts.common.signals import trapped_signals
+from scripts.dataset.files import BadRow
+from scripts.dataset.writing import open_output
 from scripts.deid.evaluation import evaluate, read_gold
-from scripts.deid.files import check_paths, count_rows, open_output, read_input
+from scripts.deid.files import check_paths, count_rows, read_input
 from scripts.deid.replacement import Replacer, check_operators, decrypt, read_key
-from scripts.deid.report import LIMITS, Tally, hipaa_table, render_html, settings_for_report
+from scripts.deid.report import FileFacts, Report, Tally, Timing, describe_run, render_html
 from scripts.deid.scrubbing import missing_fields
-from scripts.deid.workers import Workers, peak_memory_gib
+from scripts.deid.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, scrub, read back, report, publish."""
+    arguments = build_parser().parse_args(argv)
+    config = config_of(arguments)
+    settings, source, out, gold = config.deid, arguments.source, arguments.out, arguments.evaluate
+    check_paths(source, out, overwrite=arguments.overwrite)
+    set_up_logging()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.decrypt:
+        return restore(source, out)
+    key = check_operators(settings)
+    check_fields(source, settings)
+    check_gold(gold)
+    started = time.monotonic()
+    with trapped_signals(), locked_run_dir(out) as run_dir:
+        part, quarantine = run_dir / out.name, run_dir / "quarantine.jsonl"
+        with unchanged(source) as source_facts, load_workers(config, source, key) as workers:
+            tally = scrub_file(workers, source, part, quarantine)
+            check_written(part, tally)
+            evaluation = measure(gold, workers) if gold else None
+        report = describe_run(
+            settings,
+            Replacer(settings, config.seed, key),
+            workers.facts,
+            tally,
+            source=source_facts,
+            output=FileFacts(name=out.name, sha256=sha256_file(part)),
+            evaluation=evaluation,
+            timing=timing_of(tally, workers, time.monotonic() - started),
+        )
+        publish(run_dir, part, out, quarantine, report)
+    return conclude(tally, settings, out)
+
+
 def config_of(arguments: argparse.Namespace) -> Config:
     """Load the configuration; a flag overrides its key."""
     overrides = list(arguments.overrides)
@@ -86,6 +124,28 @@ def check_fields(source: Path, settings: Deid) -> None:
         raise UserError(f"deid.fields: found {', '.join(missing)}, but the first record has: {', '.join(first)}.")
 
 
+def check_gold(gold: Path | None) -> None:
+    """Refuse labelled texts that are not there, before the work starts."""
+    if gold and not gold.is_file():
+        raise UserError(f"--evaluate {gold}: no such file.")
+
+
+@contextmanager
+def unchanged(source: Path) -> Iterator[FileFacts]:
+    """Hash the input, and refuse the result if the input is another one in the end."""
+    facts = FileFacts(name=source.name, sha256=sha256_file(source))
+    yield facts
+    if sha256_file(source) != facts.sha256:
+        raise UserError(f"--in {source}: changed while it was read. Run again when nothing writes it.")
+
+
+def load_workers(config: Config, source: Path, key: bytes | None) -> Workers:
+    """Prepare the processes that load the recognizers."""
+    count = worker_count(config.deid, source)
+    log.info("loading the recognizers in %d process%s", count, "es" if count > 1 else "")
+    return Workers(count, config.deid, config.seed, key)
+
+
 def worker_count(settings: Deid, source: Path) -> int:
     """Take the cores, but for a small file only one, since every process loads the models."""
     if settings.workers != "auto":
@@ -97,7 +157,7 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> 
     """Write every scrubbed record, and the place and reason of every one held back."""
     from tqdm import tqdm
 
-    tally = Tally()
+    tally, started = Tally(), time.monotonic()
     interval = 0.5 if sys.stderr.isatty() else 15
     outcomes = tqdm(
         workers.scrub(read_input(source)),
@@ -118,6 +178,7 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> 
                     json.dumps({"record": outcome.source, "id": outcome.id, "reason": outcome.reason}) + "\n"
                 )
             tally.add(outcome)
+    tally.seconds = time.monotonic() - started
     return tally
 
 
@@ -133,19 +194,30 @@ def measure(gold: Path, workers: Workers) -> dict[str, Any]:
     first, second = itertools.tee(read_gold(gold))
     rows = ((f"{gold.name}:{n}", {"text": row["text"]}) for n, row in enumerate(first, 1))
     pairs = (
-        (row, None if found.reason else found.spans_of_text)
-        for row, found in zip(second, workers.scrub(rows), strict=True)
+        (row, None if outcome.reason else outcome.spans_of_text)
+        for row, outcome in zip(second, workers.scrub(rows), strict=True)
     )
     return {"gold": {"name": gold.name, "sha256": sha256_file(gold)}, **evaluate(pairs)}
 
 
-def publish(run_dir: Path, part: Path, out: Path, quarantine: Path, report: dict[str, Any]) -> None:
+def timing_of(tally: Tally, workers: Workers, seconds: float) -> Timing:
+    """Say what the run took, once its workers have ended, whose memory is known only then."""
+    return Timing(
+        seconds=round(seconds, 2),
+        workers=workers.count,
+        peak_memory_gib=round(peak_resident_gib(of_children=True), 3),
+        characters=tally.characters,
+        characters_per_second=round(tally.characters / max(tally.seconds, 1e-9)),
+    )
+
+
+def publish(run_dir: Path, part: Path, out: Path, quarantine: Path, report: Report) -> None:
     """Put report and output in their places, the output last: what has its name is finished and vouched for."""
     path = report_path(out)
     write_text_durably(path.with_suffix(".html"), render_html(report))
-    write_text_durably(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text_durably(path, report.as_json())
     held_back = out.with_name(out.name + ".quarantine.jsonl")
-    if report["counts"]["quarantined"]:
+    if report.counts.quarantined:
         quarantine.replace(held_back)
     else:
         held_back.unlink(missing_ok=True)
@@ -155,9 +227,35 @@ def publish(run_dir: Path, part: Path, out: Path, quarantine: Path, report: dict
     shutil.rmtree(run_dir)
 
 
-def restore(source: Path, part: Path) -> int:
-    """Write the records with every encrypted value put back; return how many there are."""
-    key, count = read_key(), 0
+def conclude(tally: Tally, settings: Deid, out: Path) -> int:
+    """Say what was done; return the exit code, which shows that too many records were held back."""
+    log.info("%d records read, %d written, %d held back", tally.read, tally.written, tally.quarantined)
+    log.info("found: %s", ", ".join(f"{name} {n}" for name, n in tally.entities.most_common()) or "nothing")
+    log.info("the report is in %s", report_path(out))
+    if tally.quarantined <= settings.max_quarantine:
+        return 0
+    log.warning(
+        "%d records were held back, more than deid.max_quarantine: %d; reasons in %s.quarantine.jsonl",
+        tally.quarantined,
+        settings.max_quarantine,
+        out,
+    )
+    return EXIT_QUARANTINE
+
+
+def restore(source: Path, out: Path) -> int:
+    """Write the records of an encrypted output with their original values."""
+    with locked_run_dir(out) as run_dir:
+        part = run_dir / out.name
+        log.info("%d records restored", decrypt_file(source, part, read_key()))
+        part.replace(out)
+        shutil.rmtree(run_dir)
+    return 0
+
+
+def decrypt_file(source: Path, part: Path, key: bytes) -> int:
+    """Put every encrypted value back; return how many records there are."""
+    count = 0
 
     def put_back(value: Any) -> Any:
         if isinstance(value, dict):
@@ -173,77 +271,6 @@ def restore(source: Path, part: Path) -> int:
             write(put_back(row))
             count += 1
     return count
-
-
-@entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check, scrub, read back, report, publish."""
-    arguments = build_parser().parse_args(argv)
-    config = config_of(arguments)
-    settings, source, out = config.deid, arguments.source, arguments.out
-    check_paths(source, out, overwrite=arguments.overwrite)
-    set_up_logging()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.decrypt:
-        with locked_run_dir(out) as run_dir:
-            log.info("%d records restored", restore(source, run_dir / out.name))
-            (run_dir / out.name).replace(out)
-            shutil.rmtree(run_dir)
-        return 0
-    key = check_operators(settings)
-    check_fields(source, settings)
-    if arguments.evaluate and not arguments.evaluate.is_file():
-        raise UserError(f"--evaluate {arguments.evaluate}: no such file.")
-    started, digest = time.monotonic(), sha256_file(source)
-    with trapped_signals(), locked_run_dir(out) as run_dir:
-        part, quarantine = run_dir / out.name, run_dir / "quarantine.jsonl"
-        count = worker_count(settings, source)
-        log.info("loading the recognizers in %d process%s", count, "es" if count > 1 else "")
-        with Workers(count, settings, config.seed, key) as workers:
-            scrubbing = time.monotonic()
-            tally = scrub_file(workers, source, part, quarantine)
-            seconds = time.monotonic() - scrubbing
-            check_written(part, tally)
-            evaluation = measure(arguments.evaluate, workers) if arguments.evaluate else None
-        if sha256_file(source) != digest:
-            raise UserError(f"--in {source}: changed while it was read. Run again when nothing writes it.")
-        replacer = Replacer(settings, config.seed, key)
-        report = {
-            "schema": REPORT_SCHEMA,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "input": {"name": source.name, "sha256": digest},
-            "output": {"name": out.name, "sha256": sha256_file(part)},
-            "counts": {
-                "input": tally.read, "output": tally.written, "quarantined": tally.quarantined,
-                "reasons": dict(sorted(tally.reasons.items())),
-            },
-            "entities": dict(sorted(tally.entities.items())),
-            "operators": {name: replacer.operator_of(name) for name in workers.facts["entities"]},
-            "fields": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.fields.items())},
-            "scores": {name: dict(sorted(counts.items())) for name, counts in sorted(tally.scores.items())},
-            "recognizers": workers.facts,
-            "config": settings_for_report(settings),
-            "hipaa": hipaa_table(workers.facts, replacer),
-            "residual_scan": "every written record was searched again until nothing new was found",
-            "evaluation": evaluation,
-            "limits": list(LIMITS),
-            "timing": {
-                "seconds": round(time.monotonic() - started, 2), "workers": count,
-                "peak_memory_gib": round(peak_memory_gib(), 3), "characters": tally.characters, "characters_per_second": round(tally.characters / max(seconds, 1e-9)),
-            },
-            "git": git_state(),
-        }  # fmt: skip
-        publish(run_dir, part, out, quarantine, report)
-    log.info("%d records read, %d written, %d held back", tally.read, tally.written, tally.quarantined)
-    log.info("found: %s", ", ".join(f"{name} {n}" for name, n in tally.entities.most_common()) or "nothing")
-    log.info("the report is in %s", report_path(out))
-    if tally.quarantined > settings.max_quarantine:
-        log.warning(
-            "%d records were held back, more than deid.max_quarantine: %d; reasons in %s.quarantine.jsonl",
-            tally.quarantined, settings.max_quarantine, out,
-        )  # fmt: skip
-        return EXIT_QUARANTINE
-    return 0
 
 
 if __name__ == "__main__":

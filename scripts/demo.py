@@ -22,14 +22,21 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.common.artifacts import read_manifest
-from scripts.common.config import ROOT
 from scripts.common.errors import UserError, entry_point
-from scripts.common.runtime import hardware, set_up_logging
+from scripts.common.machine import hardware
+from scripts.common.paths import ROOT
+from scripts.common.run import set_up_logging
+from scripts.common.stages import DPO, SFT
 
 log = logging.getLogger(__name__)
 
 CONFIG = "configs/demo.yaml"
 SMOKE = "outputs/smoke"
+FOLDERS = {
+    SFT.script: "sft_adapter",
+    DPO.script: "dpo_adapter",
+    "eval.compare": "comparison",
+}  # in the order of the runs
 SMOKE_SETTINGS = {
     "base_model_id": f"{SMOKE}/model",
     "sft.output_dir": f"{SMOKE}/sft_adapter",
@@ -58,31 +65,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_smoke_model() -> None:
     """Save the tiny model that the smoke run trains."""
-    from scripts.common.tiny_model import save_tiny_model
+    from scripts.model.tiny import save_tiny_model
 
     (ROOT / SMOKE).mkdir(parents=True, exist_ok=True)
     save_tiny_model(ROOT / SMOKE / "model")
 
 
 def run_module(name: str, arguments: Sequence[str], position: str) -> float:
-    """Run one stage as a user would, its progress going straight to the terminal; return the seconds it took."""
+    """Run one stage as a user would, with its progress on the terminal; return the seconds it took."""
     log.info("[%s] python -m %s %s", position, name, " ".join(arguments))
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", name, *arguments], cwd=ROOT, check=False)
     if done.returncode:
-        raise UserError(f"{name} ended with exit code {done.returncode}; its message stands above.")
+        raise UserError(f"{name} ended with exit code {done.returncode}; see its message above.")
     return time.monotonic() - started
 
 
 def measured(outputs: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Collect what the run measured, for README's table and for whoever wants to compare machines."""
-    folders = {"scripts.train_sft": "sft_adapter", "scripts.train_dpo": "dpo_adapter", "eval.compare": "comparison"}
-    manifests = {name: read_manifest(outputs / folder, verify=False) for name, folder in folders.items()}
+    """Collect what the run measured, for README's table and for comparing machines."""
+    manifests = {name: read_manifest(outputs / folder, verify=False) for name, folder in FOLDERS.items()}
     report = json.loads((outputs / "comparison" / "report.json").read_text(encoding="utf-8"))
     return {
         "hardware": hardware(),
         "seconds": {name: round(value) for name, value in seconds.items()},
-        "peak_memory_gib": {name: manifest["metrics"]["peak_memory_gib"] for name, manifest in manifests.items()},
+        "peak_memory_gib": {name: manifest.metrics["peak_memory_gib"] for name, manifest in manifests.items()},
         "verdict": report["verdict"]["text"],
         "results": [
             {key: metric[key] for key in ("title", "unit", "n", "models")}
@@ -104,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds["scripts.get_demo_model"] = run_module("scripts.get_demo_model", [], "1/4")
     settings = [part for key, value in SMOKE_SETTINGS.items() for part in ("--set", f"{key}={value}")]
     common = ["--config", CONFIG, *(settings if arguments.smoke else [])]
-    for position, name in (("2/4", "scripts.train_sft"), ("3/4", "scripts.train_dpo"), ("4/4", "eval.compare")):
-        seconds[name] = run_module(name, common, position)
+    for number, name in enumerate(FOLDERS, 2):
+        seconds[name] = run_module(name, common, f"{number}/4")
     outputs = ROOT / (SMOKE if arguments.smoke else "outputs")
     (outputs / "demo.json").write_text(json.dumps(measured(outputs, seconds), indent=1) + "\n", encoding="utf-8")
     log.info(

@@ -14,10 +14,12 @@ import re
 import shlex
 import shutil
 import socket
+import sqlite3
 import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,13 +27,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+# Only what needs no package stands here. The rest is imported where it is used: a missing package is one of the findings.
 from scripts.common.errors import UserError, did_you_mean, entry_point
+from scripts.common.paths import ROOT, resolve
+from scripts.common.stages import MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage
 
-# Everything else of the project is imported where it is used: packages may be missing, and that is what is to be told.
 if TYPE_CHECKING:
     from scripts.common.config import LoadedConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 11)
 PIN_FILES = {
     "requirements.txt": "everything",
@@ -40,7 +43,7 @@ PIN_FILES = {
 }
 PORTS = {8000: "uvicorn ... --port 8001", 5000: "mlflow ui --port 5001"}
 TIMEOUT_SECONDS = 2.0
-LARGE_BYTES = 50 * 2**20  # of data; reading more takes longer than anyone waits for an answer
+LARGE_BYTES = 50 * 2**20  # of data; reading more takes too long for a quick check
 SCARCE_DISK_GIB, ENOUGH_DISK_GIB = 0.5, 5.0
 
 
@@ -49,7 +52,7 @@ class Finding(NamedTuple):
 
     status: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,65 +119,79 @@ def check_hardware(config: LoadedConfig) -> Iterator[Finding]:
     """Say what will compute, in which type, and why."""
     import torch
 
-    from scripts.common.runtime import choose_machine
+    from scripts.common.machine import choose_machine
 
     machine = choose_machine(config.values)
     gpu = [torch.cuda.get_device_name()] if machine.device == "cuda" else []
     yield Finding("ok", "; ".join([*gpu, *machine.reasons, f"{machine.threads} threads"]))
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        mend = "nvidia-smi; then install torch for the CUDA version it shows, see pytorch.org/get-started/locally"
-        yield Finding("warn", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU", mend)
+        fix = "nvidia-smi; then install torch for the CUDA version it shows, see pytorch.org/get-started/locally"
+        yield Finding("warn", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU", fix)
 
 
 def check_memory(config: LoadedConfig) -> Iterator[Finding]:
-    """Compare free memory with the most that a run can take: batches full of the longest records allowed."""
-    from scripts.common.memory import available_memory_gib, estimate_memory
-    from scripts.common.runtime import choose_machine
+    """Compare free memory with the most that a run can take."""
+    from scripts.common.machine import choose_machine
+    from scripts.model.memory import available_memory_gib
 
-    values, machine = config.values, choose_machine(config.values)
-    free = f"{available_memory_gib(machine.device):.1f} GiB free"
+    available = available_memory_gib(choose_machine(config.values).device)
+    free = f"{available:.1f} GiB free"
     folder = base_folder(config)
     if folder is None:
         yield Finding("ok", f"{free}; what a run takes is known once the base model is here")
         return
-    most = {}
-    for name, section, per_row in (("sft", values.sft, 1), ("dpo", values.dpo, 2)):
-        sequences = section.per_device_train_batch_size * per_row
-        most[name] = estimate_memory(
-            folder, values, sequences=sequences, longest=section.max_length,
-            answer_tokens=sequences * section.max_length, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
-            checkpointing=values.performance.gradient_checkpointing is True, compiled=False,
-        ).total  # fmt: skip
+    most = {name: largest_estimate(config, stage, folder) for name, stage in TRAINING_STAGES.items()}
     name = max(most, key=lambda stage: most[stage])
     text = f"{free}; training takes {most[name]:.1f} at most ({name}, batches full of {name}.max_length)"
-    fits = most[name] <= available_memory_gib(machine.device)
-    mend = f"python -m scripts.train_{name} --dry-run says what your records take; lower {name}.max_length if need be"
-    yield Finding("ok", text) if fits else Finding("warn", text, mend)
+    script = TRAINING_STAGES[name].script
+    fix = f"python -m {script} --dry-run says what your records take; lower {name}.max_length if need be"
+    yield Finding("ok", text) if most[name] <= available else Finding("warn", text, fix)
+
+
+def largest_estimate(config: LoadedConfig, stage: TrainingStage, folder: Path) -> float:
+    """Estimate, in GiB, what a stage takes whose batches are full of the longest records allowed."""
+    from scripts.common.machine import choose_machine
+    from scripts.model.memory import estimate_memory
+
+    values, machine = config.values, choose_machine(config.values)
+    section = getattr(values, stage.name)
+    sequences = section.per_device_train_batch_size * (2 if stage.records == "preferences" else 1)
+    return estimate_memory(
+        folder,
+        values,
+        sequences=sequences,
+        longest=section.max_length,
+        answer_tokens=sequences * section.max_length,
+        bytes_per_value=machine.dtype.itemsize,
+        cpu=machine.device == "cpu",
+        checkpointing=values.performance.gradient_checkpointing is True,
+        compiled=False,
+    ).total
 
 
 def check_disk(config: LoadedConfig) -> Iterator[Finding]:
-    """Say how much room there is where results will go, and whether they can be written."""
+    """Say how much space is free where results will go, and whether they can be written."""
     outputs = Path(config.values.sft.output_dir).absolute()
     folder = next(path for path in (outputs, *outputs.parents) if path.is_dir())
     free = shutil.disk_usage(folder).free / 2**30
-    text, mend = f"{free:.1f} GiB free in {folder}", "free some space, or --set sft.output_dir=... on another disk"
+    text, fix = f"{free:.1f} GiB free in {folder}", "free some space, or --set sft.output_dir=... on another disk"
     if not os.access(folder, os.W_OK):
         yield Finding("bad", f"{folder} cannot be written", "--set sft.output_dir=... where you may write")
     elif free < ENOUGH_DISK_GIB:
-        yield Finding("bad" if free < SCARCE_DISK_GIB else "warn", text, mend)
+        yield Finding("bad" if free < SCARCE_DISK_GIB else "warn", text, fix)
     else:
         yield Finding("ok", text)
 
 
 def check_ports(config: LoadedConfig) -> Iterator[Finding]:
-    """Say whether something listens already where the server and MLflow would."""
+    """Say whether something already listens where the server and MLflow would."""
     taken = []
     for port in PORTS:
         with socket.socket() as probe:
             probe.settimeout(TIMEOUT_SECONDS)
             taken += [port] if probe.connect_ex(("127.0.0.1", port)) == 0 else []
     for port in taken:
-        yield Finding("warn", f"something listens on {port} already", PORTS[port])
+        yield Finding("warn", f"something already listens on {port}", PORTS[port])
     if not taken:
         yield Finding("ok", f"{' and '.join(map(str, PORTS))} are free")
 
@@ -183,7 +200,7 @@ def check_ports(config: LoadedConfig) -> Iterator[Finding]:
 
 
 def hub_answers() -> bool:
-    """Ask the Hub for a sign of life; looking up a host name knows no time-out, hence the thread."""
+    """Ask the Hub for a sign of life, in a thread, as looking up a host name has no time-out."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -200,9 +217,21 @@ def hub_answers() -> bool:
     return answers == [True]
 
 
+def describe_open_choices(config: LoadedConfig) -> Iterator[Finding]:
+    """Name what a training stage would refuse because the configuration leaves it open."""
+    from scripts.common.config import check_decided
+
+    for stage in TRAINING_STAGES.values():
+        try:
+            check_decided(config, stage.name)
+        except UserError as error:
+            problem, _, fix = str(error).partition(". ")
+            yield Finding("bad", problem, fix)
+
+
 def base_folder(config: LoadedConfig) -> Path | None:
-    """Return the folder of the base where there is one; what is wrong with it is told under `model`."""
-    from scripts.common.modeling import find_local_model
+    """Return the folder of the base if there is one; `check_model` reports what is wrong with it."""
+    from scripts.model.find import find_local_model
 
     try:
         return find_local_model(config.values.base_model_id, config.values.base_model_revision)
@@ -211,9 +240,10 @@ def base_folder(config: LoadedConfig) -> Path | None:
 
 
 def check_model(config: LoadedConfig) -> Iterator[Finding]:
-    """Say whether the base model is here, or can be brought from the Hub."""
-    from scripts.common.memory import parameter_count
-    from scripts.common.modeling import DEMO_MODEL, base_fingerprint, find_local_model
+    """Say whether the base model is here, or can be downloaded from the Hub."""
+    from scripts.model.find import DEMO_MODEL, find_local_model
+    from scripts.model.fingerprint import base_fingerprint
+    from scripts.model.memory import parameter_count
 
     values = config.values
     folder = find_local_model(values.base_model_id, values.base_model_revision)
@@ -232,34 +262,27 @@ def check_model(config: LoadedConfig) -> Iterator[Finding]:
 
 
 def check_data(config: LoadedConfig) -> Iterator[Finding]:
-    """Read and split the records of both stages as training does."""
-    for name in ("sft", "dpo"):
+    """Read and split the records of each training stage as training does."""
+    for stage in TRAINING_STAGES.values():
         try:
-            yield describe_records(config, name)
+            yield describe_records(config, stage)
         except UserError as error:
             yield failed(error)
 
 
-def describe_records(config: LoadedConfig, name: str) -> Finding:
+def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     """Count the records of a stage on both sides of the split."""
-    from scripts.common.records import (
-        find_file,
-        load_datasets,
-        parse_preference,
-        parse_record,
-        sources_of,
-        split_records,
-    )
+    from scripts.dataset.files import find_file
+    from scripts.dataset.records import PARSERS, load_datasets, sources_of
+    from scripts.dataset.split import split_records
 
-    section, key = getattr(config.values, name), f"{name}.dataset_path"
+    section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
     names = [source.path for source in sources_of(section.dataset_path)]
     files = [find_file(path, key) for path in names]
     size = sum(path.stat().st_size for path in files if path)
     if None in files or size > LARGE_BYTES:
-        return Finding("ok", f"{key}: {some(names)}: not read here; python -m scripts.train_{name} --dry-run does")
-    datasets = load_datasets(
-        section.dataset_path, parse_record if name == "sft" else parse_preference, config.values.data, key
-    )
+        return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
+    datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
     split = split_records(datasets, config.values.data, config.values.seed)
     skipped = sum(len(file.bad_rows) for file in datasets)
     text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} held out"
@@ -267,62 +290,112 @@ def describe_records(config: LoadedConfig, name: str) -> Finding:
     if split.validation:
         return Finding("ok", text)
     return Finding(
-        "warn", text, "--set data.validation_ratio=0.2, or more records: nothing would tell whether it helped"
+        "warn", text, "--set data.validation_ratio=0.2, or more records: nothing would show whether it helped"
     )
 
 
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
     """Say which adapters are there, whole, and made on the configured base."""
-    values = config.values
-    named: dict[str, str | None] = {
-        "sft.output_dir": values.sft.output_dir,
-        "dpo.output_dir": values.dpo.output_dir,
-        "dpo.init_from": values.dpo.init_from,
-        "serve.adapter_path": values.serve.adapter_path,
-    }
-    made = {values.sft.output_dir, values.dpo.output_dir, values.export.output_dir}
-    named |= {f"serve.adapters.{name}": path for name, path in values.serve.adapters.items()}
-    keys: dict[str, str] = {}
-    for key, given in named.items():
-        if given:
-            keys.setdefault(given, key)
-    for path, key in keys.items():
-        folder = next((place for place in (Path(path), ROOT / path) if place.exists()), None)
+    named, results = adapters_of(config)
+    absent = []
+    for path, key in named.items():
+        folder = resolve(path)
         try:
-            if folder:
+            if folder.exists():
                 yield describe_adapter(config, path, folder)
-            elif path not in made:
-                mend = did_you_mean(path).strip() or f"correct {key}"
-                raise UserError(f"{key}: {path}: no such folder, and no stage of this configuration writes it\n{mend}")
+            elif path in results:
+                absent.append(path)
+            else:
+                fix = did_you_mean(path).strip() or f"correct {key}"
+                raise UserError(f"{key}: {path}: no such folder, and no stage of this configuration writes it\n{fix}")
         except UserError as error:
             yield failed(error)
-    absent = [path for path in keys if path in made and not Path(path).exists() and not (ROOT / path).exists()]
     if absent:
         yield Finding("ok", f"not there yet: {some(absent)}")
+
+
+def adapters_of(config: LoadedConfig) -> tuple[dict[str, str], set[str]]:
+    """Return the folders of adapters that a configuration names, each with its first key, and those that stages write."""
+    values = config.values
+    written = {f"{name}.output_dir": getattr(values, name).output_dir for name in TRAINING_STAGES}
+    keys: dict[str, str | None] = dict(written)
+    keys |= {f"{name}.init_from": getattr(values, name).init_from for name, s in TRAINING_STAGES.items() if s.continues}
+    keys["serve.adapter_path"] = values.serve.adapter_path
+    keys |= {f"serve.adapters.{name}": path for name, path in values.serve.adapters.items()}
+    named: dict[str, str] = {}
+    for key, path in keys.items():
+        if path:
+            named.setdefault(path, key)
+    return named, {*written.values(), values.export.output_dir}
 
 
 def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
     """Prove that a finished folder is whole and of the configured base."""
     from scripts.common.artifacts import read_manifest
-    from scripts.common.modeling import base_fingerprint
+    from scripts.model.fingerprint import base_fingerprint
 
     base = base_folder(config)
-    manifest = read_manifest(folder, stages=("sft", "dpo", "merged"), verify=False)
-    if manifest["stage"] == "merged":  # as large as its base: hashing it takes longer than anyone waits
+    manifest = read_manifest(folder, stages=MODEL_STAGES, verify=False)
+    if manifest.stage == "merged":  # as large as its base, so hashing it takes too long for a quick check
         return Finding("ok", f"{path}: a merged model, its files not looked at")
     read_manifest(folder)
-    made_on = manifest["base_model"]
-    if base and made_on["fingerprint"] != base_fingerprint(base):
-        mend = f"--set base_model_id={made_on['id']}, or train it again"
-        return Finding("bad", f"{path}: whole, but made on another base, {made_on['id']}", mend)
-    return Finding("ok", f"{path}: whole, {manifest['stage']} on {made_on['id']}")
+    made_on = manifest.base_model
+    if base and made_on.fingerprint != base_fingerprint(base):
+        fix = f"--set base_model_id={made_on.id}, or train it again"
+        return Finding("bad", f"{path}: whole, but made on another base, {made_on.id}", fix)
+    return Finding("ok", f"{path}: whole, {manifest.stage} on {made_on.id}")
 
 
 def check_store(config: LoadedConfig) -> Iterator[Finding]:
     """Say whether MLflow can keep runs where the configuration wants them."""
-    from scripts.common.tracking import describe_store
+    uri = config.values.tracking.mlflow_tracking_uri
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT_SECONDS):
+                yield Finding("ok", f"{uri} answers")
+        except (OSError, ValueError) as error:
+            fix = "mlflow server --port 5000, or tracking.mlflow_tracking_uri: sqlite:///mlflow.db"
+            yield Finding("bad", f"{uri}: {error}", fix)
+    elif uri.startswith("sqlite:///"):
+        yield describe_database(uri, Path(uri.removeprefix("sqlite:///")).absolute())
+    elif uri.startswith("file:") or "://" not in uri:
+        yield Finding("ok", f"folder {Path(re.sub('^file:(//)?', '', uri)).absolute()}")
+    else:
+        yield Finding("ok", f"{uri}: another store, not looked into")
 
-    yield Finding("ok", describe_store(config.values.tracking.mlflow_tracking_uri, TIMEOUT_SECONDS))
+
+def describe_database(uri: str, path: Path) -> Finding:
+    """Compare the tables of an MLflow database with those that the installed MLflow wants, without writing.
+
+    MLflow's own client would create missing tables and migrate old ones as soon as it opens the file.
+    """
+    if not path.parent.is_dir():
+        return Finding("bad", f"{uri}: no such folder", f'mkdir -p "{path.parent}"')
+    if not path.exists():
+        return Finding("ok", f"{uri}: made by the first run")
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=TIMEOUT_SECONDS)) as connection:
+            (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            (runs,) = connection.execute("SELECT count(*) FROM runs").fetchone()
+    except (sqlite3.Error, TypeError) as error:
+        return Finding("bad", f"{path}: is not a usable MLflow database ({error})", f'mv "{path}" "{path}.old"')
+    current, known = mlflow_schemas()
+    if schema == current:
+        return Finding("ok", f"{uri}: {runs} runs, its tables are current")
+    if schema in known:
+        fix = f'cp "{path}" "{path}.old" && mlflow db upgrade "{uri}"'
+        return Finding("bad", f"{uri}: its tables are of an older MLflow (schema {schema})", fix)
+    text = f"{uri}: its tables are of another, perhaps newer MLflow (schema {schema})"
+    return Finding("bad", text, f'mv "{path}" "{path}.old"')
+
+
+def mlflow_schemas() -> tuple[str | None, set[str]]:
+    """Return the schema of the installed MLflow's databases, and all that it can upgrade from."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    migrations = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    return migrations.get_current_head(), {script.revision for script in migrations.walk_revisions()}
 
 
 # --- the screen ---
@@ -334,25 +407,25 @@ CHECKS = {
     "disk": check_disk,
     "data": check_data,
     "adapters": check_adapters,
-    "store": check_store,
     "ports": check_ports,
+    "store": check_store,  # last: it imports MLflow, which takes seconds
 }
 
 
 def failed(error: UserError) -> Finding:
-    """Turn a message for a user into a line: its last line says what to do."""
+    """Turn an error message into a finding; its last line says what to do."""
     lines = [line.strip() for line in str(error).splitlines()]
     text = " ".join(lines[:2] if len(lines) > 2 else lines[:1])
     return Finding("bad", text, lines[-1] if len(lines) > 1 else "")
 
 
 def show(name: str, check: Callable[..., Iterator[Finding]], *arguments: Any) -> list[str]:
-    """Run one check and write its lines as they come; return how each fared."""
+    """Run one check and write its lines as they come; return the status of each."""
     statuses = []
 
     def write(finding: Finding) -> None:
-        mend = f"{'':15}mend: {finding.mend}\n" if finding.mend else ""
-        sys.stdout.write(f"{finding.status:5}{name:10}{finding.text}\n{mend}")
+        fix = f"{'':15}fix: {finding.fix}\n" if finding.fix else ""
+        sys.stdout.write(f"{finding.status:5}{name:10}{finding.text}\n{fix}")
         sys.stdout.flush()
         statuses.append(finding.status)
 
@@ -374,11 +447,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def check_config() -> Iterator[Finding]:
         from scripts.common.config import load_config
-        from scripts.common.runtime import prepare_environment
+        from scripts.common.machine import prepare_environment
 
-        loaded.append(load_config(arguments.config, arguments.overrides))
-        prepare_environment(loaded[0].values)
-        yield Finding("ok", f"{arguments.config} is valid")
+        config = load_config(arguments.config, arguments.overrides)
+        loaded.append(config)
+        prepare_environment(config.values)
+        open_choices = list(describe_open_choices(config))
+        yield from open_choices or [Finding("ok", f"{arguments.config} is valid")]
 
     statuses = show("python", check_python) + show("packages", check_packages) + show("config", check_config)
     for config in loaded:
@@ -388,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bad:
         sys.stdout.write(f"{bad} bad, {odd} to look at: begin at the top, then run this again\n")
         return 1
-    sys.stdout.write(f"ready: python -m scripts.train_sft --config {shlex.quote(arguments.config)} --dry-run\n")
+    sys.stdout.write(f"ready: python -m {SFT.script} --config {shlex.quote(arguments.config)} --dry-run\n")
     return 0
 
 

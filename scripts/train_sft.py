@@ -13,23 +13,23 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from scripts.common.config import load_config
 from scripts.common.errors import entry_point
-from scripts.common.records import Record, Split, parse_record
-from scripts.common.runtime import Machine, is_main_process, seed_everything
-from scripts.common.stage import (
-    Origin,
-    Stage,
-    add_stage_arguments,
-    read_data,
-    render_split,
-    run_stage,
-    settle_machine,
-)
+from scripts.common.machine import Machine, seed_everything
+from scripts.common.run import Run, open_run
+from scripts.dataset.records import Record, parse_record
+from scripts.dataset.rendering import Rendered, check_rendered, render_record
+from scripts.dataset.split import Split
+from scripts.training.data import read_data, render_rows
+from scripts.training.start import Start, add_training_arguments, find_start, settle_machine
+
+if TYPE_CHECKING:
+    from scripts.training.sft import AnswerLossTrainer
 
 log = logging.getLogger(__name__)
 
@@ -37,109 +37,98 @@ log = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_stage_arguments(parser)
+    add_training_arguments(parser)
     return parser
 
 
-def render(stage: Stage, tokenizer: Any, split: Split) -> tuple[list[Any], list[Any]]:
-    """Turn the records into token ids, proving on each that exactly its answers and their end are trained."""
-    from scripts.common.rendering import check_rendered, render_record
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, prove that it did something, save and report."""
+    arguments = build_parser().parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    with open_run("sft", config, "sft.output_dir", dry=arguments.dry_run) as run:
+        data = read_data(run, parse_record, arguments.require_deid_report)
+        machine = settle_machine(run)
+        start = find_start(run)
+        train, validation = render_records(run, start, data.split)
+        if run.dry:
+            return show_dry_run(run, machine, start, data.files, train)
 
-    def render_checked(record: Record) -> Any:
-        rendered = render_record(tokenizer, record)
-        check_rendered(tokenizer, record, rendered)
+        from scripts.training.resume import is_finished
+        from scripts.training.session import training_session
+
+        if arguments.resume and is_finished(run, start, data.facts):
+            return 0
+        with training_session(run, start, data.facts, resume=arguments.resume) as session:
+            trainer = build_trainer(run, machine, start, train, validation)
+            session.train(trainer)
+            session.save(trainer, {})
+    return 0
+
+
+def render_records(run: Run, start: Start, split: Split) -> tuple[list[Rendered], list[Rendered]]:
+    """Turn the records into token ids, proving on each that exactly its answers and their end are trained."""
+
+    def render_checked(record: Record) -> Rendered:
+        rendered = render_record(start.tokenizer, record)
+        check_rendered(start.tokenizer, record, rendered)
         return rendered
 
-    return render_split(stage, split, render_checked, lambda row: len(row.input_ids))
+    return render_rows(run, split, render_checked)
 
 
-def build_trainer(stage: Stage, machine: Machine, origin: Origin, train: list[Any], validation: list[Any]) -> Any:
+def build_trainer(
+    run: Run, machine: Machine, start: Start, train: list[Rendered], validation: list[Rendered]
+) -> AnswerLossTrainer:
     """Load the base, add a fresh adapter, and hand TRL our own token ids and labels."""
     from datasets import Dataset
     from trl import SFTConfig
 
-    from scripts.common.compiling import compile_layers
-    from scripts.common.fast_path import score_answers_only, speed_up
-    from scripts.common.modeling import add_lora, load_base, save_initialisation
-    from scripts.common.training import AnswerLossTrainer, make_arguments, plan_training, total_steps, trainer_arguments
+    from scripts.model.adapter import add_lora, save_initialisation
+    from scripts.model.base import load_base
+    from scripts.training.plan import make_arguments, plan_training, trainer_arguments
+    from scripts.training.sft import AnswerLossTrainer
 
-    assert stage.run_dir is not None
-    values = stage.config.values
-    plan = plan_training(values, values.sft, origin.base_folder, machine, train)
-    plan.settle(machine)
+    values = run.values
+    plan = plan_training(run, start.base_folder, machine, train)
+    plan.check_fits(machine)
     seed_everything(values.seed)
-    base = load_base(origin.base_folder, values, machine)
-    model = add_lora(base, values.lora, values.base_model_id)
-    if is_main_process():
-        save_initialisation(model, stage.run_dir)
+    model = add_lora(load_base(start.base_folder, values, machine), values.lora, values.base_model_id)
+    save_initialisation(model, run.run_dir)
     if values.performance.fast_path:
-        score_answers_only(machine.device, plan.compiled)
+        from scripts.speed.speed_up import speed_up, speed_up_training
+
         speed_up(model)
-    if plan.compiled:
-        compile_layers(model)
-    steps = total_steps(values.sft, len(train), machine.processes)
-    arguments = trainer_arguments(
-        stage, machine, steps=steps, validation=bool(validation), checkpointing=plan.checkpointing
-    )
+        speed_up_training(model, machine.device, plan.compiled)
+    arguments = trainer_arguments(run, machine, plan, validation=bool(validation))
     train_set, validation_set = (
         Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in side])
         for side in (train, validation)
     )
     return AnswerLossTrainer(
         model=model,
-        args=make_arguments(SFTConfig, stage, **arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=make_arguments(SFTConfig, run, **arguments, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=train_set,
         eval_dataset=validation_set if validation else None,
-        processing_class=origin.tokenizer,
+        processing_class=start.tokenizer,
         group_by_length=values.performance.group_by_length,
         held_out=validation,
         answer_tokens=sum(row.trained_tokens for row in train) / len(train),
     )
 
 
-def run(stage: Stage) -> None:
-    """Train, check, save and report."""
-    files, split = read_data(stage, parse_record)
-    machine = settle_machine(stage)
+def show_dry_run(run: Run, machine: Machine, start: Start, files: Sequence[Any], train: list[Rendered]) -> int:
+    """Show what a run would do, and two records with what is trained marked."""
+    from scripts.training.plan import show_plan
 
-    from scripts.common.finishing import dataset_entries
-    from scripts.common.lifecycle import train_and_finish
-    from scripts.common.modeling import base_fingerprint, find_model, load_tokenizer
-
-    values = stage.config.values
-    base_folder = find_model(values.base_model_id, values.base_model_revision)
-    origin = Origin(base_folder, load_tokenizer(base_folder), base_fingerprint(base_folder))
-    train, validation = render(stage, origin.tokenizer, split)
-    train_and_finish(
-        stage,
-        origin,
-        dataset_entries(files, split),
-        lambda: build_trainer(stage, machine, origin, train, validation),
-        next_command=f"python -m scripts.train_dpo {stage.config.flags}",
-    )
-
-
-def show_dry_run(stage: Stage) -> None:
-    """Load everything but the weights, and show what a run would do."""
-    from scripts.common.lifecycle import show_plan
-    from scripts.common.modeling import find_model, load_tokenizer
-
-    files, split = read_data(stage, parse_record)
-    base_folder = find_model(stage.config.values.base_model_id, stage.config.values.base_model_revision)
-    tokenizer = load_tokenizer(base_folder)
-    train, _ = render(stage, tokenizer, split)
-    show_plan(stage, base_folder, files, train)
+    show_plan(run, machine, start.base_folder, files, train)
     for row in train[:2]:
         marked = "".join(
-            f">>>{tokenizer.decode(ids)}<<<" if trained else tokenizer.decode(ids) for trained, ids in row.runs()
+            f">>>{start.tokenizer.decode(ids)}<<<" if trained else start.tokenizer.decode(ids)
+            for trained, ids in row.runs()
         )
         log.info("--- a training record; what is trained stands between >>> and <<<\n%s", marked)
-
-
-@entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage."""
-    return run_stage("sft", build_parser().parse_args(argv), run, show_dry_run)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The HTTP server: base and adapters side by side, in shared batches."""

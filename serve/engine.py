@@ -3,7 +3,7 @@
 One thread owns the network. Each running request is a row with a slot of its own in a preallocated key-value cache;
 nothing in it is shared between requests, so no adapter ever reads keys that another one wrote. A step of the loop
 reads some waiting prompts together, or a piece of a long one, and then decodes one token for every row.
-This module is long because the scheduler, the cache and the failure handling decide about the same rows together.
+This module is long because scheduling and failure handling decide about the same rows together.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import torch
 
-from scripts.common.errors import UserError, is_out_of_memory
-from scripts.common.rendering import stop_token_ids
+from scripts.common.errors import is_out_of_memory
+from scripts.dataset.rendering import stop_token_ids
 from serve.adapters import Models
-from serve.jobs import Job, Seat, ServingError
+from serve.cache import SlotCache, forward_cached
+from serve.errors import ServingError
+from serve.jobs import Job, Seat
 from serve.metrics import Metrics
 from serve.sampling import Sampler, TextStream
 
@@ -33,88 +34,6 @@ log = logging.getLogger(__name__)
 PREFILL_TOKENS_PER_STEP = 256
 BURST_FACTOR = 4
 MAX_RETRIES = 2
-
-
-class SlotCache:
-    """Keys and values of all rows: [slots, heads, context, dim] per layer, allocated once.
-
-    Running rows are kept together at the front, so that a step reads a view and gathers nothing.
-    """
-
-    def __init__(self, config: Any, slots: int, context: int, dtype: torch.dtype, device: str) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, heads, context, dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.slot_index = torch.arange(slots, device=device)
-        self.first = self.last = self.used = 0
-        self.positions = torch.zeros(0, dtype=torch.long, device=device)
-
-    @staticmethod
-    def bytes_needed(config: Any, slots: int, context: int, dtype: torch.dtype) -> int:
-        """Return the memory that this cache would take."""
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * int(config.num_hidden_layers) * slots * int(heads) * context * int(dim) * dtype.itemsize
-
-    def select(self, first: int, positions: torch.Tensor, used: int) -> None:
-        """Choose the rows of the next forward pass, the position of the first token of each, and how far it reads."""
-        self.first, self.last = first, first + len(positions)
-        self.positions, self.used = positions, used
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store what a layer computed and return all it may look at; transformers calls this."""
-        K, V, rows = self.keys[layer], self.values[layer], slice(self.first, self.last)
-        width = keys.shape[2]
-        if width == 1:  # one token for each row, at the row's own position
-            K[self.slot_index[rows], :, self.positions] = keys[:, :, 0]
-            V[self.slot_index[rows], :, self.positions] = values[:, :, 0]
-        else:  # prompts from their beginning, or a piece of one
-            K[rows, :, self.used - width : self.used] = keys
-            V[rows, :, self.used - width : self.used] = values
-        return K[rows, :, : self.used], V[rows, :, : self.used]
-
-    def clear(self, slot: int) -> None:
-        """Forget a row whose numbers went wrong: masked positions are weighted with 0, and 0 x NaN is NaN."""
-        for K, V in zip(self.keys, self.values, strict=True):
-            K[slot], V[slot] = 0, 0
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Return 0: positions and mask are always given by the caller."""
-        return 0
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row into another slot."""
-        for K, V in zip(self.keys, self.values, strict=True):
-            K[target, :, :length] = K[source, :, :length]
-            V[target, :, :length] = V[source, :, :length]
-
-
-def context_limit(models: Models, wanted: int) -> int:
-    """Return how many tokens a row may hold: the wanted number, or fewer where the model's positions or window end."""
-    config = models.network.config
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min([wanted, *(int(limit) for limit in limits if limit)])
-
-
-def check_cache_fits(models: Models, slots: int, context: int, dtype: torch.dtype, device: str) -> int:
-    """Return the bytes of the cache.
-
-    Raises: UserError when the machine has not that much memory free.
-    """
-    import psutil
-
-    needed = SlotCache.bytes_needed(models.network.config, slots, context, dtype)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"serve.max_concurrent: {slots} requests of {context} tokens need {needed / 2**30:.1f} GiB for keys and values, "
-            f"and {free / 2**30:.1f} GiB are free. Lower serve.max_concurrent or serve.max_context_tokens."
-        )
-    return needed
 
 
 class Engine:
@@ -137,9 +56,8 @@ class Engine:
         self.queue, self.queue_per_client = queue, queue_per_client
         self.deadline_seconds, self.queue_timeout_seconds = deadline_seconds, queue_timeout_seconds
         self.on_death = on_death
-        parameter = next(models.network.parameters())
-        self.device = parameter.device
-        self.cache = SlotCache(models.network.config, slots, context, models.rows.table.dtype, str(self.device))
+        self.device = next(models.network.parameters()).device
+        self.cache = SlotCache(models.shape, slots, context, models.rows.table.dtype, str(self.device))
         self.stop_ids = stop_token_ids(models.tokenizer)
         self.rows: list[Job] = []  # decoding; row i stands in slot i
         self.prefilling: list[Job] = []  # stand in the slots after the last row; a prompt read in pieces is alone
@@ -220,7 +138,7 @@ class Engine:
             with torch.inference_mode():
                 while not self._stopping:
                     self._step()
-        except BaseException as error:  # whatever ends the thread must end the waiting, too
+        except BaseException as error:  # nobody may wait for a thread that has ended
             self.dead = error
             log.critical("the engine has died", exc_info=error)
             self.on_death()
@@ -291,7 +209,7 @@ class Engine:
         for client, jobs in list(self.waiting.items()):
             for job in [job for job in jobs if job.cancelled or now - job.arrival > self.queue_timeout_seconds]:
                 jobs.remove(job)
-                late = ServingError(503, "queue_timeout", "waited too long for a free place", retry_after=5)
+                late = ServingError(503, "queue_timeout", "waited too long for a free slot", retry_after=5)
                 self._end(job, None if job.cancelled else late, "cancelled")
             if not jobs:
                 del self.waiting[client]
@@ -306,6 +224,19 @@ class Engine:
 
     def _prefill(self) -> None:
         """Read some waiting prompts into the cache, or the next piece of a long one."""
+        # Example: A and B decode in slots 0 and 1; the prompts C (5 tokens) and D (3 tokens) are read together.
+        #
+        #   slot   position 0 1 2 3 4      mask: key 0 1 2 3 4
+        #    2  C           c c c c c      query 0   1 . . . .
+        #    3  D           d d d - -            1   1 1 . . .
+        #                                        2   1 1 1 . .    … down to 4
+        #
+        # All start at position 0, so one mask serves all rows. A pad (-) comes after its row's last token: no token of
+        # the row sees it, and D's first new token overwrites it at position 3. Position 4 of C and position 2 of D hold
+        # the logits of the first new tokens, so the logits of both positions are asked for of both rows.
+        #
+        # A prompt longer than a step allows is read alone, in pieces. With pieces of 2 tokens, C's second one has
+        # start = 2, end = 4: queries 2 and 3 of the mask, keys 0 to 3, of which 0 and 1 stand in the cache already.
         self.prefilling = self.prefilling or self._admit()
         jobs = self.prefilling
         if not jobs:
@@ -315,21 +246,21 @@ class Engine:
         end = longest if len(jobs) > 1 else min(longest, start + self._prefill_tokens(jobs))
         # The logits at position p measure the token at p + 1; those at a prompt's end choose the first new token.
         needed = {p for job in jobs for p in range(len(job.prompt) - 1 - job.scored, len(job.prompt))}
-        place = {p: index for index, p in enumerate(sorted(needed & set(range(start, end))))}
-        logits = self._guarded(jobs, lambda: self._read(jobs, start, end, list(place)))
+        column = {p: index for index, p in enumerate(sorted(needed & set(range(start, end))))}
+        logits = self._guarded(jobs, lambda: self._read(jobs, start, end, list(column)))
         if logits is None:
             return
         for job, row in zip(jobs, logits, strict=True):
             job.length = min(end, len(job.prompt))
-            measured = [p for p in place if len(job.ids) - job.scored <= p + 1 < len(job.ids)]
+            measured = [p for p in column if len(job.ids) - job.scored <= p + 1 < len(job.ids)]
             if measured:
                 targets = torch.tensor([job.ids[p + 1] for p in measured], device=self.device)
-                logps = torch.log_softmax(row[[place[p] for p in measured]].float(), -1)
+                logps = torch.log_softmax(row[[column[p] for p in measured]].float(), -1)
                 job.logprob += float(logps.gather(-1, targets[:, None]).double().sum())
         if end < len(jobs[0].prompt):
             return
         self.rows, self.prefilling = self.rows + jobs, []
-        generating = {job: row[place[job.length - 1]] for job, row in zip(jobs, logits, strict=True) if not job.scored}
+        generating = {job: row[column[job.length - 1]] for job, row in zip(jobs, logits, strict=True) if not job.scored}
         for job in jobs:
             if job.scored:
                 self._remove(job)
@@ -337,14 +268,14 @@ class Engine:
         if generating:
             self._emit(list(generating), torch.stack(list(generating.values())))
 
-    def _read(self, jobs: list[Job], start: int, end: int, wanted: list[int]) -> torch.Tensor:
-        """Read the tokens from start to end of each prompt, the shorter ones padded. Returns (B, wanted, V)."""
+    def _read(self, jobs: list[Job], start: int, end: int, kept: list[int]) -> torch.Tensor:
+        """Read the tokens from start to end of each prompt, the shorter ones padded. Returns (B, kept, V)."""
         pad = self.models.tokenizer.pad_token_id  # no token looks at what stands after it, so any id would do
         tokens = [(job.prompt[start:end] + [pad] * (end - start))[: end - start] for job in jobs]
         positions = torch.arange(start, end, device=self.device).expand(len(jobs), -1)
         mask = torch.arange(end, device=self.device)[None, :] <= positions[:1, :, None]
         self.cache.select(len(self.rows), positions[:, 0], end)
-        return self._forward(jobs, tokens, positions, mask[:, None], [p - start for p in wanted])
+        return self._forward(jobs, tokens, positions, mask[:, None], [p - start for p in kept])
 
     def _decode(self) -> None:
         """Produce one token for every row."""
@@ -364,29 +295,12 @@ class Engine:
             self._emit(jobs, logits)
 
     def _forward(
-        self,
-        jobs: Sequence[Job],
-        tokens: list[list[int]],
-        positions: torch.Tensor,
-        mask: torch.Tensor,
-        wanted: list[int],
+        self, jobs: list[Job], tokens: list[list[int]], positions: torch.Tensor, mask: torch.Tensor, kept: list[int]
     ) -> torch.Tensor:
-        """Run the network. tokens: B x T; positions: (B, T); mask: (B, 1, T, used). Returns (B, wanted, V)."""
+        """Run the network, each row with its job's adapter. tokens: B x T; the rest as in `forward_cached`."""
         self.models.rows.set([job.model for job in jobs])
-        # As indices, not as a count: of a slice, torch's product would copy the whole output layer's matrix.
-        keep = torch.tensor(wanted, dtype=torch.long, device=self.device)
         input_ids = torch.tensor(tokens, device=self.device)
-        # For a single token oneDNN prepares a product longer than torch's own kernel computes it.
-        torch.backends.mkldnn.enabled = input_ids.numel() > 1  # type: ignore[assignment]
-        try:
-            output = self.models.network(
-                input_ids=input_ids, attention_mask=mask, position_ids=positions,
-                past_key_values=self.cache, use_cache=True, logits_to_keep=keep,
-            )  # fmt: skip
-        finally:
-            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-        logits: torch.Tensor = output.logits
-        return logits
+        return forward_cached(self.models.network, self.cache, input_ids, positions, mask, kept)
 
     def _guarded(self, jobs: list[Job], forward: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """Run a forward pass; on failure end or put back the jobs concerned and return None."""

@@ -1,4 +1,4 @@
-"""What passes between the event loop and the engine: jobs, their seats, and why one got no answer."""
+"""What passes between the event loop and the engine: jobs and their seats."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from serve.errors import ServingError
 from serve.sampling import Sampling
-
-
-class ServingError(Exception):
-    """Why a request gets no answer: HTTP status, a code for programs and a message for people."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None, retry_after: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-        self.retry_after = retry_after
 
 
 @dataclass(eq=False)

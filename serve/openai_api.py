@@ -10,11 +10,12 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from scripts.common.records import with_system_prompt
-from scripts.common.rendering import render_prompt
+from scripts.dataset.records import with_system_prompt
+from scripts.dataset.rendering import render_prompt
 from serve.jobs import Job
 from serve.schemas import ChatRequest, CompletionRequest, OpenAIFields
-from serve.service import EventStream, Service, event, usage_of, with_errors
+from serve.service import Service
+from serve.streaming import EventStream, event, usage_of
 
 router = APIRouter(tags=["OpenAI-compatible"])
 # On these paths every refusal of a request's content is a 400, as OpenAI's clients expect.
@@ -27,8 +28,9 @@ Kind = Literal["chat.completion", "text_completion"]
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    given = [message.model_dump() for message in body.messages]
-    messages = with_system_prompt(given, service.config.data.system_prompt)
+    messages = with_system_prompt(
+        [message.model_dump() for message in body.messages], service.config.data.system_prompt
+    )
     tokenizer = service.models.tokenizer
     return await _answer(
         service, request, body, "chat.completion", lambda: render_prompt(tokenizer, messages),
@@ -62,7 +64,7 @@ async def _answer(
     head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(request, jobs[0], with_errors(_chunks(jobs[0], kind, head, include_usage)))
+        return EventStream(request, jobs[0], _chunks(jobs[0], kind, head, include_usage))
     [text] = await service.texts(request, jobs)
     content = {"message": {"role": "assistant", "content": text}} if kind == "chat.completion" else {"text": text}
     choice = {"index": 0, **content, "logprobs": None, "finish_reason": jobs[0].finish_reason}

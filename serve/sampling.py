@@ -40,7 +40,7 @@ class Sampler:
 
     @property
     def takes_argmax(self) -> bool:
-        """Tell whether the batch's own argmax is this request's token."""
+        """Return whether the batch's own argmax is this request's token."""
         return self.sampling.greedy and self.sampling.repetition_penalty == 1
 
     def choose(self, logits: torch.Tensor, context: Sequence[int]) -> int:
@@ -69,7 +69,7 @@ class Sampler:
             # A token stays while those before it have not reached top_p, so the first always stays.
             probabilities = top * (top.cumsum(-1) - top < s.top_p)
         cumulative = probabilities.double().cumsum(-1)
-        # random() stays below 1, so the place that is drawn lies before the end.
+        # random() stays below 1, so the index that is drawn lies before the end.
         index = int(torch.searchsorted(cumulative, self.random.random() * float(cumulative[-1]), right=True))
         return int(ids[index]) if ids is not None else index
 
@@ -101,16 +101,16 @@ class TextStream:
 
     def _release(self, piece: str, last: bool = False) -> str:
         text = self.held + piece
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if matches:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(matches)]
         certain = len(text) if last else self._possible_stop(text)
         self.held = text[certain:]
         return text[:certain]
 
     def _possible_stop(self, text: str) -> int:
-        """Return the first place from which on the text may be the beginning of a stop string."""
+        """Return the first index from which on the text may be the beginning of a stop string."""
         return next(
             (at for at in range(len(text)) if any(stop.startswith(text[at:]) for stop in self.stops)),
             len(text),

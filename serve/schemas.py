@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from scripts.dataset.records import takes_turns
 from serve.sampling import Sampling
 
 Text = Annotated[str, Field(min_length=1)]
@@ -136,7 +137,7 @@ class ChatRequest(OpenAIFields):
 
 
 class VoteRequest(Body):
-    """A person's choice between two answers; kept as a preference record."""
+    """A person's choice between two answers; stored as a preference record."""
 
     prompt: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     chosen: Text
@@ -148,9 +149,7 @@ class VoteRequest(Body):
     @field_validator("prompt")
     @classmethod
     def _alternates(cls, prompt: list[Message]) -> list[Message]:
-        roles = [message.role for message in prompt]
-        talk = roles[1:] if roles[0] == "system" else roles
-        if not talk or talk[-1] != "user" or talk != [("user", "assistant")[i % 2] for i in range(len(talk))]:
+        if not takes_turns([message.role for message in prompt], last="user"):
             raise ValueError("wanted [system,] user, assistant, … ending with user")
         return prompt
 

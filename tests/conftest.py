@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.common.tiny_model import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
+from scripts.model.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
 __all__ = ["CHAT_TEMPLATE", "save_tiny_model", "tiny_tokenizer"]
 

@@ -1,0 +1,1 @@
+"""Measure this project itself: speed, memory, de-identification."""

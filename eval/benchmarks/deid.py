@@ -1,9 +1,9 @@
 """Measure the de-identification stage: recall, precision, leaking records, over-flagging, speed and memory.
 
-Reads labelled or clean JSONL files; writes a table to the terminal and, with --out, the figures as JSON. Runs the command
-line of the stage, so it measures what a user gets. Needs requirements.extra.txt.
+Reads labelled or clean JSONL files, or a few made-up records when none is named; writes a table to the terminal and, with
+--out, the figures as JSON. Runs the command line of the stage, so it measures what a user gets. Needs requirements.extra.txt.
 
-    python -m eval.benchmarks.deid --gold ../shared/data/pii_presidio_generated_large/data.jsonl --gold ../shared/data/ner_wikigold/data.jsonl --clean ../shared/data/sft_banking77/train.jsonl
+    python -m eval.benchmarks.deid
 """
 
 from __future__ import annotations
@@ -21,23 +21,31 @@ from typing import Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from scripts.common.config import ROOT
 from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError, entry_point
-from scripts.common.records import BadRow, read_rows
-from scripts.common.runtime import set_up_logging
+from scripts.common.paths import ROOT
+from scripts.common.run import set_up_logging
+from scripts.dataset.files import BadRow, read_rows
 
 log = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("text", "input", "instruction", "prompt", "output", "completion", "chosen", "rejected")
 EXIT_QUARANTINE = 3
+# Measured when no file is named: the texts of data/sft/sample_pii.jsonl with labels, and records without personal data.
+LABELLED = ROOT / "eval" / "benchmarks" / "labelled.jsonl"
+CLEAN = ROOT / "data" / "sft" / "sample_sft.jsonl"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--gold", action="append", default=[], type=Path, metavar="FILE", help="labelled texts; repeatable"
+        "--gold",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="labelled texts; repeatable (default, with --clean: samples of this repository)",
     )
     parser.add_argument(
         "--clean",
@@ -97,7 +105,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def measure(path: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
     """Measure one file."""
     gold = write_rows(folder / "gold.jsonl", list(texts_of(path)))
-    one = write_rows(folder / "one.jsonl", [{"text": "x"}])  # the stage wants an input; the gold file is what counts
+    one = write_rows(folder / "one.jsonl", [{"text": "x"}])  # the stage needs an input; the gold file is what counts
     return dict(run_stage(one, folder / "one.deid.jsonl", "--evaluate", str(gold), *flags)["evaluation"])
 
 
@@ -142,9 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure every file, then the speed over all of them."""
     arguments = build_parser().parse_args(argv)
     set_up_logging()
-    paths = [*arguments.gold, *arguments.clean]
-    if not paths:
-        raise UserError("nothing to measure: give --gold FILE or --clean FILE.")
+    paths = [*arguments.gold, *arguments.clean] or [LABELLED, CLEAN]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such file.")

@@ -19,9 +19,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from scripts.common.config import DEFAULT_CONFIG, load_config
-from scripts.common.modeling import find_model, load_adapter, load_base, load_tokenizer
-from scripts.common.rendering import render_prompt, stop_token_ids, user_turn
-from scripts.common.runtime import apply_machine, choose_machine, prepare_environment
+from scripts.common.machine import apply_machine, choose_machine, prepare_environment
+from scripts.dataset.rendering import render_prompt, stop_token_ids, user_turn
+from scripts.model.adapter import load_adapter
+from scripts.model.base import load_base, load_tokenizer
+from scripts.model.find import find_model
 
 
 class Request(BaseModel):

@@ -32,10 +32,11 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 import httpx
 import psutil
 
-from scripts.common.artifacts import write_manifest
-from scripts.common.config import ROOT, add_config_arguments, load_config
+from scripts.common.artifacts import BaseModelFacts, Manifest, Parent, RunFacts, SplitFacts, write_manifest
+from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
-from scripts.common.runtime import set_up_logging
+from scripts.common.paths import ROOT
+from scripts.common.run import set_up_logging
 from scripts.common.schema import Config, Lora
 
 log = logging.getLogger(__name__)
@@ -86,14 +87,16 @@ class Load:
 
 
 def save_random_adapter(
-    folder: Path, base: Path, stage: str, lora: Lora, seed: int, scale: float, parent: dict[str, Any] | None = None
+    folder: Path, base: Path, stage: str, lora: Lora, seed: int, scale: float, parent: Parent | None = None
 ) -> Path:
     """Save an adapter whose weights are random and not zero, with everything a trained one brings."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from scripts.common.modeling import add_lora, base_fingerprint, load_tokenizer
-    from scripts.common.rendering import template_sha256, tokenizer_sha256
+    from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+    from scripts.model.adapter import add_lora
+    from scripts.model.base import load_tokenizer
+    from scripts.model.fingerprint import base_fingerprint
 
     torch.manual_seed(seed)
     wrapped = add_lora(AutoModelForCausalLM.from_pretrained(base), lora, str(base))
@@ -103,17 +106,25 @@ def save_random_adapter(
     wrapped.save_pretrained(folder)
     tokenizer = load_tokenizer(base)
     tokenizer.save_pretrained(folder)
-    write_manifest(
-        folder, stage, base_model={"id": str(base), "revision": None, "fingerprint": base_fingerprint(base)},
-        tokenizer_sha256=tokenizer_sha256(tokenizer), chat_template_sha256=template_sha256(tokenizer), parent=parent,
-        datasets=[], split={"seed": 0, "ratio": 0.1}, config={"dpo": {"beta": 0.2}}, mlflow={"run_id": None}, metrics={},
-    )  # fmt: skip
+    manifest = Manifest(
+        stage=stage,
+        base_model=BaseModelFacts(id=str(base), revision=None, fingerprint=base_fingerprint(base)),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        chat_template_sha256=template_sha256(tokenizer),
+        parent=parent,
+        datasets=[],
+        split=SplitFacts(seed=0, ratio=0.1),
+        config={"dpo": {"beta": 0.2}},
+        mlflow=RunFacts(run_id=None),
+        metrics={},
+    )
+    write_manifest(folder, manifest)
     return folder
 
 
 def server_config(config: Config, folder: Path, random_adapters: bool) -> Path:
     """Write the configuration of both servers: base, sft and dpo under these names."""
-    from scripts.common.modeling import find_model
+    from scripts.model.find import find_model
 
     if random_adapters:
         base = find_model(config.base_model_id, config.base_model_revision)
@@ -235,7 +246,7 @@ def bodies_of(count: int, max_new_tokens: int) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompts[n % len(prompts)],
-            "adapter": MODELS[n % 3],
+            "adapter": MODELS[n % len(MODELS)],
             "max_new_tokens": max_new_tokens,
             "stream": True,
         }

@@ -44,10 +44,11 @@ from eval.benchmarks.training_systems import (
     write_rows,
 )
 from scripts.common.errors import UserError, entry_point
-from scripts.common.memory import parameter_count
-from scripts.common.reference_logps import LOGPS_FOLDER
-from scripts.common.runtime import Machine, apply_machine, choose_machine, hardware, set_up_logging
+from scripts.common.machine import Machine, apply_machine, choose_machine, hardware
+from scripts.common.run import set_up_logging
 from scripts.common.schema import Config
+from scripts.model.memory import parameter_count
+from scripts.training.reference_logps import LOGPS_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def enough_rows(stage: str, arguments: argparse.Namespace, tokenizer: Any) -> tu
 
 def measure_speed(arguments: argparse.Namespace, systems: list[System], model: Path, tokenizer: Any, machine: Machine, work: Path) -> dict[str, Any]:  # fmt: skip
     """Time the first system beside each of the others in all stages, and score what they learnt."""
-    from scripts.common.modeling import load_base
+    from scripts.model.base import load_base
 
     taking_part = {stage: [system for system in systems if stage in system.stages] for stage in arguments.stages}
     taking_part = {stage: some for stage, some in taking_part.items() if some}
@@ -224,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from mlflow import MlflowClient
 
-    from scripts.common.modeling import find_model, load_tokenizer
+    from scripts.model.base import load_tokenizer
+    from scripts.model.find import find_model
 
     model = find_model(arguments.model).resolve()
     machine, tokenizer = choose_machine(Config()), load_tokenizer(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.benchmarks.training_systems import LEARNING_RATE, SYSTEMS, Task, our_command, run_to_the_end
 from scripts.common.artifacts import read_manifest
-from scripts.common.memory import parameter_count
+from scripts.model.memory import parameter_count
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ AXES = {
 
 def save_shape(width: int, folder: Path) -> Path:
     """Save a model with random weights and the proportions of a Llama."""
-    from scripts.common.tiny_model import save_tiny_model
+    from scripts.model.tiny import save_tiny_model
 
     if not folder.is_dir():
         save_tiny_model(
@@ -60,7 +60,7 @@ def write_made_up_records(point: Point, path: Path, tokenizer: Any) -> None:
 
 def measure_point(point: Point, work: Path) -> dict[str, float]:
     """Train a few steps and read from the manifest what they took."""
-    from scripts.common.modeling import load_tokenizer
+    from scripts.model.base import load_tokenizer
 
     model = save_shape(point.width, work / f"width-{point.width}")
     folder = work / "-".join(map(str, vars(point).values()))
@@ -69,7 +69,7 @@ def measure_point(point: Point, work: Path) -> dict[str, float]:
     task = Task("sft", model, folder / "train.jsonl", work / folder.name / "adapter", point.batch, 1, 2 * point.length + 64, LEARNING_RATE["sft"])  # fmt: skip
     command = our_command(task, **{"trainer.max_steps": STEPS, "trainer.save_strategy": "no"})
     seconds, peak = run_to_the_end(replace(SYSTEMS["ours"], name=f"growth {folder.name}"), task, work, command)
-    metrics = read_manifest(task.output, verify=False)["metrics"]
+    metrics = read_manifest(task.output, verify=False).metrics
     per_step = metrics["train_tokens"] / metrics["steps"]
     return {
         **vars(point),

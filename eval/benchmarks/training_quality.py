@@ -21,7 +21,7 @@ from eval.benchmarks.training_systems import (
     write_rows,
 )
 from scripts.common.errors import UserError
-from scripts.common.runtime import Machine
+from scripts.common.machine import Machine
 from scripts.common.schema import Config
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def held_out_losses(
     """Return each adapter's loss on records that no system has seen, and that of the base as `base`."""
     import torch
 
-    from scripts.common.modeling import load_adapter
-    from scripts.common.scoring import mean_loss, score_answers
+    from scripts.model.adapter import load_adapter
+    from scripts.model.scoring import mean_loss, score_answers
 
     def log_probs() -> Any:
         sides = [row.rendered.side(ids) for row in rows for ids in (row.rendered.chosen_ids, row.rendered.rejected_ids)]
@@ -65,8 +65,8 @@ def held_out_losses(
 
 def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row], adapter: Path) -> float:
     """Return the share of records that an adapter answers word for word."""
-    from scripts.common.generation import generate_answers
-    from scripts.common.modeling import load_adapter
+    from scripts.model.adapter import load_adapter
+    from scripts.model.generation import generate_answers
 
     wrapped = load_adapter(model, adapter)
     try:
@@ -97,9 +97,9 @@ def time_to_quality(
     seen: list[dict[str, Any]] = []
     scored: set[str] = set()
     with Running(system, task, work) as running:
-        goes_on = True
-        while goes_on and running.seconds < 60 * minutes:
-            goes_on = running.goes_on()
+        alive = True
+        while alive and running.seconds < 60 * minutes:
+            alive = running.is_running()
             fresh = [path for path in whole_checkpoints(task.output) if path.name not in scored]
             if fresh:
                 running.suspend()
@@ -111,7 +111,7 @@ def time_to_quality(
                 log.info("%s: %.0f s, %d steps: exact match %.3f", system.name, seconds, step, reached)
                 if reached >= level:
                     break
-        if not goes_on and (task.output / "adapter_config.json").is_file():
+        if not alive and (task.output / "adapter_config.json").is_file():
             seen.append({"seconds": running.seconds, "records": None, "exact_match": score(task.output)})
     hit = next((point for point in seen if point["exact_match"] >= level), None)
     return {"system": system.name, "seconds": hit["seconds"] if hit else None, "course": seen}
@@ -119,7 +119,7 @@ def time_to_quality(
 
 def measure_quality(arguments: argparse.Namespace, systems: Sequence[System], model: Path, tokenizer: Any, machine: Machine, work: Path) -> dict[str, Any]:  # fmt: skip
     """Let each system train for one epoch at most, until its checkpoints reach the level."""
-    from scripts.common.modeling import load_base
+    from scripts.model.base import load_base
 
     rows = read_rows("sft", arguments.sft_data, tokenizer, arguments.max_length)
     if len(rows) < 2 * HELD_OUT:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.training_growth import draw_growth, growth_table
-from scripts.common.config import ROOT
 from scripts.common.errors import UserError
+from scripts.common.paths import ROOT
 
 README = ROOT / "eval" / "benchmarks" / "README.md"
 START, END = "<!-- training: generated -->", "<!-- end of training -->"

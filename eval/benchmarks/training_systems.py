@@ -19,11 +19,12 @@ from typing import Any
 
 import psutil
 
-from scripts.common.config import ROOT
 from scripts.common.errors import UserError
-from scripts.common.records import load_datasets, parse_preference, parse_record
-from scripts.common.runtime import available_cores
+from scripts.common.machine import available_cores
+from scripts.common.paths import ROOT
 from scripts.common.schema import Data, Lora
+from scripts.common.stages import ADAPTER_STAGES, TRAINING_STAGES
+from scripts.dataset.records import PARSERS, load_datasets
 
 BATCH = {"sft": 8, "dpo": 4}
 EPOCHS = {"sft": 1, "dpo": 2}
@@ -59,7 +60,7 @@ class System:
 
     name: str
     command: Callable[[Task], list[str]]
-    stages: tuple[str, ...] = ("sft", "dpo")
+    stages: tuple[str, ...] = ADAPTER_STAGES
     order: Callable[[str, list[Row], int], list[int]] | None = None  # of records, where it is known and not random
     own_folder: bool = True  # whether it starts in a folder of its own; a user's command starts where the user is
 
@@ -95,7 +96,7 @@ def our_long_command(task: Task) -> list[str]:
 
 def our_order(stage: str, rows: list[Row], seed: int) -> list[int]:
     """Return the order in which this project takes records: the first batch of each epoch is the longest."""
-    from scripts.common.fast_path import SimilarLengthSampler
+    from scripts.training.batching import SimilarLengthSampler
 
     sampler = SimilarLengthSampler([row.length for row in rows], BATCH[stage], seed)
     order = []
@@ -173,11 +174,11 @@ class Row:
 
 def read_rows(stage: str, path: str, tokenizer: Any, max_length: int) -> list[Row]:
     """Read records or pairs and keep those that fit whole, in a fixed random order."""
-    from scripts.common.rendering import render_pair, render_record
+    from scripts.dataset.rendering import render_pair, render_record
 
     rows = []
     data = Data(on_bad_row="skip", train_on="last")
-    files = load_datasets(path, parse_record if stage == "sft" else parse_preference, data, f"--{stage}-data")
+    files = load_datasets(path, PARSERS[TRAINING_STAGES[stage].records], data, f"--{stage}-data")
     for record in files[0].records:
         answers = (
             {"completion": record.answer} if stage == "sft" else {"chosen": record.chosen, "rejected": record.rejected}
@@ -272,8 +273,8 @@ class Running:
         """Return the share of its steps that it has done."""
         return self.steps[-1][1] if self.steps else 0.0
 
-    def goes_on(self) -> bool:
-        """Wait a moment, look at memory and progress, and tell whether the command still runs.
+    def is_running(self) -> bool:
+        """Wait a moment, look at memory and progress, and return whether the command still runs.
 
         Raises: UserError with the end of its output when it failed.
         """
@@ -311,7 +312,7 @@ class Running:
         self.stopped_at = time.monotonic()
 
     def resume(self) -> None:
-        """Let a suspended command go on."""
+        """Let a suspended command continue."""
         self.stopped += time.monotonic() - self.stopped_at
         self.stopped_at = 0.0
         for each in self.tree():
@@ -328,7 +329,7 @@ def side_by_side(systems: Sequence[System], tasks: Sequence[Task], work: Path) -
         runs = []
         for system, task in zip(systems, tasks, strict=True):
             run = stack.enter_context(Running(system, task, work))
-            while run.goes_on() and run.progress < WARM_UP:
+            while run.is_running() and run.progress < WARM_UP:
                 pass
             run.suspend()
             runs.append(run)
@@ -336,7 +337,7 @@ def side_by_side(systems: Sequence[System], tasks: Sequence[Task], work: Path) -
             behind = min(waiting, key=lambda run: run.progress)
             behind.resume()
             before = behind.progress
-            while behind.goes_on() and behind.progress == before:
+            while behind.is_running() and behind.progress == before:
                 pass
             behind.suspend()
         return runs
@@ -345,6 +346,6 @@ def side_by_side(systems: Sequence[System], tasks: Sequence[Task], work: Path) -
 def run_to_the_end(system: System, task: Task, work: Path, command: Sequence[str] | None = None) -> tuple[float, float]:
     """Run a command; return its wall-clock seconds and the peak memory of its processes in GiB."""
     with Running(system, task, work, command) as running:
-        while running.goes_on():
+        while running.is_running():
             pass
         return running.seconds, running.peak_bytes / 2**30

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scripts.common.config import ROOT
 from scripts.common.errors import UserError, did_you_mean
+from scripts.common.paths import ROOT, portable_path
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -27,33 +27,89 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "b
 
 
 class _Facts(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, frozen=True, populate_by_name=True)
 
 
-class _BaseModelFacts(_Facts):
+class BaseModelFacts(_Facts):
+    """Which base a result rests on: the fingerprint decides, the id says where to get it."""
+
     id: str
     revision: str | None
     fingerprint: str
 
 
-class _RunFacts(_Facts):
+class Parent(_Facts):
+    """The artifact that another one was made from."""
+
+    path: str
+    sha256: str
+
+
+class DatasetFacts(_Facts):
+    """One source of records; null where a side was not used."""
+
+    path: str
+    sha256: str
+    train: int | None = None
+    validation: int | None = None
+    items: int | None = None
+
+
+class SplitFacts(_Facts):
+    """What decided which prompts were held out."""
+
+    seed: int
+    ratio: float
+
+
+class RunFacts(_Facts):
+    """The MLflow run that wrote an artifact."""
+
     run_id: str | None
 
 
-class _ModelFacts(_Facts):
-    """What every reader of an adapter or a merged model relies on."""
+class GitFacts(_Facts):
+    """The commit of this code and whether it was edited; nulls outside a git checkout."""
 
-    base_model: _BaseModelFacts
+    commit: str | None
+    dirty: bool | None
+
+
+class Manifest(_Facts):
+    """What a finished folder says about itself: what made it, from what, and the hash of each of its files.
+
+    Keys that later versions add are null in the manifests of earlier ones.
+    """
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    stage: str
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    base_model: BaseModelFacts
     tokenizer_sha256: str
     chat_template_sha256: str
-    datasets: list[dict[str, Any]]
-    split: dict[str, Any]
+    parent: Parent | None = None
+    datasets: list[DatasetFacts]
+    split: SplitFacts
     config: dict[str, Any]
-    mlflow: _RunFacts
+    mlflow: RunFacts
     metrics: dict[str, Any]
+    packages: dict[str, str] = Field(default_factory=lambda: package_versions())
+    git: GitFacts = Field(default_factory=lambda: git_state())
+    files: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def sha256(self) -> str:
+        """Return the identity of the artifact: the hash of its file map."""
+        return sha256_json(self.files)
 
-MODEL_STAGES = ("sft", "dpo", "merged")
+    def as_parent(self, folder: str | Path) -> Parent:
+        """Describe the artifact for the manifest of another one that is made from it."""
+        return Parent(path=portable_path(folder), sha256=self.sha256)
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """Return the section of the configuration that the artifact's own stage was run with."""
+        return dict(self.config.get(self.stage) or {})
 
 
 def sha256_file(path: Path) -> str:
@@ -72,24 +128,8 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def artifact_sha256(manifest: dict[str, Any]) -> str:
-    """Return the identity of an artifact: the hash of its file map."""
-    return sha256_json(manifest["files"])
-
-
-def parent_entry(folder: str | Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """Describe the artifact that another one was made from, for that one's manifest."""
-    return {"path": portable_path(folder), "sha256": artifact_sha256(manifest)}
-
-
-def portable_path(path: str | Path) -> str:
-    """Write a path relative to the repository where it lies inside, so that manifests can travel."""
-    resolved = Path(path).resolve()
-    return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else str(path)
-
-
-def git_state() -> dict[str, Any]:
-    """Return the commit this code is at and whether it was edited; nulls outside a git checkout."""
+def git_state() -> GitFacts:
+    """Ask git for the commit this code is at and whether it was edited."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -99,7 +139,7 @@ def git_state() -> dict[str, Any]:
         return done.stdout.strip()
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    return GitFacts(commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
 
 
 def package_versions() -> dict[str, str]:
@@ -113,38 +153,26 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(folder: Path, stage: str, **facts: Any) -> dict[str, Any]:
-    """Hash every file of a folder and write its manifest last."""
-    manifest = {
-        "schema": SCHEMA,
-        "stage": stage,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **facts,
-        "packages": package_versions(),
-        "git": git_state(),
-    }
-    return update_manifest(folder, manifest)
-
-
-def update_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write a manifest with the hashes its folder's files have now; what made them stays as it was said."""
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file of a folder and write its manifest last; what made the folder stays as the manifest says."""
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    manifest = {**manifest, "files": files}
-    write_text_durably(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    manifest = manifest.model_copy(update={"files": files})
+    content = manifest.model_dump(mode="json", by_alias=True)
+    write_text_durably(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
 
-def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: bool = True) -> dict[str, Any]:
+def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: bool = True) -> Manifest:
     """Read the manifest of a finished folder and check that its files are those it lists.
 
     Raises: UserError when the folder is missing, unfinished, of another stage, or its files were changed.
     """
     folder = Path(folder)
-    mend_interrupted_publish(folder)
+    repair_interrupted_publish(folder)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder. Run the stage that writes it first (`python -m scripts.train_sft`, then "
@@ -152,46 +180,40 @@ def read_manifest(folder: str | Path, *, stages: tuple[str, ...] = (), verify: b
         )
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, stage = dict(manifest["files"]), str(manifest["stage"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema, stage = content.get("schema"), str(content["stage"])
+        dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{folder}: no valid {MANIFEST}, so it was not finished by this project. "
-            "Run the stage that writes it again (with --resume to go on from its last checkpoint)."
+            "Run the stage that writes it again (with --resume to continue from its last checkpoint)."
         ) from None
-    if manifest.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path}: found schema {manifest.get('schema')}, wanted {SCHEMA}. Make the artifact again with this version."
-        )
+    if schema != SCHEMA:
+        raise UserError(f"{path}: found schema {schema}, wanted {SCHEMA}. Make the artifact again with this version.")
     if stages and stage not in stages:
         raise UserError(f"{folder}: found a folder of stage `{stage}`, wanted {' or '.join(stages)}.")
-    if stage in MODEL_STAGES:
-        _check_facts(path, manifest)
-    if verify:
-        _check_files(folder, files)
-    return dict(manifest)
-
-
-def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
     try:
-        _ModelFacts.model_validate(manifest)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key, problem = ".".join(map(str, first["loc"])), first["msg"].lower().partition(" or instance")[0]
         raise UserError(f"{path}: {key}: {problem}. Restore the folder or make it again.") from None
+    if verify:
+        _check_files(folder, manifest.files)
+    return manifest
 
 
-def _check_files(folder: Path, files: dict[str, Any]) -> None:
-    mend = f"since {MANIFEST} was written. Restore the folder or make it again."
+def _check_files(folder: Path, files: dict[str, str]) -> None:
+    fix = f"since {MANIFEST} was written. Restore the folder or make it again."
     for name, digest in files.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise UserError(f"{folder / MANIFEST}: files: found {name!r}, wanted names inside the folder.")
         if not file.is_file() or sha256_file(file) != digest:
-            raise UserError(f"{file}: {'changed' if file.is_file() else 'is missing'} {mend}")
+            raise UserError(f"{file}: {'changed' if file.is_file() else 'is missing'} {fix}")
     for file in folder.iterdir():
         if file.suffix in LOADED and file.name not in (MANIFEST, *files):
-            raise UserError(f"{file}: was added {mend}")
+            raise UserError(f"{file}: was added {fix}")
 
 
 def check_replaceable(output_dir: str | Path, stage: str, key: str) -> None:
@@ -200,14 +222,14 @@ def check_replaceable(output_dir: str | Path, stage: str, key: str) -> None:
     Raises: UserError when something else is there, which a finished run would remove.
     """
     folder = Path(output_dir)
-    mend_interrupted_publish(folder)
+    repair_interrupted_publish(folder)
     if not folder.is_symlink() and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
         return
     try:
         read_manifest(folder, stages=(stage,), verify=False)
     except UserError:
         raise UserError(
-            f"{key}: {folder} is there already and is no folder of stage `{stage}`, so it will not be replaced. "
+            f"{key}: {folder} is there already and is not a folder of stage `{stage}`, so it will not be replaced. "
             "Choose another one, or remove it."
         ) from None
 
@@ -243,7 +265,7 @@ def locked_run_dir(output_dir: str | Path) -> Iterator[Path]:
             f"{output_dir}: another process is writing it. Wait for it to end, or choose another output_dir."
         ) from None
     try:
-        mend_interrupted_publish(output_dir)
+        repair_interrupted_publish(output_dir)
         yield run_dir
     finally:
         lock.release()
@@ -264,7 +286,7 @@ def publish(part: Path, output_dir: str | Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def mend_interrupted_publish(output_dir: Path) -> None:
+def repair_interrupted_publish(output_dir: Path) -> None:
     """Bring the previous folder back when a run died between the two renames."""
     if not output_dir.name:  # `.` or `/`
         return

@@ -1,4 +1,4 @@
-"""The one style in which this project tells a user what went wrong."""
+"""The one style in which this project says what went wrong."""
 
 from __future__ import annotations
 

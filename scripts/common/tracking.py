@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import re
-import sqlite3
 import time
 import traceback
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,9 +13,9 @@ from typing import Any
 
 from scripts.common.artifacts import git_state
 from scripts.common.config import LoadedConfig
+from scripts.common.distributed import broadcast_from_rank_0, is_main_process
 from scripts.common.errors import Interrupted, UserError
-from scripts.common.processes import decided_by_first
-from scripts.common.runtime import is_main_process, signals_held
+from scripts.common.signals import signals_held
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +90,7 @@ class Tracker:
             self.flush()
 
     def flush(self) -> None:
-        """Deliver what waits, in order; the first failure is told, the rest waits for a better time."""
+        """Deliver what is queued, in order; on the first failure warn once and keep the rest for a later try."""
         try:
             while self._metrics:
                 self._client.log_batch(self.run_id, metrics=self._metrics[:METRICS_AT_ONCE])
@@ -102,10 +98,10 @@ class Tracker:
             while self._undelivered:
                 self._undelivered[0]()
                 self._undelivered.pop(0)
-        except Exception as error:  # whatever the store raises, training goes on
+        except Exception as error:  # the store decides what it raises; training continues
             if not self._failed_at:
                 log.warning(
-                    "MLflow store is not reachable (%s); training goes on, entries are kept", _first_line(error)
+                    "MLflow store is not reachable (%s); training continues, entries are kept", _first_line(error)
                 )
             self._failed_at = time.monotonic()
             return
@@ -126,7 +122,7 @@ def open_store(config: LoadedConfig) -> None:
     Raises: UserError when it does not, before any work was done.
     """
     uri = config.values.tracking.mlflow_tracking_uri
-    if uri.startswith("file:") or "://" not in uri:  # a folder, which MLflow gives up unless told otherwise
+    if uri.startswith("file:") or "://" not in uri:  # a folder, which MLflow refuses unless this is set
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         log.info(
             "tracking in a folder; to move to a database: mlflow migrate-filestore --source %s --target sqlite:///mlflow.db",
@@ -157,9 +153,9 @@ def tracked_run(
 ) -> Iterator[Tracker]:
     """Open a run and close it as FINISHED, KILLED or FAILED with its traceback.
 
-    `earlier` is the run of an interrupted try: it is gone on with, or marked KILLED where its process died silently.
+    `earlier` is the run of an interrupted try: it is continued, or marked KILLED where its process died silently.
     """
-    decided_by_first(lambda: open_store(config))
+    broadcast_from_rank_0(lambda: open_store(config))
     if not is_main_process():
         yield Tracker()
         return
@@ -169,8 +165,8 @@ def tracked_run(
     tags = {
         "stage": stage,
         "config_sha256": config.digest(),
-        "git_commit": git["commit"] or "none",
-        "git_dirty": str(git["dirty"]),
+        "git_commit": git.commit or "none",
+        "git_dirty": str(git.dirty),
     }
     status_before = _status(earlier)
     with ExitStack() as held:
@@ -237,61 +233,5 @@ def _cannot_open(config: LoadedConfig, error: Exception) -> UserError:
 
 
 def _first_line(error: BaseException) -> str:
-    told = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]  # SQLAlchemy
-    return (told or [type(error).__name__])[0][:200]
-
-
-def describe_store(uri: str, timeout_seconds: float) -> str:
-    """Say what a store is and holds, without importing MLflow, which takes seconds.
-
-    Raises: UserError when no run could be kept there, with what to type.
-    """
-    if uri.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_seconds):
-                return f"{uri} answers"
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{uri}: {error}\nmlflow server --port 5000, or tracking.mlflow_tracking_uri: sqlite:///mlflow.db"
-            ) from None
-    path = Path(re.sub(r"^(sqlite:///|file:(//)?)", "", uri)).absolute()
-    if not uri.startswith("sqlite:///"):
-        return (
-            f"{uri}: another store, not looked into"
-            if "://" in uri and not uri.startswith("file:")
-            else f"folder {path}"
-        )
-    if not path.parent.is_dir():
-        raise UserError(f'{uri}: no such folder\nmkdir -p "{path.parent}"')
-    if not path.exists():
-        return f"{uri}: made by the first run"
-    try:
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=timeout_seconds)
-        try:
-            (found,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-            (runs,) = connection.execute("SELECT count(*) FROM runs").fetchone()
-        finally:
-            connection.close()
-    except (sqlite3.Error, TypeError) as error:
-        raise UserError(f'{path}: is no usable MLflow database ({error})\nmv "{path}" "{path}.old"') from None
-    older, newest = _schemas()
-    if found not in newest:
-        mend = (
-            f'cp "{path}" "{path}.old" && mlflow db upgrade "{uri}"' if found in older else f'mv "{path}" "{path}.old"'
-        )
-        other = "an older" if found in older else "another, perhaps newer"
-        raise UserError(f"{uri}: its tables are of {other} MLflow (schema {found})\n{mend}")
-    return f"{uri}: {runs} runs, its tables are current"
-
-
-def _schemas() -> tuple[set[str], set[str]]:
-    """Return the schemas that the installed MLflow's migrations lead away from, and the one they end at."""
-    spec = importlib.util.find_spec("mlflow")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("mlflow is not installed", name="mlflow")
-    files = (Path(spec.origin).parent / "store" / "db_migrations" / "versions").glob("*.py")
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    older, known = (
-        set(re.findall(rf'^{name} = "(\w+)"', text, re.MULTILINE)) for name in ("down_revision", "revision")
-    )
-    return older, known - older
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]  # SQLAlchemy
+    return (lines or [type(error).__name__])[0][:200]

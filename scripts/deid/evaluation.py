@@ -1,15 +1,14 @@
-"""Measure the recognizers against labelled texts: what is covered whole, what leaks, what is flagged in vain."""
+"""Measure the recognizers against labelled texts: what is covered whole, what leaks, what is flagged without need."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError
-from scripts.common.records import BadRow, read_rows
+from scripts.dataset.files import BadRow, read_rows
 from scripts.deid.spans import Span
 
 # Job titles and forms of address identify nobody; MISC of the newspaper sets holds works, events and nationalities.
@@ -18,13 +17,12 @@ NOT_PERSONAL = frozenset({"TITLE", "PREFIX", "MISC"})
 
 def wilson(hits: int, total: int) -> list[float] | None:
     """Return the 95 % Wilson interval of a share; None without observations."""
+    from scipy.stats import binomtest
+
     if not total:
         return None
-    z, share = 1.959964, hits / total
-    middle = share + z * z / (2 * total)
-    half = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return [round(max(0.0, (middle - half) / scale), 4), round(min(1.0, (middle + half) / scale), 4)]
+    interval = binomtest(hits, total).proportion_ci(method="wilson")
+    return [round(float(interval.low), 4), round(float(interval.high), 4)]
 
 
 def share(hits: int, total: int) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def share(hits: int, total: int) -> dict[str, Any]:
 def read_gold(path: Path) -> Iterator[dict[str, Any]]:
     """Yield labelled rows {text, spans: [{start, end, label}]}.
 
-    Raises: UserError naming the first row that is none.
+    Raises: UserError naming the first row that is not one.
     """
     for where, row in read_rows(path):
         try:
@@ -60,7 +58,7 @@ def read_gold(path: Path) -> Iterator[dict[str, Any]]:
 def evaluate(rows: Iterable[tuple[dict[str, Any], list[Span] | None]]) -> dict[str, Any]:
     """Compare found with labelled spans; a record that was held back (None) neither leaks nor counts for recall.
 
-    A labelled span counts as found when each of its letters and digits is covered, whatever the entity is called.
+    A labelled span counts as found when each of its letters and digits is covered, under any entity name.
     """
     covered_whole, labelled, right, flagged = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     records = held_back = leaking = plain = plain_flagged = 0

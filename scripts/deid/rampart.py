@@ -1,4 +1,4 @@
-"""The optional recognizer: Rampart, a 15 MB ONNX model that `make setup-rampart` installs."""
+"""The optional recognizer: Rampart, a 15 MB ONNX model installed by `make setup-rampart`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Rampart:
 
 def _with_company(text: str, spans: list[Span]) -> list[Span]:
     """Drop lone numbers and words that Rampart takes for parts of an address; in an address they stand together."""
-    kept = []
+    believable = []
     for index, span in enumerate(spans):
         if span.entity == "STREET_ADDRESS":
             near = [other for other in spans[max(0, index - 1) : index + 2] if other is not span]
@@ -86,8 +86,8 @@ def _with_company(text: str, spans: list[Span]) -> list[Span]:
             joined = span.start and text[span.start - 1].isalnum()
             if not any(gap <= 2 for gap in gaps) and not joined:
                 continue
-        kept.append(span)
-    return kept
+        believable.append(span)
+    return believable
 
 
 def load_rampart(settings: Deid) -> Rampart | None:

@@ -128,16 +128,16 @@ def _load_detector(settings: Deid) -> Detector:
         context_aware_enhancer=LemmaContextAwareEnhancer(context_matching_mode="whole_word"),
     )  # fmt: skip
     known = sorted({*analyzer.get_supported_entities(language), *(RAMPART_LABELS.values() if rampart else ())})
-    wanted = settings.entities if settings.entities is not None else _profile_entities(settings, known)
+    entities = settings.entities if settings.entities is not None else _profile_entities(settings, known)
     for key, names in (
-        ("entities", wanted), ("thresholds", [name for name in settings.thresholds if name != "default"]),
+        ("entities", entities), ("thresholds", [name for name in settings.thresholds if name != "default"]),
         ("operators", settings.operators),
     ):  # fmt: skip
         for name in names:
             if name not in known:
                 raise UserError(f"deid.{key}: found {name}, wanted entities out of: {', '.join(known)}.")
     thresholds = {**(STRICT_THRESHOLDS if settings.profile == "strict" else THRESHOLDS), **settings.thresholds}
-    detector = Detector(settings, tuple(sorted(wanted)), thresholds, analyzer, rampart, user_entities)
+    detector = Detector(settings, tuple(sorted(entities)), thresholds, analyzer, rampart, user_entities)
     _check_canaries(detector)
     return detector
 

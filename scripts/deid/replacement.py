@@ -48,11 +48,11 @@ class Replacer:
         return self.settings.operators.get(entity, self.settings.operator)
 
     def removes(self, entity: str) -> bool:
-        """Tell whether the original may not stand in the output."""
+        """Say whether the original may not stand in the output."""
         return self.operator_of(entity) != "keep"
 
     def replace(self, number: int, texts: Sequence[tuple[str, Sequence[Span]]]) -> list[str]:
-        """Replace the spans of all texts of one record; `number` is the record's place in the file."""
+        """Replace the spans of all texts of one record; `number` is the record's number in the file."""
         found = [(span.entity, text[span.start : span.end]) for text, spans in texts for span in spans]
         identities = identify(found)
         places: dict[str, list[str]] = {}
@@ -70,8 +70,8 @@ class Replacer:
             if operator == "tag-index":
                 new = f"<{entity}_{places[entity].index(identity) + 1}>"
             elif operator == "surrogate":
-                place = places[entity].index(identity)
-                new = self._surrogate(number, entity, value, identity, place, originals)
+                ordinal = places[entity].index(identity)
+                new = self._surrogate(number, entity, value, identity, ordinal, originals)
             else:
                 new = self.operators[operator](entity, value, identity)
             chosen[entity, value] = new
@@ -94,16 +94,16 @@ class Replacer:
     def _encrypt(self, entity: str, value: str) -> str:
         return base64.urlsafe_b64encode(_cipher(self.key).encrypt(value.encode(), [entity.encode()])).decode()
 
-    def _surrogate(self, number: int, entity: str, value: str, identity: str, place: int, originals: set[str]) -> str:
-        """Invent a value of the same kind: from the place in the record, or keyed for the whole file."""
+    def _surrogate(self, number: int, entity: str, value: str, identity: str, ordinal: int, originals: set[str]) -> str:
+        """Invent a value of the same kind, seeded by its position in the file or, for one value per file, by the key."""
         import faker
 
         if self._faker is None:
             self._faker = faker.Faker("en_US")
         if self.settings.consistency == "file":
             seed = int.from_bytes(self._digest(entity, identity)[:8], "big")
-        else:  # the place in the file, not the value: a code must not be derived from the person
-            origin = f"{self.seed}\n{number}\n{entity}\n{place}".encode()
+        else:  # the position, not the value: a code must not be derived from the person
+            origin = f"{self.seed}\n{number}\n{entity}\n{ordinal}".encode()
             seed = int.from_bytes(hashlib.sha256(origin).digest()[:8], "big")
         for attempt in range(100):
             self._faker.seed_instance(seed + attempt)
@@ -115,7 +115,7 @@ class Replacer:
 
 
 def fold(value: str) -> str:
-    """Write a value so that case and spacing do not tell two mentions apart."""
+    """Write a value so that mentions that differ only in case and spacing are equal."""
     return " ".join(value.casefold().split())
 
 
@@ -168,7 +168,7 @@ def _date(rng: random.Random) -> str:
 
 
 def _same_kind(character: str, rng: random.Random, *, first: bool) -> str:
-    """Draw a digit for a digit and a letter for a letter; the first digit is no zero, so that numbers keep their length."""
+    """Draw a digit for a digit and a letter for a letter; the first digit is not a zero, so that numbers keep their length."""
     if character.isdigit():
         return str(rng.randrange(1 if first else 0, 10))
     if character.isalpha():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from scripts.common.artifacts import sha256_json
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, Field
+
+from scripts.common.artifacts import GitFacts, git_state, sha256_json
+from scripts.common.deid_report import REPORT_SCHEMA
 from scripts.common.schema import Deid
 from scripts.deid.replacement import Replacer
 from scripts.deid.scrubbing import Outcome
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
 
 # 45 CFR 164.514(b)(2)(i): the 18 identifiers and the entities that stand for each.
 HIPAA = {
@@ -44,11 +51,75 @@ LIMITS = (
 )
 
 
+class _Facts(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, populate_by_name=True)
+
+
+class FileFacts(_Facts):
+    """A file by its name, without the folder, and its content."""
+
+    name: str
+    sha256: str
+
+
+class Counts(_Facts):
+    """How many records went in, came out, and were held back for which reason."""
+
+    input: int
+    output: int
+    quarantined: int
+    reasons: dict[str, int]
+
+
+class Identifier(_Facts):
+    """One of the 18 identifiers of HIPAA, and what was done about it."""
+
+    identifier: str
+    method: str
+
+
+class Timing(_Facts):
+    """What a run took; the speed is that of scrubbing alone, without loading the recognizers."""
+
+    seconds: float
+    workers: int
+    peak_memory_gib: float
+    characters: int
+    characters_per_second: int
+
+
+class Report(_Facts):
+    """What was done to a file: the content of <out>.deid_report.json."""
+
+    schema_version: int = Field(REPORT_SCHEMA, alias="schema")
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    input: FileFacts
+    output: FileFacts
+    counts: Counts
+    entities: dict[str, int]
+    operators: dict[str, str]
+    fields: dict[str, dict[str, int]]
+    scores: dict[str, dict[str, int]]
+    recognizers: dict[str, Any]
+    config: dict[str, Any]
+    hipaa: list[Identifier]
+    residual_scan: str = "every written record was searched again until nothing new was found"
+    evaluation: dict[str, Any] | None
+    limits: list[str] = list(LIMITS)
+    timing: Timing
+    git: GitFacts = Field(default_factory=git_state)
+
+    def as_json(self) -> str:
+        """Write the report as a JSON file."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
+
+
 class Tally:
     """Counts over all records of a run; holds no text."""
 
     def __init__(self) -> None:
         self.read = self.written = self.characters = 0
+        self.seconds = 0.0
         self.reasons: Counter[str] = Counter()
         self.entities: Counter[str] = Counter()
         self.fields: dict[str, Counter[str]] = {}
@@ -60,7 +131,7 @@ class Tally:
         return self.reasons.total()
 
     def add(self, outcome: Outcome) -> None:
-        """Count one record that was written or held back."""
+        """Count one record, written or held back."""
         self.read += 1
         if outcome.reason:
             self.reasons[outcome.reason] += 1
@@ -73,11 +144,11 @@ class Tally:
             self.scores.setdefault(entity, Counter())[f"{int(min(score, 0.99) * 10) / 10:.1f}"] += 1
 
 
-def hipaa_table(detector: dict[str, Any], replacer: Replacer) -> list[dict[str, str]]:
-    """Say for each of the 18 identifiers what was done about it."""
+def hipaa_table(entities: list[str], replacer: Replacer) -> list[Identifier]:
+    """Say for each of the 18 identifiers what was done about it, given the entities that are searched for."""
     table = []
     for identifier, wanted in HIPAA.items():
-        done = [name for name in wanted if name in detector["entities"] and replacer.removes(name)]
+        done = [name for name in wanted if name in entities and replacer.removes(name)]
         if identifier[0] in "PQ":
             method = "not recognised in text; records with base64 or binary content are held back"
         elif not done:
@@ -86,62 +157,82 @@ def hipaa_table(detector: dict[str, Any], replacer: Replacer) -> list[dict[str, 
             method = "; ".join(f"{name}: {replacer.operator_of(name)}" for name in done)
             missing = [name for name in wanted if name not in done]
             method += f"; not covered: {', '.join(missing)}" if missing else ""
-        table.append({"identifier": identifier, "method": method})
+        table.append(Identifier(identifier=identifier, method=method))
     return table
 
 
 def settings_for_report(settings: Deid) -> dict[str, Any]:
-    """Return the configuration; the lists may hold names, so they appear as counts and hashes."""
+    """Return the configuration, with hashes in place of the lists of words, which may hold names."""
     values = settings.model_dump(mode="json")
     for name in ("allow_list", "deny_list"):
         values[name] = {"count": len(values[name]), "sha256": sha256_json(values[name])}
     return values
 
 
-def render_html(report: dict[str, Any]) -> str:
-    """Write the report as one page that needs nothing else."""
-    counts, evaluation = report["counts"], report["evaluation"]
-    blocks = [
-        "<p class='lead'>"
-        f"{counts['input']:,} records read, {counts['output']:,} written, {counts['quarantined']:,} held back. "
-        f"{sum(report['entities'].values()):,} findings replaced or kept as configured.</p>",
-        _table("Files", ("", "name", "sha256"), [(k, report[k]["name"], report[k]["sha256"]) for k in ("input", "output")]),
-        _table(
-            "Findings", ("entity", "count", "operator"),
-            [(k, f"{v:,}", report["operators"].get(k, "")) for k, v in report["entities"].items()],
+def sorted_counts(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """Sort counts by both of their names, so that the same data give the same report."""
+    return {name: dict(sorted(inner.items())) for name, inner in sorted(counts.items())}
+
+
+def describe_run(
+    settings: Deid,
+    replacer: Replacer,
+    recognizers: dict[str, Any],
+    tally: Tally,
+    *,
+    source: FileFacts,
+    output: FileFacts,
+    evaluation: dict[str, Any] | None,
+    timing: Timing,
+) -> Report:
+    """Put together the evidence of a run."""
+    return Report(
+        input=source,
+        output=output,
+        counts=Counts(
+            input=tally.read,
+            output=tally.written,
+            quarantined=tally.quarantined,
+            reasons=dict(sorted(tally.reasons.items())),
         ),
-        _table("Held back", ("reason", "records"), list(counts["reasons"].items())),
-        _table("HIPAA Safe Harbor", ("identifier", "method"), [(r["identifier"], r["method"]) for r in report["hipaa"]]),
-    ]  # fmt: skip
-    if evaluation:
-        rows = [("all", evaluation["recall"]), *evaluation["recall_by_label"].items()]
-        shown = [(n, f"{r['share']:.1%}" if r["total"] else "–", _interval(r), f"{r['total']:,}") for n, r in rows]
-        name = evaluation["gold"]["name"]
-        blocks.append(_table(f"Measured recall on {name}", ("label", "covered whole", "95 % interval", "spans"), shown))
-    else:
-        blocks.append("<h2>Measured recall</h2><p>Not measured in this run; see --evaluate.</p>")
-    blocks.append(
-        "<h2>Limits</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in report["limits"]) + "</ul>"
-    )
-    tools = json.dumps({k: report[k] for k in ("recognizers", "config", "git")}, indent=1, ensure_ascii=False)
-    blocks.append(
-        f"<details><summary>Configuration, versions, hashes</summary><pre>{html.escape(tools)}</pre></details>"
-    )
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>De-identification report</title><style>"
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
-        "table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd;"
-        "overflow-wrap:anywhere}.lead{font-size:1.2rem}pre{white-space:pre-wrap}</style>"
-        f"<h1>De-identification report</h1><p>{html.escape(report['created'])}</p>{''.join(blocks)}</html>\n"
+        entities=dict(sorted(tally.entities.items())),
+        operators={name: replacer.operator_of(name) for name in recognizers["entities"]},
+        fields=sorted_counts(tally.fields),
+        scores=sorted_counts(tally.scores),
+        recognizers=recognizers,
+        config=settings_for_report(settings),
+        hipaa=hipaa_table(recognizers["entities"], replacer),
+        evaluation=evaluation,
+        timing=timing,
     )
 
 
-def _interval(share: dict[str, Any]) -> str:
-    return " to ".join(f"{bound:.1%}" for bound in share["wilson95"]) if share["wilson95"] else "–"
+def render_html(report: Report) -> str:
+    """Write the report as one page that needs nothing else; every text in it is shown as text, never as markup."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = "{:,}".format
+    tools = report.model_dump(mode="json", include={"recognizers", "config", "git"})
+    page = environment.get_template(TEMPLATE.name).render(
+        report=report,
+        files=[("input", report.input.name, report.input.sha256), ("output", report.output.name, report.output.sha256)],
+        findings=[(name, f"{n:,}", report.operators.get(name, "")) for name, n in report.entities.items()],
+        hipaa=[(row.identifier, row.method) for row in report.hipaa],
+        recall=recall_rows(report.evaluation) if report.evaluation else [],
+        tools=json.dumps(tools, indent=1, ensure_ascii=False),
+    )
+    return page.lstrip() + "\n"
 
 
-def _table(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    if not rows:
-        return f"<h2>{html.escape(title)}</h2><p>None.</p>"
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<h2>{html.escape(title)}</h2><table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{cells}</table>"
+def recall_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Write the measured recall of all labels and of each one, with its interval and the number of spans."""
+    rows: list[tuple[str, ...]] = []
+    for label, recall in [("all", evaluation["recall"]), *evaluation["recall_by_label"].items()]:
+        interval = " to ".join(f"{bound:.1%}" for bound in recall["wilson95"] or ()) or "–"
+        rows.append((label, f"{recall['share']:.1%}" if recall["total"] else "–", interval, f"{recall['total']:,}"))
+    return rows

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.common.records import BadRow
 from scripts.common.schema import Deid
+from scripts.dataset.files import BadRow
 from scripts.deid.detection import NER_ENTITIES, Detector
 from scripts.deid.replacement import Replacer
 from scripts.deid.spans import TAG, Span, merge_addresses, tidy
 
-# Prose needs no label; every other field is read as "name of the field: value", which tells an SSN from a number.
+# Prose needs no label; every other field is read as "name of the field: value", which distinguishes an SSN from a number.
 PROSE_FIELDS = frozenset(
     [
         "instruction",
@@ -90,8 +90,8 @@ class Leaf:
     def add(self, found: Sequence[Span]) -> bool:
         """Take in spans of this text; return whether they cover more than before."""
         before = [span[:3] for span in self.spans]
-        kept = [(match.start(), match.end()) for match in TAG.finditer(self.text)]
-        fresh = tidy(self.text, found, sorted([*kept, *((span.start, span.end) for span in self.spans)]))
+        tags = [(match.start(), match.end()) for match in TAG.finditer(self.text)]
+        fresh = tidy(self.text, found, sorted([*tags, *((span.start, span.end) for span in self.spans)]))
         self.spans = merge_addresses(self.text, sorted([*self.spans, *fresh]))
         return [span[:3] for span in self.spans] != before
 
@@ -129,7 +129,7 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
         number, _, row = chunk[index]
         try:
             _finish(number, outcomes[index], row, found, replacer)
-        except Exception as error:  # whatever goes wrong, the row must not pass
+        except Exception as error:  # a row that failed in any way must not pass
             outcomes[index].reason = str(error) if isinstance(error, HeldBackError) else _named(error)
     return outcomes
 
@@ -176,7 +176,7 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
 
 
 def _odd_keys(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    """List the keys that are no plain names of fields: a person may be hidden in them."""
+    """List the keys that are not plain names of fields: a person may be hidden in them."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z_.-]*\d{0,3}", key):
@@ -226,7 +226,7 @@ def search_until_stable(records: dict[int, list[Leaf]], detector: Detector) -> d
         try:
             texts = list(dict.fromkeys(text for text, _ in views.values()))
             found = dict(zip(texts, detector.detect(texts), strict=True))
-        except Exception:  # find out which records it is; the others go on
+        except Exception:  # find out which records it is; the others continue
             for index, leaves in pending.items():
                 try:
                     texts = [views[id(leaf)][0] for leaf in leaves]
@@ -270,7 +270,7 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
                 tokens |= {name: "PERSON" for name in names if name not in COMMON_WORDS and not name.isupper()}
                 if len(surface.split()) > 1:
                     values[surface.casefold()] = "PERSON"
-            elif span.entity not in NER_ENTITIES and _is_telling(surface):
+            elif span.entity not in NER_ENTITIES and _is_distinctive(surface):
                 values[surface.casefold()] = span.entity
     changed = set()
     for forms, flags in ((tokens, 0), (values, re.IGNORECASE)):
@@ -296,8 +296,8 @@ def _id_of(row: Any, settings: Deid) -> str | int | None:
     return value if isinstance(value, str | int) else None
 
 
-def _is_telling(surface: str) -> bool:
-    """Tell a number or address, which means the same everywhere, from a word such as the name of a street."""
+def _is_distinctive(surface: str) -> bool:
+    """Say whether a finding is a number or an address, the same everywhere, and not a word such as a street's name."""
     return len(surface) >= 5 and not all(character.isalpha() or character.isspace() for character in surface)
 
 
@@ -318,7 +318,7 @@ def _finish(number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], rep
     plain.encode()  # half a surrogate pair cannot be written
     for surface in surfaces:
         inside = re.escape(json.dumps(surface, ensure_ascii=False)[1:-1])
-        if _is_telling(surface) and re.search(rf"(?<!\w){inside}(?!\w)", TAG.sub("", plain)):
+        if _is_distinctive(surface) and re.search(rf"(?<!\w){inside}(?!\w)", TAG.sub("", plain)):
             raise HeldBackError("a value that was replaced stands in a field or key that is not scrubbed")
     outcome.row = scrubbed
     outcome.found = [(_dotted(leaf.path), span.entity, span.score) for leaf in leaves for span in leaf.spans]

@@ -26,7 +26,7 @@ PRIORITY = (
 _RANK = {entity: rank for rank, entity in enumerate(PRIORITY)}
 
 # <PERSON>, <PERSON_2>, <PERSON:1f2e…> are our own replacements: never touched again. Only names of entities count, so
-# that a user's <DIV_1> is no hiding place.
+# that nothing can hide in a user's <DIV_1>.
 TAG = re.compile(rf"<(?:{'|'.join(PRIORITY)}|CUSTOM)(?:_\d{{1,6}}|:[0-9a-f]{{16}}|:[\w-]{{20,}}={{0,2}})?>")
 
 _SPECIAL = str.maketrans(dict.fromkeys("‐‑‒–−﹣－", "-") | dict.fromkeys("‘’‛´", "'") | dict.fromkeys("“”„", '"'))
@@ -75,7 +75,7 @@ def tidy(text: str, spans: Iterable[Span], protected: Sequence[tuple[int, int]] 
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """Join overlapping spans; the most telling entity names the whole."""
+    """Join overlapping spans; the most specific entity names the whole."""
     joined: list[Span] = []
     for span in sorted(spans):
         if joined and span.start < joined[-1].end:

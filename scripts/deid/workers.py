@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -127,15 +126,3 @@ def _facts() -> dict[str, Any]:
 
 def _scrub(chunk: Chunk) -> list[Outcome]:
     return scrub_chunk(chunk, *_loaded())
-
-
-def peak_memory_gib() -> float:
-    """Return the most memory that this process, or any one of its workers, has held."""
-    if sys.platform == "win32":
-        import psutil
-
-        return float(psutil.Process().memory_info().peak_wset / 2**30)
-    import resource
-
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,1 @@
+"""Merge an adapter into its base, prove the result and describe it."""

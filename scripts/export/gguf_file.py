@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from scripts.common.errors import UserError
-from scripts.common.rendering import render_prompt, user_turn
+from scripts.dataset.rendering import render_prompt, user_turn
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def pre_tokenizer_name(described: dict[str, Any]) -> str | None:
         if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == LLAMA3_SPLIT:
             return "llama-bpe"
     raise UserError(
-        f"--format gguf: the tokenizer ({model['type']}; {', '.join(kinds) or 'no word splitting'}) is none that GGUF readers "
-        "know by a name. Export safetensors and convert them with llama.cpp's convert_hf_to_gguf.py."
+        f"--format gguf: the tokenizer ({model['type']}; {', '.join(kinds) or 'no word splitting'}) is not one that GGUF readers "
+        "know by name. Export safetensors and convert them with llama.cpp's convert_hf_to_gguf.py."
     )
 
 
@@ -118,7 +118,7 @@ def named_tensors(model: Any, names: Any) -> Iterator[tuple[str, torch.Tensor, i
             continue
         title = names.get_name(name, try_suffixes=(".weight",))
         if title is None:
-            raise UserError(f"--format gguf: {name} has no place in a GGUF of a Llama. Export safetensors.")
+            raise UserError(f"--format gguf: {name} cannot be stored in the GGUF of a Llama. Export safetensors.")
         yield title, weight, heads.get(name.split(".")[-2], 0)
 
 
@@ -158,7 +158,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer)
         writer.add_token_merges(merges)
-    else:  # readers join the pair with the best score first, so the score of a piece is the place of its merge
+    else:  # readers join the pair with the best score first, so the score of a piece is the rank of its merge
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(merges):
             ranks.setdefault(merge.replace(" ", ""), rank)
@@ -182,7 +182,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Tell whether a reader shall put BOS before a prompt: only where the prompts of training began with one."""
+    """Say whether a reader has to put BOS before a prompt: only if the prompts of training began with one."""
     first = tokenizer("a")["input_ids"][0]
     return bool(first == tokenizer.bos_token_id == render_prompt(tokenizer, user_turn("a"))[0])
 
@@ -190,7 +190,7 @@ def adds_bos(tokenizer: Any) -> bool:
 def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]]) -> None:
     """Prove that the file's own tokenizer gives the ids of ours, for texts of many kinds and for whole prompts.
 
-    The folder must hold no tokenizer.json, which transformers would read in the file's stead.
+    The folder must hold no tokenizer.json, which transformers would read instead of the file.
     """
     from transformers import AutoTokenizer
 

@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
-from scripts.common.memory import parameter_count
-from scripts.common.modeling import load_adapter, load_base
-from scripts.common.rendering import stop_token_ids
-from scripts.common.runtime import Machine
+from scripts.common.machine import Machine
 from scripts.common.schema import Quantization
+from scripts.dataset.rendering import stop_token_ids
+from scripts.model.adapter import load_adapter
+from scripts.model.base import load_base
+from scripts.model.memory import parameter_count
+from scripts.model.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,8 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 def stored_dtype(base_folder: Path) -> str:
     """Return the type the base is stored in, by our names."""
-    described = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
-    stored = described.get("dtype") or described.get("torch_dtype") or "float32"
+    config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stored}"), "fp32")
 
 
@@ -47,11 +49,11 @@ def check_space(base_folder: Path, run_dir: Path, dtype: str) -> None:
 
 def check_vocabulary(base_folder: Path, tokenizer: Any) -> None:
     """Refuse a tokenizer that can write ids the base has no embedding for."""
-    rows = json.loads((base_folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 0)
+    rows = ModelShape.of_folder(base_folder).vocab
     if len(tokenizer) > rows:
         raise UserError(
             f"{base_folder}: its tokenizer has {len(tokenizer)} tokens and its config.json says vocab_size {rows}. "
-            "Bring the base again; tokenizer and weights are not of the same model."
+            "Download the base again: tokenizer and weights are not of the same model."
         )
 
 

@@ -9,16 +9,27 @@ from typing import Any
 
 import yaml
 
-from scripts.common.artifacts import artifact_sha256, portable_path
-from scripts.common.config import ROOT
+from scripts.common.artifacts import DatasetFacts, Manifest
 from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError
+from scripts.common.paths import portable_path, resolve
+from scripts.common.stages import TRAINING_STAGES
 
+TRAINING_SETTINGS = (  # those that a stage has
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "beta",
+    "loss_type",
+    "reference",
+)
 LIMITS = """\
 - The comparison above holds for prompts like those it was measured on, and checks see only what rules can say.
 - A fine-tuned model keeps the base's errors and biases and can state falsehoods fluently.
 - It can repeat parts of its training text. De-identification lowers what can leak; it is no guarantee.
-- Merging changed the weights for good: to go on training, or to switch it off, use the adapter."""
+- Merging changed the weights for good. To continue training, or to switch it off, use the adapter."""
 TITLES = {
     "adapter_effect": "what the adapter changes (base against base + adapter)",
     "merge": "merged in fp32 against base + adapter",
@@ -28,19 +39,19 @@ TITLES = {
 
 
 def render_card(
-    manifest: dict[str, Any], adapter: Path, base_folder: Path, metrics: dict[str, Any], comparison_dir: str
+    manifest: Manifest, adapter: Path, base_folder: Path, metrics: dict[str, Any], comparison_dir: str
 ) -> str:
     """Write the card of the model that an adapter became."""
-    base = manifest["base_model"]["id"]
-    stage = manifest["stage"].upper()
+    base = manifest.base_model.id
+    stage = TRAINING_STAGES[manifest.stage].title
     parts = [
         front_matter(manifest, base_folder),
         f"# {Path(base).name}, fine-tuned with {stage} and merged",
-        f"`{base}` with the adapter `{portable_path(adapter)}` (sha256 `{artifact_sha256(manifest)[:16]}…`) folded into its "
+        f"`{base}` with the adapter `{portable_path(adapter)}` (sha256 `{manifest.sha256[:16]}…`) folded into its "
         f"weights, saved in {metrics['dtype']} as {metrics['format']}. `manifest.json` holds every hash and setting.",
         "## Data",
-        *(describe_dataset(entry) for entry in manifest["datasets"]),
-        f"Held out by the hash of the prompt: seed {manifest['split']['seed']}, ratio {manifest['split']['ratio']}.",
+        *(describe_dataset(entry) for entry in manifest.datasets),
+        f"Held out by the hash of the prompt: seed {manifest.split.seed}, ratio {manifest.split.ratio}.",
         "## Training",
         describe_training(manifest),
         "## Is it better than the base?",
@@ -55,69 +66,61 @@ def render_card(
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(manifest: dict[str, Any], base_folder: Path) -> str:
+def front_matter(manifest: Manifest, base_folder: Path) -> str:
     """Write the block that model hubs read."""
-    base = manifest["base_model"]["id"]
+    base = manifest.base_model.id
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not any(path.is_dir() for path in (Path(base), ROOT / base)):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not resolve(base).is_dir():
         fields["base_model"] = base
     if licence := licence_of(base_folder):
         fields["license"] = licence
-    fields["tags"] = [manifest["stage"], "lora", "merged"]
+    fields["tags"] = [manifest.stage, "lora", "merged"]
     return "---\n" + yaml.safe_dump(fields, sort_keys=False) + "---"
 
 
-def describe_dataset(entry: dict[str, Any]) -> str:
+def describe_dataset(entry: DatasetFacts) -> str:
     """Say which data, how much of it, and whether a de-identification report vouches for it."""
     try:
-        counts = check_deid_report(ROOT / entry["path"], entry["sha256"])["counts"]
+        counts = check_deid_report(resolve(entry.path), entry.sha256)["counts"]
         deid = "De-identified; the report counts " + ", ".join(
             f"{value} {name.replace('_', ' ')}" for name, value in counts.items() if isinstance(value, int)
         )
     except UserError:
         deid = "No de-identification report vouches for it"
     return (
-        f"- `{entry['path']}` (sha256 `{entry['sha256'][:16]}…`): {entry['train']} records trained on, "
-        f"{entry['validation']} held out. {deid}."
+        f"- `{entry.path}` (sha256 `{entry.sha256[:16]}…`): {entry.train} records trained on, "
+        f"{entry.validation} held out. {deid}."
     )
 
 
-def describe_training(manifest: dict[str, Any]) -> str:
+def describe_training(manifest: Manifest) -> str:
     """Give the settings that decide the result and the held-out loss they led to."""
-    stage, config, metrics = manifest["stage"], manifest["config"], manifest["metrics"]
-    section = config[stage]
-    names = [
-        "num_train_epochs",
-        "learning_rate",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_length",
-    ]
-    names += ["beta", "loss_type", "reference"] if stage == "dpo" else []
-    settings = [f"{name} {section[name]}" for name in names if name in section]
+    config, section, metrics = manifest.config, manifest.section, manifest.metrics
+    settings = [f"{name} {section[name]}" for name in TRAINING_SETTINGS if name in section]
     settings += [f"LoRA {name} {config['lora'][name]}" for name in ("r", "alpha", "dropout")]
     settings += [f"{key}: true" for key, value in {**config["lora"], **config["quantization"]}.items() if value is True]
     before, after = metrics.get("held_out_loss_before"), metrics.get("held_out_loss")
     loss = "" if before is None or after is None else f" Held-out loss {before:.4f} → {after:.4f}."
-    parent = f" It went on from `{manifest['parent']['path']}`." if manifest["parent"] else ""
-    return f"{stage.upper()} with TRL and PEFT, seed {config['seed']}: {', '.join(settings)}.{parent}{loss}"
+    parent = f" It continued `{manifest.parent.path}`." if manifest.parent else ""
+    stage = TRAINING_STAGES[manifest.stage].title
+    return f"{stage} with TRL and PEFT, seed {config['seed']}: {', '.join(settings)}.{parent}{loss}"
 
 
-def describe_comparison(manifest: dict[str, Any], comparison_dir: str) -> str:
-    """Quote the comparison report when it measured this very adapter."""
+def describe_comparison(manifest: Manifest, comparison_dir: str) -> str:
+    """Quote the comparison report if it measured this very adapter."""
     try:
         report = json.loads((Path(comparison_dir) / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "Not measured: there is no comparison report. `python -m eval.compare` writes one."
-    if report["lineage"].get(manifest["stage"], {}).get("sha256") != artifact_sha256(manifest):
+    if report["lineage"].get(manifest.stage, {}).get("sha256") != manifest.sha256:
         return "Not measured: the comparison report that is there is about another adapter."
     models = report["models"]
     rows = [f"| held out | n | {' | '.join(models)} |", "|---|---" + "|---" * len(models) + "|"]
     for metric in report["metrics"]:
         cells = []
         for name in models:
-            found = metric["models"].get(name)
-            cells.append("–" if found is None else "{value:.3g} ({ci_low:.3g} to {ci_high:.3g})".format(**found))
+            estimate = metric["models"].get(name)
+            cells.append("–" if estimate is None else "{value:.3g} ({ci_low:.3g} to {ci_high:.3g})".format(**estimate))
         rows.append(f"| {metric['title']}, {metric['unit']} | {metric['n']} | {' | '.join(cells)} |")
     return f"> {report['verdict']['text']}\n\n" + "\n".join(rows) + "\n\nIn brackets: 95 % intervals."
 

@@ -1,4 +1,4 @@
-"""Write Ollama's Modelfile, with the chat template in Ollama's own language where it can be said there."""
+"""Write Ollama's Modelfile, with the chat template in Ollama's own language where that can express it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from scripts.common.rendering import stop_token_ids
+from scripts.dataset.rendering import stop_token_ids
 
 log = logging.getLogger(__name__)
 
-# Spaces at both ends show a template that strips what people write, which Ollama's language cannot.
+# The spaces at both ends reveal a template that strips messages, which Ollama's language cannot express.
 MARKS = {"system": " §0 ", "user": " §1 ", "assistant": " §2 "}
 CONVERSATIONS = ("u", "su", "ua", "uau", "suau", "suaua", "uauau")
 
 
 def write_modelfile(tokenizer: Any, folder: Path, weights: str, *, adds_bos: bool) -> None:
-    """Write the file that Ollama makes a model of, with the chat template in its own language where it can say it."""
+    """Write the file from which Ollama makes a model, with the chat template where its language can express it."""
     template = go_template(tokenizer, tokenizer.bos_token if adds_bos else "")
     lines = [f"FROM ./{weights}"]
     if template is None:
         lines.append(
-            "# The chat template of this model cannot be said in Ollama's template language, so none stands here and Ollama\n"
-            "# guesses one. Compare `ollama run` with the answers of this project before you trust it."
+            "# The chat template of this model cannot be expressed in Ollama's template language, so none is given here and\n"
+            "# Ollama guesses one. Compare `ollama run` with the answers of this project before you trust it."
         )
-        log.warning("the chat template cannot be said in Ollama's language; the Modelfile says so")
+        log.warning("the chat template cannot be expressed in Ollama's language; the Modelfile says so")
     else:
         lines.append(f'TEMPLATE """{template}"""')
     stops = tokenizer.convert_ids_to_tokens(sorted(stop_token_ids(tokenizer)))
@@ -36,9 +36,9 @@ def write_modelfile(tokenizer: Any, folder: Path, weights: str, *, adds_bos: boo
 
 
 def go_template(tokenizer: Any, bos: str = "") -> str | None:
-    """Say a chat template in Go's template language; None when it does more than put text around each message.
+    """Translate a chat template into Go's template language; None when it does more than put text around each message.
 
-    The texts are read off from renderings and then held against other conversations. `bos` is what a GGUF reader puts
+    The texts are read off from renderings and then checked against other conversations. `bos` is what a GGUF reader puts
     before every prompt by itself.
     """
     names = {role[0]: role for role in MARKS}
@@ -60,13 +60,13 @@ def go_template(tokenizer: Any, bos: str = "") -> str | None:
     }
     default = shown["u"].removesuffix(user)
 
-    def said(roles: str) -> str:
+    def translated(roles: str) -> str:
         return ("" if roles[0] == "s" else default) + "".join("".join(around[names[role]]) for role in roles)
 
     texts = [default, question, *(text for before, _, after in around.values() for text in (before, after))]
     if not all(mark for _, mark, _ in around.values()):
-        return None  # it changes what people write
-    if any(said(roles) != text for roles, text in shown.items()) or any(
+        return None  # it changes the text of messages
+    if any(translated(roles) != text for roles, text in shown.items()) or any(
         "{{" in text or '"""' in text for text in texts
     ):
         return None

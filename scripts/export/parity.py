@@ -1,4 +1,4 @@
-"""The gate of an export: what base + adapter say about fixed and user prompts, and whether another model says the same."""
+"""The gate of an export: the logits of base + adapter for fixed and user prompts, and how far another model is from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from scripts.common.artifacts import sha256_file
-from scripts.common.config import ROOT
+from scripts.common.artifacts import Manifest, sha256_file
 from scripts.common.errors import UserError
-from scripts.common.generation import generate_answers
-from scripts.common.records import Message, is_validation, load_datasets, parse_preference, parse_record
-from scripts.common.rendering import render_prompt, user_turn
+from scripts.common.paths import resolve
 from scripts.common.schema import Data
+from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.records import PARSERS, Message, load_datasets
+from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.split import is_validation
+from scripts.model.generation import generate_answers
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ LARGEST_KL_NATS = 0.01  # rounding to bf16 costs a ten-thousandth, to q8_0 a tho
 
 @dataclass(frozen=True)
 class Parity:
-    """How far one model's predictions are from the reference's, over all scored positions."""
+    """How far one model's predictions are from another's, over all scored positions."""
 
     max_abs_logit_diff: float
     mean_kl_nats: float
@@ -61,25 +63,25 @@ class Parity:
         return asdict(self)
 
 
-def held_out_prompts(manifest: dict[str, Any]) -> list[Sequence[Message]]:
-    """Return some of the user's own prompts: held-out ones of the data the adapter was trained on, where it is here."""
-    parse = parse_preference if manifest["stage"] == "dpo" else parse_record
-    data = Data(**{**manifest["config"]["data"], "on_bad_row": "skip"})
-    found: list[Sequence[Message]] = []
-    for entry in manifest["datasets"]:
-        path = next((path for path in (Path(entry["path"]), ROOT / entry["path"]) if path.is_file()), None)
-        if path is None or sha256_file(path) != entry["sha256"]:
-            log.info("%s: %s, so its prompts are not compared", entry["path"], "changed" if path else "is not here")
+def held_out_prompts(manifest: Manifest) -> list[Sequence[Message]]:
+    """Return the user's own held-out prompts, from those files of the adapter's training data that are here."""
+    parse = PARSERS[TRAINING_STAGES[manifest.stage].records]
+    data = Data(**{**manifest.config["data"], "on_bad_row": "skip"})
+    prompts: list[Sequence[Message]] = []
+    for entry in manifest.datasets:
+        path = resolve(entry.path)
+        here = path.is_file()
+        if not here or sha256_file(path) != entry.sha256:
+            log.info("%s: %s, so its prompts are not compared", entry.path, "changed" if here else "is not here")
             continue
-        prompts = [
-            record.prompt for file in load_datasets(str(path), parse, data, "datasets") for record in file.records
-        ]
-        found += [prompt for prompt in prompts if is_validation(prompt, data)] or prompts
-    return found
+        files = load_datasets(str(path), parse, data, "datasets")
+        of_file = [record.prompt for file in files for record in file.records]
+        prompts += [prompt for prompt in of_file if is_validation(prompt, data)] or of_file
+    return prompts
 
 
 def build_probes(model: Any, tokenizer: Any, user_prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Render the prompts and let the reference answer them, so that what is compared is what the model would say."""
+    """Render the prompts and append base + adapter's own answers, so that the positions compared are those it would visit."""
     own = (render_prompt(tokenizer, prompt) for prompt in user_prompts)
     fitting = [ids for ids in own if len(ids) <= LONGEST_PROMPT_TOKENS][:USER_PROMPTS]
     prompts = [render_prompt(tokenizer, user_turn(prompt)) for prompt in FIXED_PROMPTS] + fitting
@@ -88,7 +90,7 @@ def build_probes(model: Any, tokenizer: Any, user_prompts: Sequence[Sequence[Mes
 
 
 def scored_logits(model: Any, probes: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-    """Yield the logits at the last positions of each probe, (T, V) in fp32; held one by one, so nothing is padded."""
+    """Yield the logits at the last positions of each probe, (T, V) in fp32; scored one by one, so nothing is padded."""
     model.eval()
     for ids in probes:
         with torch.no_grad():
@@ -97,12 +99,11 @@ def scored_logits(model: Any, probes: Sequence[Sequence[int]]) -> Iterator[torch
 
 
 class Stored:
-    """Keep logits on disk, from where they are read again one by one: beside a small model they are a large part."""
+    """Logits in an empty folder, read again one by one: beside a small model they are a large part of the memory."""
 
     def __init__(self, logits: Iterable[torch.Tensor], folder: Path) -> None:
         from safetensors.torch import save_file
 
-        folder.mkdir()
         self.files = []
         for number, tensor in enumerate(logits):
             self.files.append(folder / f"{number}.safetensors")
@@ -114,10 +115,10 @@ class Stored:
         return (load(file.read_bytes())["logits"] for file in self.files)
 
 
-def compare(reference: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> Parity:
-    """Measure how far `found` is from `reference`; NaN stays NaN, so that no gate lets it pass."""
+def compare(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor]) -> Parity:
+    """Measure how far logits (T, V) are from those before, KL(before || after); NaN stays NaN, so no gate lets it pass."""
     largest, divergence, agreed, positions = 0.0, 0.0, 0, 0
-    for ours, theirs in zip(reference, found, strict=True):
+    for ours, theirs in zip(before, after, strict=True):
         largest = float(torch.maximum(torch.tensor(largest), (ours - theirs).abs().max()))
         logps = torch.log_softmax(ours, -1)
         divergence += float((logps.exp() * (logps - torch.log_softmax(theirs, -1))).sum())
@@ -144,7 +145,7 @@ def check_exact(found: Parity, effect: Parity, what: str) -> None:
     if not found.max_abs_logit_diff <= tolerance:
         raise UserError(
             f"{what} does not compute what base + adapter compute: {found}; wanted max |Δlogit| ≤ {tolerance:.2g}. "
-            "Nothing was written. If the adapter is no plain LoRA, serve it unmerged."
+            "Nothing was written. If the adapter is not a plain LoRA, serve it unmerged."
         )
 
 

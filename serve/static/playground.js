@@ -1,5 +1,5 @@
 // The playground: every pane asks one model; all of them share one engine batch on the server.
-// Model output reaches the page through textContent only, so it stays text whatever it says.
+// Model output reaches the page through textContent only, so it stays text in any case.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
@@ -178,7 +178,7 @@ function send() {
   const prompt = byId("prompt");
   if (busy() || !byId("composer").reportValidity()) return;
   for (const pane of panes) {
-    // A question that got no answer is asked anew.
+    // A question that got no answer is asked again.
     if (pane.messages.at(-1)?.role === "user") pane.messages.pop();
     pane.messages.push({ role: "user", content: prompt.value });
     pane.redraw();

@@ -9,10 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.common.artifacts import MANIFEST, mend_interrupted_publish, read_manifest, sha256_file
-from tests.chain import write_chain
+from scripts.common.artifacts import MANIFEST, read_manifest, repair_interrupted_publish, sha256_file
 from tests.conftest import write_jsonl
 from tests.drills.faults import Done, Fault, Running, start
+from tests.support.chain import write_chain
 
 CONFIG = ("--config", "config.yaml")
 STEPS = {"max_steps": 4, "save_total_limit": 2}
@@ -60,7 +60,7 @@ DEMO_MODEL = Stage(
 
 
 @dataclass
-class Place:
+class Workplace:
     """A working folder that can be put back to where every stage has finished once."""
 
     folder: Path
@@ -104,7 +104,7 @@ class Place:
 
         Raises: UserError when it, or any other artifact that calls itself finished, is not whole.
         """
-        mend_interrupted_publish((self.folder / stage.result).parent)  # as every reader does
+        repair_interrupted_publish((self.folder / stage.result).parent)  # as every reader does
         for path in self.folder.glob(f"out/*/{MANIFEST}"):
             if path.parent.suffix != ".old":  # no reader looks there once the new one stands
                 read_manifest(path.parent)
@@ -122,17 +122,17 @@ class Place:
             return [row[0] for row in connection.execute("SELECT status FROM runs ORDER BY start_time")]
 
 
-def prepare(folder: Path, template: Path, log: Path, store: Path) -> Place:
+def prepare(folder: Path, template: Path, log: Path, store: Path) -> Workplace:
     """Make the model and the data, run every stage once, and remember what stands there."""
     folder.mkdir()
     write_chain(folder, sft={"trainer": STEPS}, dpo={"trainer": STEPS})
     shutil.copy(store, folder / "mlflow.db")
     rows = [{"text": f"note {n}: password: hunter{n}two and nothing else"} for n in range(400)]
     write_jsonl(folder / "personal.jsonl", rows)
-    place = Place(folder, template, log)
+    workplace = Workplace(folder, template, log)
     for stage in STAGES:
-        done = place.run(stage, stage.earlier)
+        done = workplace.run(stage, stage.earlier)
         assert done.code == 0, done.said
-        place.counts[stage.name] = done.events, done.changes
+        workplace.counts[stage.name] = done.events, done.changes
     shutil.copytree(folder, template)
-    return place
+    return workplace

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.serving import running_server, save_teachable_model, teach
+from tests.support.serving import running_server, save_teachable_model, teach
 
 pytestmark = pytest.mark.drill
 

@@ -1,6 +1,6 @@
 """Refuse every connection but loopback, in this process and in those it starts (they find this file by PYTHONPATH).
 
-Where REFUSALS names a file, unpickling is refused too: whatever looks up a class or function by a name from a pickle can run
+Where REFUSALS names a file, unpickling is refused too: a pickle that looks up a class or function by its name can run
 any code. Each refusal is also written to that file, since a library may swallow the error. `torch.load` with
 `weights_only=True` has a reader of its own that looks nothing up, and passes.
 """
@@ -36,7 +36,7 @@ sys.addaudithook(_watch)
 
 
 def _ignore(name: str) -> None:
-    """Make one configuration key or flag do nothing: whoever reads it gets its default. See tests/test_no_dead_keys.py."""
+    """Make one configuration key or flag do nothing: whoever reads it gets its default. See tests/repo/test_no_dead_keys.py."""
     if name.startswith("--"):
         import argparse
 

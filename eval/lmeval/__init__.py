@@ -1,0 +1,1 @@
+"""lm-eval on this project's models, tasks and tables."""

@@ -1,0 +1,338 @@
+"""Metrics: what each model reaches, how sure that is, and how the models differ on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from eval.statistics import (
+    SIGNIFICANT,
+    Interval,
+    bootstrap_mean,
+    holm,
+    mcnemar_exact,
+    needed_n,
+    paired_difference,
+    paired_p_value,
+    paired_ratio_difference,
+    ratio_interval,
+    wilson,
+)
+from scripts.common.artifacts import Manifest
+from scripts.common.stages import BASE
+
+if TYPE_CHECKING:
+    from eval.measuring import Measured, Prepared
+
+Better = Literal["higher", "lower"]
+
+# What the verdict rests on, fixed before anything is measured: these are what SFT and DPO are trained for.
+DECISIVE = ("checks_passed", "preference_accuracy")
+
+
+class Estimate(BaseModel):
+    """A value with its 95 % interval; lm-eval adds its standard error, and a perplexity where the value is its log."""
+
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    stderr: float | None = None
+    perplexity: float | None = None
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        """Take over an interval."""
+        return cls(value=interval.value, ci_low=interval.low, ci_high=interval.high)
+
+
+class Difference(BaseModel):
+    """Model `a` minus model `b` on the same items, with a paired test."""
+
+    a: str
+    b: str
+    value: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    test: str
+    needed_n: int | None  # items that would show a difference of this size
+    p_adjusted: float = 1.0  # corrected for the number of comparisons
+    shown: bool = False
+
+
+class Metric(BaseModel):
+    """One figure of all models. A `share` holds values from 0 to 1 and is shown in percent."""
+
+    name: str
+    title: str
+    phrase: str = ""  # the metric inside a sentence; files of earlier versions have none
+    task: str | None = None  # lm-eval's
+    unit: str
+    better: Better
+    group: str
+    n: int
+    items: str = "items"  # what n counts
+    models: dict[str, Estimate]
+    baselines: dict[str, Estimate] = {}
+    differences: list[Difference]
+
+
+class Spread(BaseModel):
+    """One metric of one model over the adapters of several seeds."""
+
+    mean: float
+    spread: float  # standard deviation
+    values: list[float]
+
+
+class SeedMetric(BaseModel):
+    """One metric over several seeds; the base has one value."""
+
+    title: str
+    base: float | None = None
+    models: dict[str, Spread]
+
+
+class Runs(BaseModel):
+    """What varies between seeds."""
+
+    seeds: list[int]
+    metrics: list[SeedMetric]
+
+
+def build_metrics(measured: dict[str, Measured], prepared: Prepared, manifests: dict[str, Manifest]) -> list[Metric]:
+    """Return every metric with values, intervals, paired differences and p-values corrected for their number."""
+    metrics = [_loss_metric(measured)]
+    if prepared.chosen:
+        metrics += _preference_metrics(measured, prepared, manifests)
+    metrics += _check_metrics(measured)
+    for decisive in (True, False):
+        adjust_p_values([metric for metric in metrics if (metric.name in DECISIVE) == decisive])
+    return metrics
+
+
+def adjust_p_values(metrics: Sequence[Metric]) -> None:
+    """Correct the p-values of a family of metrics for their number, and say which differences are shown."""
+    family = [difference for metric in metrics for difference in metric.differences]
+    for difference, adjusted in zip(family, holm([d.p_value for d in family]), strict=True):
+        difference.p_adjusted = adjusted
+        difference.shown = adjusted < SIGNIFICANT
+
+
+def _loss_metric(measured: dict[str, Measured]) -> Metric:
+    return ratio_metric(
+        "held_out_loss",
+        "Loss of the target answers",
+        "nats per token",
+        "loss",
+        {name: [-score.logps for score in result.targets] for name, result in measured.items()},
+        [score.tokens for score in next(iter(measured.values())).targets],
+        phrase="the loss of the target answers",
+        items="prompts",
+    )
+
+
+def _preference_metrics(
+    measured: dict[str, Measured], prepared: Prepared, manifests: dict[str, Manifest]
+) -> list[Metric]:
+    longer = prepared.chosen_is_longer()
+    baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}
+    references = {}
+    for name, manifest in manifests.items():
+        trained_against = manifest.section.get("reference", BASE)
+        references[name] = trained_against if trained_against in measured else BASE
+    against = ", ".join(f"{name} against {other}" for name, other in references.items())
+    return [
+        binary_metric(
+            "preference_accuracy",
+            "Chosen answer likelier per token",
+            "preference",
+            {name: result.prefers_chosen() for name, result in measured.items()},
+            phrase="the share of pairs in which the chosen answer is likelier per token",
+            items="pairs",
+            baselines=baselines,
+        ),
+        binary_metric(
+            "reward_accuracy",
+            f"Implicit-reward accuracy ({against})",
+            "preference",
+            {name: measured[name].rewards_chosen(measured[other]) for name, other in references.items()},
+            phrase="the share of pairs in which the chosen answer gets the higher implicit reward",
+            items="pairs",
+            baselines=baselines,
+        ),
+    ]
+
+
+def _check_metrics(measured: dict[str, Measured]) -> list[Metric]:
+    answers = next(iter(measured.values())).checks
+    names = list(answers[0]) if answers else []
+    if not names:
+        return []
+    overall = mean_metric(
+        "checks_passed",
+        "Checks passed per answer",
+        "share",
+        "higher",
+        "checks",
+        {name: [mean(answer.values()) for answer in result.checks] for name, result in measured.items()},
+        phrase="the share of checks that an answer passes",
+        items="prompts",
+    )
+    each = [
+        binary_metric(
+            f"check_{number}",
+            check,
+            "checks",
+            {name: [answer[check] for answer in result.checks] for name, result in measured.items()},
+            phrase=f"the share of answers that pass the check “{check}”",
+            items="prompts",
+        )
+        for number, check in enumerate(names, 1)
+    ]
+    return [overall, *each]
+
+
+def binary_metric(
+    name: str,
+    title: str,
+    group: str,
+    outcomes: dict[str, list[bool]],
+    *,
+    phrase: str = "",
+    items: str = "items",
+    baselines: dict[str, Estimate] | None = None,
+) -> Metric:
+    """Describe how often each model passes, with score intervals and exact paired tests."""
+    columns = {model: np.array(outcome, float) for model, outcome in outcomes.items()}
+    differences = [
+        _difference(
+            a,
+            b,
+            paired_difference(columns[a], columns[b]),
+            mcnemar_exact(outcomes[a], outcomes[b]),
+            "McNemar, exact",
+            needed_n(columns[a] - columns[b]),
+        )
+        for b, a in combinations(outcomes, 2)
+    ]
+    return Metric(
+        name=name,
+        title=title,
+        phrase=phrase,
+        unit="share",
+        better="higher",
+        group=group,
+        n=len(next(iter(outcomes.values()))),
+        items=items,
+        models={model: Estimate.of(wilson(sum(column), len(column))) for model, column in outcomes.items()},
+        baselines=baselines or {},
+        differences=differences,
+    )
+
+
+def mean_metric(
+    name: str,
+    title: str,
+    unit: str,
+    better: Better,
+    group: str,
+    columns: dict[str, list[float]],
+    *,
+    phrase: str = "",
+    items: str = "items",
+) -> Metric:
+    """Describe the mean over items of each model."""
+    differences = [
+        _difference(
+            a,
+            b,
+            paired_difference(columns[a], columns[b]),
+            paired_p_value(columns[a], columns[b]),
+            "sign-flip permutation",
+            needed_n(np.array(columns[a]) - np.array(columns[b])),
+        )
+        for b, a in combinations(columns, 2)
+    ]
+    return Metric(
+        name=name,
+        title=title,
+        phrase=phrase,
+        unit=unit,
+        better=better,
+        group=group,
+        n=len(next(iter(columns.values()))),
+        items=items,
+        models={model: Estimate.of(bootstrap_mean(column)) for model, column in columns.items()},
+        differences=differences,
+    )
+
+
+def ratio_metric(
+    name: str,
+    title: str,
+    unit: str,
+    group: str,
+    sums: dict[str, list[float]],
+    counts: Sequence[float],
+    *,
+    phrase: str = "",
+    items: str = "items",
+) -> Metric:
+    """Describe a loss per unit, where items count by how many units they hold."""
+    differences = [
+        _difference(
+            a,
+            b,
+            paired_ratio_difference(sums[a], sums[b], counts),
+            paired_p_value(sums[a], sums[b]),
+            "sign-flip permutation",
+            needed_n(np.array(sums[a]) - np.array(sums[b])),
+        )
+        for b, a in combinations(sums, 2)
+    ]
+    return Metric(
+        name=name,
+        title=title,
+        phrase=phrase,
+        unit=unit,
+        better="lower",
+        group=group,
+        n=len(counts),
+        items=items,
+        models={model: Estimate.of(ratio_interval(column, counts)) for model, column in sums.items()},
+        differences=differences,
+    )
+
+
+def _difference(a: str, b: str, interval: Interval, p_value: float, test: str, needed: int | None) -> Difference:
+    estimate = Estimate.of(interval).model_dump(include={"value", "ci_low", "ci_high"})
+    return Difference(a=a, b=b, **estimate, p_value=p_value, test=test, needed_n=needed)
+
+
+def spread_over_seeds(per_run: Sequence[Sequence[Metric]], seeds: list[int]) -> Runs:
+    """Collect mean and spread over seeds of each metric, for the models that were trained."""
+    rows = []
+    for runs in zip(*per_run, strict=True):
+        first = runs[0]
+        columns = {
+            name: [value for run in runs if (value := run.models[name].value) is not None]
+            for name in first.models
+            if name != BASE
+        }
+        rows.append(
+            SeedMetric(
+                title=first.title,
+                base=first.models[BASE].value if BASE in first.models else None,
+                models={
+                    name: Spread(mean=mean(column), spread=stdev(column), values=column)
+                    for name, column in columns.items()
+                },
+            )
+        )
+    return Runs(seeds=seeds, metrics=rows)

@@ -1,0 +1,37 @@
+"""The training stages: the one table that says how they differ, for everybody who handles more than one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """One way to train an adapter.
+
+    Its name is also its section of the configuration, its stage in manifests and its name at the server.
+    """
+
+    name: str
+    title: str
+    script: str  # python -m …
+    records: Literal[
+        "conversations", "preferences"
+    ]  # what it trains on; dataset/records.py reads and model/… renders them
+    trl_config: str  # the class of TRL whose fields `<name>.trainer` takes
+    continues: str | None  # the stage whose adapter it starts from; its reference model is a frozen copy of that one
+    next_command: str  # what a user runs on the result
+
+
+SFT = TrainingStage(
+    "sft", "SFT", "scripts.train_sft", "conversations", "SFTConfig", None, next_command="scripts.train_dpo"
+)
+DPO = TrainingStage(
+    "dpo", "DPO", "scripts.train_dpo", "preferences", "DPOConfig", continues="sft", next_command="eval.compare"
+)
+
+TRAINING_STAGES = {stage.name: stage for stage in (SFT, DPO)}  # in the order in which they are run
+ADAPTER_STAGES = tuple(TRAINING_STAGES)  # manifests of adapters
+BASE = "base"  # the model without an adapter, beside those that are named after their stage
+MODEL_STAGES = (*ADAPTER_STAGES, "merged")  # manifests of folders that can be served and evaluated

@@ -1,0 +1,199 @@
+"""Turn conversations into token ids: the one function that training, comparison and serving share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Self
+
+from scripts.common.errors import UserError
+from scripts.dataset.records import Message, Preference, Record, with_system_prompt
+
+IGNORED = -100
+
+# For base models that bring no chat template, such as gpt2. Stored with the adapter like any other template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of a conversation and their labels; -100 where no loss is taken."""
+
+    input_ids: list[int]
+    labels: list[int]
+    sequences: ClassVar[int] = 1  # that one forward pass takes for it
+
+    @classmethod
+    def of(cls, prompt_ids: list[int], answer_ids: list[int]) -> Self:
+        """Return a prompt with an answer that alone carries labels."""
+        return cls(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)
+
+    def in_one_row(self) -> Rendered:
+        """Return the row itself; a pair becomes one."""
+        return self
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+    def runs(self) -> list[tuple[bool, list[int]]]:
+        """Return the ids in runs of trained and untrained ones."""
+        pairs = zip(self.input_ids, self.labels, strict=True)
+        grouped = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+        return [(trained, [token for token, _ in run]) for trained, run in grouped]
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """Token ids of a prompt and of the two answers that may follow it."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    sequences: ClassVar[int] = 2
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Return the longer of the two sequences: what decides whether the pair fits."""
+        return self.prompt_ids + max(self.chosen_ids, self.rejected_ids, key=len)
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
+    def in_one_row(self) -> Rendered:
+        """Return both answers behind the one prompt."""
+        return Rendered.of(self.prompt_ids, self.chosen_ids + self.rejected_ids)
+
+    def side(self, answer_ids: list[int]) -> Rendered:
+        """Return the prompt with one answer, whose tokens are scored."""
+        return Rendered.of(self.prompt_ids, answer_ids)
+
+
+def user_turn(prompt: str, system_prompt: str | None = None) -> list[Message]:
+    """Make a plain prompt the one user turn it stands for."""
+    return with_system_prompt([{"role": "user", "content": prompt}], system_prompt)
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the ids a model is asked to continue, up to where its answer begins.
+
+    Control tokens typed inside a message are encoded as ordinary text.
+    """
+    return _ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def render_completion(tokenizer: Any, prompt: Sequence[Message], prompt_ids: Sequence[int], answer: str) -> list[int]:
+    """Return the ids of an answer as they follow `prompt_ids`, ending exactly at the end-of-turn token.
+
+    Raises: UserError when the template cannot be split there.
+    """
+    whole = _ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    stops = stop_token_ids(tokenizer)
+    if whole[: len(prompt_ids)] == list(prompt_ids):
+        ids = whole[len(prompt_ids) :]
+    else:
+        # Tokens merge across the boundary; a model continues from the prompt's own ids, so the answer starts afresh.
+        shown, full = tokenizer.decode(prompt_ids), tokenizer.decode(whole)
+        if not full.startswith(shown):
+            raise UserError(
+                "the chat template renders a prompt differently once an answer follows, so what is trained would not be "
+                f"what is served. The prompt alone ends with {shown[-40:]!r}. Use a base model with another template."
+            )
+        ids = tokenizer.encode(full[len(shown) :], add_special_tokens=False)
+    last = max((index for index, token in enumerate(ids) if token in stops), default=None)
+    if last is None:
+        return [*ids, tokenizer.eos_token_id]
+    return ids[: last + 1]
+
+
+def render_record(tokenizer: Any, record: Record) -> Rendered:
+    """Render a record; each trained answer carries labels up to and with its end-of-turn token.
+
+    The sequence ends at the last trained token: what a template writes after it is never trained nor served.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for turn in record.trained:
+        prompt = record.messages[:turn]
+        prompt_ids = render_prompt(tokenizer, prompt)
+        if prompt_ids[: len(input_ids)] != input_ids:
+            raise UserError(
+                f"{record.source}: the chat template rewrites earlier turns, so the answers of one chat cannot be trained "
+                "together. Set data.train_on: last."
+            )
+        answer_ids = render_completion(tokenizer, prompt, prompt_ids, record.messages[turn]["content"])
+        labels += [IGNORED] * (len(prompt_ids) - len(labels)) + answer_ids
+        input_ids = prompt_ids + answer_ids
+    return Rendered(input_ids, labels)
+
+
+def render_pair(tokenizer: Any, pair: Preference) -> RenderedPair:
+    """Render a preference; both answers follow the very prompt ids that are served."""
+    prompt_ids = render_prompt(tokenizer, pair.prompt)
+    chosen, rejected = (
+        render_completion(tokenizer, pair.prompt, prompt_ids, answer) for answer in (pair.chosen, pair.rejected)
+    )
+    if chosen == rejected:
+        raise UserError(
+            f"{pair.source}: chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
+        )
+    return RenderedPair(prompt_ids, chosen, rejected)
+
+
+def stop_token_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's EOS, and the token its template closes an answer with."""
+    if not hasattr(tokenizer, "_stop_token_ids"):
+        asked = user_turn("a")
+        whole = _ids(tokenizer, [*asked, {"role": "assistant", "content": "b"}])
+        special = set(tokenizer.all_special_ids)
+        closing = [token for token in whole[len(render_prompt(tokenizer, asked)) :] if token in special]
+        tokenizer._stop_token_ids = {tokenizer.eos_token_id, *closing[:1]}
+    return set(tokenizer._stop_token_ids)
+
+
+def check_rendered(tokenizer: Any, record: Record, rendered: Rendered) -> None:
+    """Prove on one record that the trained tokens are exactly the answers and their end-of-turn tokens."""
+    trained = [label for label in rendered.labels if label != IGNORED]
+    stops = stop_token_ids(tokenizer)
+    text = tokenizer.decode([token for token in trained if token not in stops], skip_special_tokens=False)
+    wanted = "".join(record.messages[turn]["content"] for turn in record.trained)
+    ends = sum(token in stops for token in trained)
+    if "".join(text.split()) != "".join(wanted.split()) or ends < len(record.trained) or trained[-1] not in stops:
+        raise UserError(
+            f"{record.source}: the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the "
+            f"answer {wanted[:200]!r} and one. The tokenizer or its chat template cannot be used for training."
+        )
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """Identify the chat template."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Identify the vocabulary, merges and special tokens, independent of the folder they were read from."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, sanitize_control_tokens=True, return_dict=True
+        )
+    except Exception as error:  # a template is a program of the base model's; it can raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the model's chat template refuses this conversation: {reason}. Its turns: "
+            f"{', '.join(message['role'] for message in messages)}; change the data (data.system_prompt), or the base model."
+        ) from None
+    return list(rendered["input_ids"])

@@ -1,0 +1,84 @@
+"""Write rows as a stream in any supported format: the counterpart of the readers in files.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from scripts.dataset.files import delimiter_of
+
+Row: TypeAlias = dict[str, Any]
+Write: TypeAlias = Callable[[Row], Any]
+
+
+@contextmanager
+def open_output(path: Path, source: Path) -> Iterator[Write]:
+    """Open a file for writing rows in the format of its ending.
+
+    `source`, a file of that format, gives a CSV its columns and a Parquet file its schema. A line of plain text (.txt)
+    is a row with the one field `text`. The function given raises ValueError for a row that the format cannot hold.
+    """
+    writers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
+    yield from writers[path.suffix.lower()](path, source)
+
+
+def _dumps(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _jsonl(path: Path, source: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        yield lambda row: file.write(_dumps(row) + "\n")
+
+
+def _json(path: Path, source: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        comma = "["
+
+        def write(row: Row) -> None:
+            nonlocal comma
+            file.write(f"{comma}\n{_dumps(row)}")
+            comma = ","
+
+        yield write
+        file.write("[]\n" if comma == "[" else "\n]\n")
+
+
+def _csv(path: Path, source: Path) -> Iterator[Write]:
+    with source.open(encoding="utf-8-sig", newline="\n") as file:
+        header = next(csv.reader(file, delimiter=delimiter_of(file)), [])
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        writer.writeheader()
+        yield writer.writerow
+
+
+def _text(path: Path, source: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        yield lambda row: file.write(row["text"] + "\n")
+
+
+def _parquet(path: Path, source: Path) -> Iterator[Write]:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(source)
+    rows: list[Any] = []
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+
+        def write(row: Row) -> None:
+            try:
+                rows.append(pyarrow.RecordBatch.from_pylist([row], schema))
+            except (pyarrow.ArrowException, TypeError) as error:
+                raise ValueError("a column of numbers cannot hold the new value; store it as text") from error
+            if len(rows) == 1000:
+                writer.write_table(pyarrow.Table.from_batches(rows).combine_chunks())
+                rows.clear()
+
+        yield write
+        if rows:
+            writer.write_table(pyarrow.Table.from_batches(rows, schema).combine_chunks())

@@ -1,0 +1,1 @@
+"""The base model and its adapter: find, load, measure, generate."""

@@ -1,0 +1,158 @@
+"""Load a base model and its tokenizer: in the dtype of the machine, quantised, or in full precision."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scripts.common.errors import UserError
+from scripts.common.machine import Machine
+from scripts.common.schema import Config
+from scripts.dataset.rendering import PLAIN_TEMPLATE
+from scripts.model.find import blamed_on, gguf_file
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer, with a pad token and a chat template in any case."""
+    from transformers import AutoTokenizer
+
+    inside = None if (folder / "tokenizer_config.json").is_file() else gguf_file(folder)
+    where = {"gguf_file": inside} if inside else {}
+    with blamed_on(folder / (inside or "tokenizer.json")):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+        tokenizer.backend_tokenizer.to_str()
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder}: its tokenizer has no EOS token, so an answer could never end. Use another base model."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        log.info("the base brings no chat template; using the project's plain one, which is stored with the adapter")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_base(folder: Path, config: Config, machine: Machine) -> Any:
+    """Load the frozen base in the chosen dtype, quantised when the configuration asks for it; a GGUF is dequantised."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as logging_of_transformers
+
+    logging_of_transformers.disable_progress_bar()
+    if name := gguf_file(folder):
+        from transformers import GgufConfig
+
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            dtype=machine.dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+        ).to(machine.device)
+        model.config.use_cache = False
+        return model
+    quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
+    quantization = _quantization_config(config, machine) if quantized else None
+    place: int | str = int(os.environ.get("LOCAL_RANK", "0")) if machine.device == "cuda" else "cpu"
+    with blamed_on(folder):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=machine.dtype,
+            quantization_config=quantization,
+            device_map={"": place} if quantized else None,  # without it a quantised base goes to any GPU there is
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _check_loaded(folder, loading)
+    if quantized and machine.device == "cpu":
+        _keep_4bit_weights_unpacked(model)
+    if not quantized:
+        model.to(machine.device)
+    model.config.use_cache = False
+    if machine.device == "cpu":
+        model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
+    return model
+
+
+def copy_out_of_file(parameters: Iterable[Any]) -> None:
+    """Give weights memory of their own; while one of them lies in the mapped file, all of that file stays in memory."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+
+
+def _check_loaded(folder: Path, loading: dict[str, Any]) -> None:
+    # transformers fills what a file lacks with random values, and only logs it.
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise UserError(
+            f"{folder}: its weight files lack {len(absent)} tensors, the first is {absent[0]}. Fetch the model again."
+        )
+
+
+def _make_contiguous(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Given a slice of the positions, torch copies the head's weights for every row of the batch before it multiplies.
+    return (arguments[0].contiguous(), *arguments[1:])
+
+
+def load_full_precision(folder: Path) -> Any:
+    """Load a model in fp32 on the CPU while holding hardly more than the model itself.
+
+    A mapped file would count beside the widened weights, half the model again for a bf16 base; read tensor by tensor,
+    nothing stays.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging as logging_of_transformers
+
+    logging_of_transformers.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = safe_open(file, framework="pt", backend="pread")
+        weights.update({name: tensors.get_slice(name) for name in tensors.keys()})  # noqa: SIM118
+    architecture = AutoModelForCausalLM._model_mapping[type(config)]
+    with blamed_on(folder):
+        model, loading = architecture.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        )
+    _check_loaded(folder, loading)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
+    return model.eval()
+
+
+def _quantization_config(config: Config, machine: Machine) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    key = "load_in_4bit" if config.quantization.load_in_4bit else "load_in_8bit"
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"quantization.{key}: bitsandbytes is not installed. `pip install -r requirements.gpu.txt`, or set it to false."
+        ) from None
+    if config.quantization.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=machine.dtype,
+    )
+
+
+def _keep_4bit_weights_unpacked(model: Any) -> None:
+    # On AVX512-BF16 an evaluation repacks 4-bit weights in place; afterwards gradients vanish and merges are garbage.
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

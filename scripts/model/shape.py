@@ -1,0 +1,71 @@
+"""What shape a model has: asked of its configuration in this one place, for families that name things differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Layers of one decoder layer that are given the same input, one after the other.
+SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder; `windows` has an entry for each layer, None where it sees the whole context."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    positions: int | None
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Read the shape from a configuration of transformers; of a nested one, that of its language model."""
+        text = config.get_text_config(decoder=True)
+        layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+        sizes = {"sliding_attention": window, "chunked_attention": getattr(text, "attention_chunk_size", None)}
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            intermediate=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            vocab=text.vocab_size,
+            positions=getattr(text, "max_position_embeddings", None),
+            windows=tuple(sizes.get(kind) for kind in kinds),
+        )
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> ModelShape:
+        """Read the shape of the model in a folder, without its weights."""
+        from transformers import AutoConfig
+
+        return cls.of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+    @property
+    def window(self) -> int | None:
+        """Return the smallest window of any layer; None where all see the whole context."""
+        return min((window for window in self.windows if window), default=None)
+
+
+def siblings(names: Iterable[str]) -> list[list[str]]:
+    """Group the names of layers that are given the same input one after the other; others stay alone.
+
+    Example: `0.self_attn.q_proj`, `0.self_attn.k_proj`, `0.mlp.up_proj` make two groups, the first of two.
+    """
+    groups: dict[tuple[str, int | str], list[str]] = {}
+    for name in names:
+        owner, _, child = name.rpartition(".")
+        number = next((number for number, together in enumerate(SIBLINGS) if child in together), child)
+        groups.setdefault((owner, number), []).append(name)
+    return list(groups.values())

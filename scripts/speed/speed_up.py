@@ -1,0 +1,40 @@
+"""The door to what makes training faster without changing its numbers; each part is exact in fp32.
+
+Nothing in this folder is imported while `performance.fast_path` and `performance.compile` are false, and nothing
+outside it imports another file of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from scripts.speed.answer_head import score_answers_only
+from scripts.speed.attention import attend_plainly_to_short_rows
+from scripts.speed.compiling import choose_compilation, compile_layers
+from scripts.speed.shared_prompts import SharedPrompts
+
+__all__ = ["SharedPrompts", "choose_compilation", "speed_up", "speed_up_training"]
+
+log = logging.getLogger(__name__)
+
+
+def speed_up(model: Any, keep_weights: bool = True) -> None:
+    """Choose the faster of equal computations for a model with adapters; call it before either adapter is first asked.
+
+    Without `keep_weights`, layers that are compiled later keep no attention weights for the backward pass.
+    """
+    try:
+        from scripts.speed.lora_linears import share_products  # brings PEFT, which a dry run does without
+    except ImportError as error:
+        log.warning("performance.fast_path: %s; training with PEFT's own, slower layers", error)
+    else:
+        share_products(model)
+    attend_plainly_to_short_rows(model, keep_weights)
+
+
+def speed_up_training(model: Any, device: str, compiled: bool) -> None:
+    """Choose the faster of equal losses, and compile the decoder layers where that pays; call it before TRL's trainer is built."""
+    score_answers_only(device, compiled)
+    if compiled:
+        compile_layers(model)

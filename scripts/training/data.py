@@ -1,0 +1,92 @@
+"""The data of a training run: read, check, split and render its records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from scripts.common.artifacts import DatasetFacts
+from scripts.common.deid_report import check_deid_report
+from scripts.common.distributed import is_main_process
+from scripts.common.errors import UserError, listing
+from scripts.common.paths import portable_path
+from scripts.common.run import Run
+from scripts.dataset.records import DatasetFile, Parser, count_duplicates, load_datasets, write_rejects
+from scripts.dataset.rendering import Rendered, RenderedPair
+from scripts.dataset.split import Split, shared_answers, split_records
+
+log = logging.getLogger(__name__)
+
+Row = TypeVar("Row", Rendered, RenderedPair)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The files of a run and the sides their records fall on."""
+
+    files: list[DatasetFile]
+    split: Split
+
+    @property
+    def facts(self) -> list[DatasetFacts]:
+        """Describe the data for the manifest."""
+
+        def count(records: tuple[Any, ...], file: DatasetFile) -> int:
+            own = {record.source for record in file.records}
+            return sum(record.source in own for record in records)
+
+        return [
+            DatasetFacts(
+                path=portable_path(file.path),
+                sha256=file.sha256,
+                train=count(self.split.train, file),
+                validation=count(self.split.validation, file),
+            )
+            for file in self.files
+        ]
+
+
+def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
+    """Read, check and split the records, and say what stands out in them.
+
+    `deid_report` is what `--require-deid-report` says: null where it was not given, empty for the report beside the data.
+    """
+    values = run.values
+    files = load_datasets(run.section.dataset_path, parse, values.data, f"{run.stage}.dataset_path")
+    if values.deid.required or deid_report is not None:
+        for file in files:
+            check_deid_report(file.path, file.sha256, deid_report or None)
+    split = split_records(files, values.data, values.seed)
+    records = [record for file in files for record in file.records]
+    log.info("%d records: %d to train on, %d held out", len(records), len(split.train), len(split.validation))
+    if not run.dry and is_main_process() and (rejected := write_rejects(run.run_dir / "rejects.jsonl", files)):
+        log.warning("%d bad rows set aside in %s", rejected, run.run_dir / "rejects.jsonl")
+    if duplicates := count_duplicates(records):
+        log.warning("%d records repeat an earlier one word for word and weigh that much more", duplicates)
+    if shared := shared_answers(split):
+        log.warning("%d of %d held-out answers also occur in training", shared, len(split.validation))
+    if not split.validation:
+        log.warning("no record is held out, so nothing will tell whether training helped; see data.validation_ratio")
+    return TrainingData(files, split)
+
+
+def render_rows(run: Run, split: Split, render: Callable[[Any], Row]) -> tuple[list[Row], list[Row]]:
+    """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut."""
+    limit, too_long = run.section.max_length, []
+    sides: list[list[Row]] = []
+    for records in (split.train, split.validation):
+        rows = [(record, render(record)) for record in records]
+        too_long += [(record, len(row.input_ids)) for record, row in rows if len(row.input_ids) > limit]
+        sides.append([row for _, row in rows if len(row.input_ids) <= limit])
+    if too_long:
+        problems = [f"{record.source}: {tokens} tokens" for record, tokens in too_long]
+        head = f"{len(too_long)} records are longer than {run.stage}.max_length ({limit}), so the end of their answers would be cut"
+        fix = f"Raise {run.stage}.max_length to {max(tokens for _, tokens in too_long)}, shorten them, or set data.on_bad_row: skip."
+        if run.values.data.on_bad_row != "skip":
+            raise UserError(listing(head, problems, fix))
+        log.warning("%s", listing(head, problems, "They are left out."))
+    if not sides[0]:
+        raise UserError(f"{run.stage}.max_length: no training record fits into {limit} tokens. Raise it.")
+    return sides[0], sides[1]

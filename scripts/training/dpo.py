@@ -1,0 +1,238 @@
+"""What DPO adds to TRL's trainer: an explicit reference model, and the proofs at step 0 and at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+from trl import DPOTrainer
+
+from scripts.common.distributed import all_gather, all_reduce_sum, equal_batches, is_main_process, world_size
+from scripts.common.errors import UserError
+from scripts.dataset.rendering import IGNORED, RenderedPair
+from scripts.model.adapter import adapter_kept, whole_weights
+from scripts.training.batching import GroupedByLength
+from scripts.training.reference_logps import KeptLogps, Logps
+
+if TYPE_CHECKING:
+    from scripts.speed.speed_up import SharedPrompts
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
+LENGTH_BIAS = 0.65  # share of pairs in which one side is the longer one
+
+
+def dpo_margins(
+    policy: tuple[torch.Tensor, torch.Tensor], reference: tuple[torch.Tensor, torch.Tensor], beta: float
+) -> torch.Tensor:
+    """Return the implicit reward of the chosen answer minus that of the rejected one (Rafailov et al. 2023, equation 7).
+
+    Policy and reference come as summed logps of the chosen and of the rejected answers, each of shape (B,).
+    """
+    return beta * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
+
+
+class PreferenceTrainer(GroupedByLength, DPOTrainer):
+    """TRL's DPOTrainer on ids rendered by this project, with an explicit reference model."""
+
+    def __init__(
+        self, *args: Any, group_by_length: bool, reference: str, kept_logps: KeptLogps, fast_path: bool, **kwargs: Any
+    ) -> None:
+        self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
+        self.kept_logps = kept_logps
+        self.control: Any
+        self.prompts: SharedPrompts | None = None
+        self.sped_up = False
+        with adapter_kept(kwargs["model"]):
+            super().__init__(*args, **kwargs)
+        self._choose_reference()
+
+    def row_length(self, row: dict[str, Any]) -> int:
+        """Return the tokens of a pair: of one row with both answers, or of the longer of two rows."""
+        answers = len(row["chosen_ids"]), len(row["rejected_ids"])
+        return len(row["prompt_ids"]) + (sum if self.prompts and self.prompts.possible else max)(answers)
+
+    def _longest_first(self, pairs: Any) -> list[int]:
+        """Return row numbers so that pairs pad each other little and too little memory shows at once."""
+        lengths = [self.row_length(pair) for pair in pairs]
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
+    def prompts_shared(self, inputs: Any) -> AbstractContextManager[None]:
+        """Take every forward pass within for one of pairs, whose prompts are computed once where that is possible."""
+        if not self.fast_path:
+            return nullcontext()
+        if self.prompts is None:
+            from scripts.speed.speed_up import SharedPrompts
+
+            self.prompts = SharedPrompts(self.model, inputs)
+        return self.prompts.at_work()
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's loss."""
+        with self.prompts_shared(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """Return the reference's log-probabilities of both sides."""
+        with self.prompts_shared(inputs):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def policy_logps(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the policy's summed logps of the chosen and of the rejected answers, each of shape (B,)."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        with self.prompts_shared(inputs):
+            scored = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+            )
+        chosen, rejected = scored.log_probs.sum(1).chunk(2)
+        return chosen, rejected
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # the ids are ours already
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # TRL's own hands the numbers over in a temporary folder that only one process knows.
+        self._choose_reference()
+        pairs = [[pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]] for pair in dataset]
+        logps = self.kept_logps.of(
+            self.reference_weights(), pairs, lambda: self._ask_reference(dataset, name, batch_size)
+        )
+        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            dataset = dataset.add_column(column, [pair[side] for pair in logps])
+        return dataset
+
+    def _ask_reference(self, dataset: Any, name: str, batch_size: int) -> Logps:
+        self.model.eval()
+        found: list[tuple[int, float, float]] = []
+        rounds = list(equal_batches(self._longest_first(dataset), batch_size))
+        for indices, _ in tqdm(rounds, f"reference, {name} pairs", disable=not is_main_process()):
+            batch = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+            chosen, rejected = self.compute_ref_log_probs(self.model, batch)
+            found += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
+        logps = {index: (chosen, rejected) for index, chosen, rejected in all_gather(found)}
+        return [logps[index] for index in range(len(dataset))]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the means over all held-out pairs; TRL averages batches of unequal size."""
+        pairs, totals = self.eval_dataset, defaultdict[str, float](float)
+        self.model.eval()
+        for indices, count in equal_batches(self._longest_first(pairs), self.args.eval_batch_size):
+            self._metrics["eval"].clear()
+            batch = self.data_collator([pairs[index] for index in indices])
+            loss = float(self.prediction_step(self.model, batch, prediction_loss_only=True)[0])
+            (loss,) = all_reduce_sum([loss / world_size()])
+            for name, value in {"loss": [loss], **self._metrics["eval"]}.items():
+                totals[name] += value[-1] * count / len(pairs)
+        self._metrics["eval"].clear()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in totals.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _choose_reference(self) -> None:
+        # TRL copies the starting adapter to "ref"; without the copy its reference is the base.
+        if self.reference == "base" and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
+        if self.fast_path and not self.sped_up:  # before the reference is first asked: both must compute alike
+            from scripts.speed.speed_up import speed_up
+
+            speed_up(self.model, keep_weights=False)  # rows of two answers are long
+            self.sped_up = True
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Name the adapter of the reference model; None is the bare base."""
+        return "ref" if "ref" in self.model.peft_config else None
+
+    def reference_weights(self) -> dict[str, torch.Tensor]:
+        """Copy the reference adapter, to prove later that it never moved."""
+        return whole_weights(self.model, "ref")
+
+
+def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
+    """Prove on one batch, dropout off, that policy and reference are what the run says.
+
+    Where the reference is a copy of the starting policy, every margin must be 0 and the sigmoid loss ln 2.
+    Raises: UserError when they differ.
+    """
+    rows = [trainer.train_dataset[index] for index in range(min(pairs, len(trainer.train_dataset)))]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    model, was_training = trainer.model, trainer.model.training
+    model.eval()
+    with torch.no_grad():
+        policy, reference = trainer.policy_logps(model, batch), trainer.compute_ref_log_probs(model, batch)
+    model.train(was_training)
+    margins = dpo_margins(policy, reference, trainer.beta).float()
+    margin, loss = float(margins.abs().max()), float(-functional.logsigmoid(margins).mean())
+    tolerance = TOLERANCE[model.get_base_model().dtype]
+    if not math.isfinite(margin + loss):
+        raise UserError(
+            f"step 0: policy or reference gives no finite probabilities (largest margin {margin}, loss {loss}), as when weights "
+            "are far too large. Train the adapter of dpo.init_from again, or choose another base model. Nothing was trained."
+        )
+    if trainer.reference_adapter is None and "sft" not in trainer.reference:
+        log.info("step 0: the reference is the base; the policy's largest margin against it is %.4f", margin)
+    elif margin > tolerance or abs(loss - math.log(2)) > tolerance:
+        raise UserError(
+            f"step 0: policy and reference should be the same model, but their largest margin is {margin:.6f} and the loss "
+            f"{loss:.6f} (wanted 0 and ln 2 = {math.log(2):.6f}, within {tolerance}). Nothing was trained."
+        )
+    else:
+        log.info("step 0: reference equals the starting policy (largest margin %.2g, loss %.6f = ln 2)", margin, loss)
+    return {"step0_margin": margin, "step0_loss": loss}
+
+
+def check_trainable_names(model: Any) -> None:
+    """Prove that exactly the policy's adapter trains."""
+    wrong = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and ".default." not in name
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} weights outside the policy's adapter would train, the first is {wrong[0]}. Nothing was trained."
+        )
+
+
+@contextmanager
+def reference_unchanged(trainer: PreferenceTrainer) -> Iterator[None]:
+    """Prove that the reference model is after training what it was before."""
+    before = trainer.reference_weights()
+    yield
+    moved = [
+        name
+        for name, value in trainer.reference_weights().items()  # DeepSpeed keeps it in bf16
+        if not torch.equal(value, before[name]) and not torch.equal(value, before[name].bfloat16().float())
+    ]
+    if moved:
+        raise UserError(
+            f"the reference model changed during training ({moved[0]} and {len(moved) - 1} more); the result is void."
+        )
+
+
+def length_bias(pairs: Sequence[RenderedPair]) -> dict[str, float]:
+    """Say when the better answer is mostly the longer one: DPO would learn length."""
+    longer = sum(len(pair.chosen_ids) > len(pair.rejected_ids) for pair in pairs) / len(pairs)
+    chosen, rejected = (
+        sum(len(ids) for ids in side) / len(pairs)
+        for side in ([p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs])
+    )
+    if not 1 - LENGTH_BIAS <= longer <= LENGTH_BIAS:
+        log.warning(
+            "length bias: chosen is longer in %.0f %% of pairs (%.0f against %.0f tokens on average); DPO may learn length",
+            100 * longer, chosen, rejected,
+        )  # fmt: skip
+    return {"chosen_longer": longer, "chosen_tokens": chosen, "rejected_tokens": rejected}

@@ -1,0 +1,166 @@
+"""Before training: how many steps, how much memory, and which arguments TRL is given."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.common.distributed import broadcast_from_rank_0
+from scripts.common.errors import UserError
+from scripts.common.machine import Machine
+from scripts.common.run import Run
+from scripts.common.schema import Config, Training
+from scripts.dataset.records import DatasetFile
+from scripts.dataset.rendering import Rendered, RenderedPair
+from scripts.model.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
+
+log = logging.getLogger(__name__)
+
+EVALUATIONS_PER_RUN = 4
+LOGGED_POINTS = 200
+
+
+def total_steps(section: Training, rows: int, world_size: int) -> int:
+    """Count the optimizer steps of a run."""
+    limit = section.trainer.get("max_steps")
+    if isinstance(limit, int) and limit > 0:  # transformers takes -1 for no limit
+        return limit
+    batches = math.ceil(rows / (section.per_device_train_batch_size * world_size))
+    return max(1, math.ceil(math.ceil(batches / section.gradient_accumulation_steps) * section.num_train_epochs))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run uses memory and time, and why."""
+
+    steps: int
+    estimate: MemoryEstimate
+    checkpointing: bool
+    compiled: bool
+    reasons: tuple[str, ...]
+
+    def check_fits(self, machine: Machine) -> None:
+        """Say what was decided; refuse a run that cannot fit, and name the settings that would make it fit."""
+        log.info("%s", "; ".join(self.reasons))
+        free = broadcast_from_rank_0(lambda: available_memory_gib(machine.device))
+        if self.estimate.total > free:
+            raise UserError(
+                f"this run needs {self.estimate}, but only {free:.1f} GiB are free. Lower per_device_train_batch_size "
+                "(and raise gradient_accumulation_steps by as much), lower max_length, set performance.gradient_checkpointing: "
+                "true or quantization.load_in_4bit: true, or choose a smaller base model."
+            )
+
+
+def plan_training(run: Run, base_folder: Path, machine: Machine, rows: Sequence[Rendered | RenderedPair]) -> Plan:
+    """Count the steps, estimate memory for the largest batch, decide on gradient checkpointing and on compiling."""
+    config, section = run.values, run.section
+    batch, sequences_per_row = section.per_device_train_batch_size, rows[0].sequences
+    pairs = sequences_per_row > 1
+    if pairs and machine.device == "cpu" and config.performance.fast_path:  # speed/shared_prompts.py
+        rows, sequences_per_row = [row.in_one_row() for row in rows], 1
+    largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
+    steps = total_steps(section, len(rows), machine.world_size)
+    seen = steps * batch * section.gradient_accumulation_steps
+    mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
+    compiled, why = _choose_compilation(config, machine, base_folder, seen * sequences_per_row * mean_tokens)
+    answers = sum(row.trained_tokens for row in largest)
+
+    def estimate(checkpointing: bool) -> MemoryEstimate:
+        return estimate_memory(
+            base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
+            answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
+            checkpointing=checkpointing, compiled=compiled, keep_weights=not (compiled and pairs),  # as training/dpo.py asks for
+        )  # fmt: skip
+
+    wanted = config.performance.gradient_checkpointing
+    free = broadcast_from_rank_0(lambda: available_memory_gib(machine.device))
+    if wanted == "auto":
+        checkpointing = estimate(False).total > SAFETY_RATIO * free
+        reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {estimate(False).total:.1f} GiB needed without it, {free:.1f} free"
+    else:
+        checkpointing, reason = wanted, f"gradient checkpointing {'on' if wanted else 'off'}: asked for"
+    return Plan(steps, estimate(checkpointing), checkpointing, compiled, (reason, why))
+
+
+def _choose_compilation(config: Config, machine: Machine, base_folder: Path, tokens: float) -> tuple[bool, str]:
+    if config.performance.compile is False:
+        return False, "layers not compiled: asked for"
+    from scripts.speed.speed_up import choose_compilation
+
+    return choose_compilation(config, machine, base_folder, tokens)
+
+
+def asks_reference_often(section: Training, machine: Machine, plan: Plan, train: int, validation: int) -> bool:
+    """Tell whether training and evaluation would ask the reference more often than once per pair; it never changes."""
+    per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps * machine.world_size
+    return plan.steps * per_step + (EVALUATIONS_PER_RUN + 1) * validation >= train + validation
+
+
+def show_plan(run: Run, machine: Machine, base_folder: Path, files: Sequence[DatasetFile], rows: Any) -> None:
+    """Print what a dry run can know: data, lengths, steps, machine and memory."""
+    plan = plan_training(run, base_folder, machine, rows)
+    ordered = sorted(len(row.input_ids) for row in rows)
+    log.info("datasets: %s", ", ".join(f"{file.path} (weight {file.weight})" for file in files))
+    log.info("tokens per sequence: median %d, longest %d; none would be cut", ordered[len(ordered) // 2], ordered[-1])
+    log.info("%d optimizer steps", plan.steps)
+    log.info("%s", "; ".join(machine.reasons + plan.reasons))
+    log.info("memory: %s of %.1f GiB free", plan.estimate, available_memory_gib(machine.device))
+
+
+def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: bool) -> dict[str, Any]:
+    """Build what TRL's configurations have in common; the user's `trainer` block comes last and wins."""
+    section, values, steps = run.section, run.values, plan.steps
+    interval = max(1, steps // EVALUATIONS_PER_RUN)
+    arguments: dict[str, Any] = {
+        "output_dir": str(run.run_dir / "checkpoints"),
+        "num_train_epochs": section.num_train_epochs,
+        "learning_rate": section.learning_rate,
+        "per_device_train_batch_size": section.per_device_train_batch_size,
+        "per_device_eval_batch_size": section.per_device_train_batch_size,
+        "gradient_accumulation_steps": section.gradient_accumulation_steps,
+        "max_length": section.max_length,
+        "seed": values.seed,
+        "use_cpu": machine.device == "cpu",
+        # The weights themselves are bf16 and the fast path brings adapters to the dtype of their input. Autocast on top
+        # makes a GPU's step a third longer, and on a CPU costs several times more than it saves.
+        "bf16": machine.device == "cuda" and machine.dtype == torch.bfloat16 and not values.performance.fast_path,
+        "activation_checkpointing": plan.checkpointing,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "logging_steps": max(1, steps // LOGGED_POINTS),
+        "eval_strategy": "steps" if validation else "no",
+        "eval_steps": interval,
+        "save_strategy": "steps",
+        "save_steps": interval,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "dataloader_pin_memory": machine.device == "cuda",
+        "ddp_find_unused_parameters": False,
+        **section.trainer,
+    }
+    same_rhythm = arguments["eval_strategy"] == arguments["save_strategy"] != "no" and (
+        arguments["eval_strategy"] == "epoch" or arguments["save_steps"] % arguments["eval_steps"] == 0
+    )
+    arguments["load_best_model_at_end"] = validation and same_rhythm
+    if arguments["load_best_model_at_end"]:
+        arguments.update(metric_for_best_model="eval_loss", greater_is_better=False)
+    elif validation:
+        log.info("evaluation and saving do not go together, so the last checkpoint is kept instead of the best")
+    return arguments
+
+
+def make_arguments(kind: Any, run: Run, **arguments: Any) -> Any:
+    """Build TRL's own arguments, which check themselves only here."""
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(
+            f"{run.stage}.trainer: TRL refuses these settings: {' '.join(str(error).split())[:300]}\n"
+            f"Given were: {', '.join(run.section.trainer) or 'none'}."
+        ) from None

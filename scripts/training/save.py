@@ -1,0 +1,133 @@
+"""What a training run leaves behind: the adapter folder with manifest and curves, entries in MLflow, a summary."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.common.artifacts import MANIFEST, BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts
+from scripts.common.deid_report import report_path
+from scripts.common.run import Run
+from scripts.common.stages import TRAINING_STAGES
+from scripts.common.tracking import Tracker
+from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+from scripts.model.adapter import merge_initialisation
+from scripts.training.start import Start
+
+log = logging.getLogger(__name__)
+
+
+def draw_curves(history: list[dict[str, Any]], path: Path, stage: str) -> None:
+    """Draw training and held-out loss, and for DPO the rewards, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: list[tuple[str, str, tuple[str, ...]]] = [("loss", "loss in nats", ("loss", "eval_loss"))]
+    if any("rewards/margins" in entry for entry in history):
+        panels.append(("rewards", "implicit reward", ("rewards/chosen", "rewards/rejected", "eval_rewards/margins")))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (title, unit, keys) in zip(axes[0], panels, strict=True):
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                label = key.replace("eval_", "held-out ") if key.startswith("eval_") else f"training {key}"
+                axis.plot(*zip(*points, strict=True), label=label, marker="o" if key.startswith("eval_") else None)
+        axis.set(title=f"{stage.upper()}: {title}", xlabel="optimizer step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def log_inputs(tracker: Tracker, run: Run, datasets: Sequence[DatasetFacts]) -> None:
+    """Record config and data before the work starts."""
+    tracker.log_params(flatten(run.values.model_dump(mode="json")))
+    tracker.log_artifact(run.run_dir / "config.resolved.yaml")
+    for entry in datasets:
+        if report_path(entry.path).is_file():
+            tracker.log_artifact(report_path(entry.path), "deid")
+        tracker.log_dataset(entry.path, entry.sha256, "train", entry.train or 0)
+        tracker.log_dataset(entry.path, entry.sha256, "validation", entry.validation or 0)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested values by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def save_adapter(
+    run: Run,
+    start: Start,
+    datasets: Sequence[DatasetFacts],
+    trainer: Any,
+    weights: dict[str, Any],
+    metrics: dict[str, Any],
+    tracker: Tracker,
+) -> None:
+    """Write adapter, tokenizer, curves and manifest, put them in place of the old folder, and tell the tracker."""
+    part = run.empty_folder()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
+    model.save_pretrained(
+        part,
+        state_dict=weights,
+        selected_adapters=["default"],
+        save_embedding_layers=False,
+        **merge_initialisation(model, run.run_dir),
+    )
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's stub of a card says nothing true
+    trainer.processing_class.save_pretrained(part)
+    before = metrics["held_out_loss_before"]
+    at_start = [] if before is None else [{"step": 0, "eval_loss": before}]
+    draw_curves(at_start + trainer.state.log_history, part / "curves.png", run.stage)
+    values = run.values
+    manifest = run.publish(
+        part,
+        Manifest(
+            stage=run.stage,
+            base_model=BaseModelFacts(
+                id=values.base_model_id, revision=values.base_model_revision, fingerprint=start.fingerprint
+            ),
+            tokenizer_sha256=tokenizer_sha256(start.tokenizer),
+            chat_template_sha256=template_sha256(start.tokenizer),
+            parent=start.parent,
+            datasets=list(datasets),
+            split=SplitFacts(seed=values.data.split_seed, ratio=values.data.validation_ratio),
+            config=values.model_dump(mode="json"),
+            mlflow=RunFacts(run_id=tracker.run_id),
+            metrics=metrics,
+        ),
+    )
+    shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
+    tracker.log_metrics({f"summary/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
+    tracker.set_tag("artifact_sha256", manifest.sha256)
+    tracker.log_artifact(run.output_dir / "curves.png")
+    tracker.log_artifact(run.output_dir / MANIFEST)
+    if values.tracking.log_adapter:
+        tracker.log_artifact(run.output_dir, "adapter")
+
+
+def print_summary(run: Run, metrics: dict[str, Any]) -> None:
+    """Say in a few lines what came out, where it is and what to do next."""
+    stage = TRAINING_STAGES[run.stage]
+    before, after = metrics["held_out_loss_before"], metrics["held_out_loss"]
+    store = run.values.tracking.mlflow_tracking_uri
+    runs = f"open {store}" if store.startswith("http") else f'mlflow ui --port 5000 --backend-store-uri "{store}"'
+    lines = [
+        f"{stage.title} is done",
+        "held-out loss  " + ("nothing was held out" if after is None else f"{before:.4f} → {after:.4f}"),
+        f"speed          {metrics['tokens_per_second']:.0f} tokens/s, {metrics['steps']} steps, {metrics['train_seconds']:.0f} s",
+        f"peak memory    {metrics['peak_memory_gib']:.1f} GiB",
+        f"adapter        {run.output_dir}",
+        f"MLflow         {runs}",
+        f"next           python -m {stage.next_command} {run.config.flags}",
+    ]
+    log.info("%s", "\n  ".join(lines))

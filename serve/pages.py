@@ -1,0 +1,56 @@
+"""The pages: the playground, on which a person compares the models, and /docs. They need nothing but this server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from jinja2 import Template
+
+STATIC = Path(__file__).parent / "static"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """Give a page that lists routes and fields."""
+    page = Template((STATIC / "docs.html").read_text(encoding="utf-8"), autoescape=True)
+    return _page(page.render(document=request.app.openapi()).encode(), "text/html")
+
+
+@router.get("/docs.css")
+async def docs_style() -> Response:
+    """Give the style of that page."""
+    return _static("docs.css", "text/css")
+
+
+@router.get("/")
+async def playground() -> Response:
+    """Give the page on which a person compares the models."""
+    return _static("playground.html", "text/html")
+
+
+@router.get("/playground.js")
+async def playground_script() -> Response:
+    """Give the page's script."""
+    return _static("playground.js", "text/javascript")
+
+
+@router.get("/playground.css")
+async def playground_style() -> Response:
+    """Give the page's style."""
+    return _static("playground.css", "text/css")
+
+
+def _static(name: str, media_type: str) -> Response:
+    return _page((STATIC / name).read_bytes(), media_type)
+
+
+def _page(content: bytes, media_type: str) -> Response:
+    headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+    return Response(content, media_type=media_type, headers=headers)

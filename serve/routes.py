@@ -1,0 +1,140 @@
+"""The server's own routes: generate, compare, score, votes, and what operators ask."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from scripts.dataset.rendering import render_prompt, user_turn
+from serve.errors import ServingError
+from serve.jobs import Job
+from serve.schemas import (
+    CompareAnswer,
+    CompareRequest,
+    GenerateAnswer,
+    GenerateRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    VoteRequest,
+)
+from serve.service import Service
+from serve.streaming import EventStream, event, usage_of
+
+router = APIRouter()
+
+
+@router.post("/v1/generate", response_model=GenerateAnswer, tags=["generation"])
+async def generate(request: Request, body: GenerateRequest) -> Any:
+    """Answer one prompt with one model; with `stream`, as server-sent events."""
+    service: Service = request.app.state.service
+    model = service.model(body.adapter, "adapter").name
+    tokenizer, system_prompt = service.models.tokenizer, service.config.data.system_prompt
+
+    def render() -> list[int]:
+        if body.raw:
+            return list(tokenizer.encode(body.prompt))
+        return render_prompt(tokenizer, user_turn(body.prompt, system_prompt))
+
+    jobs = await service.begin(request, [model], render, len(body.prompt), body, body.max_new_tokens)
+    if body.stream:
+        return EventStream(request, jobs[0], _events(jobs[0]))
+    [text] = await service.texts(request, jobs)
+    return _answer(jobs[0], text)
+
+
+async def _events(job: Job) -> AsyncIterator[str]:
+    async for piece in job.pieces():
+        yield event({"text": piece})
+    yield event({"finish_reason": job.finish_reason, "usage": usage_of(job).model_dump()})
+
+
+def _answer(job: Job, text: str) -> GenerateAnswer:
+    return GenerateAnswer(text=text, finish_reason=job.finish_reason, usage=usage_of(job), adapter=job.model)
+
+
+@router.post("/v1/compare", tags=["generation"])
+async def compare(request: Request, body: CompareRequest) -> CompareAnswer:
+    """Answer one prompt with several models in one batch."""
+    service: Service = request.app.state.service
+    names = [service.model(name, "adapters").name for name in body.adapters or service.models.served]
+    messages = user_turn(body.prompt, service.config.data.system_prompt)
+    tokenizer = service.models.tokenizer
+    jobs = await service.begin(
+        request, names, lambda: render_prompt(tokenizer, messages), len(body.prompt), body, body.max_new_tokens
+    )
+    texts = await service.texts(request, jobs)
+    return CompareAnswer(answers=[_answer(job, text) for job, text in zip(jobs, texts, strict=True)])
+
+
+@router.post("/v1/score", tags=["generation"])
+async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
+    """Measure how likely a model finds a given answer, and its implicit reward against its reference."""
+    service: Service = request.app.state.service
+    model = service.model(body.adapter, "adapter")
+    reference = model.reference or model.name
+    messages = user_turn(body.prompt, service.config.data.system_prompt)
+    jobs = await service.begin_scoring(request, [model.name, reference], messages, body.answer)
+    await service.texts(request, jobs)
+    logprob, reference_logprob = (job.logprob for job in jobs)
+    return ScoreAnswer(
+        adapter=model.name, logprob=logprob, tokens=jobs[0].scored, reference=reference,
+        reference_logprob=reference_logprob, beta=model.beta, implicit_reward=model.beta * (logprob - reference_logprob),
+    )  # fmt: skip
+
+
+@router.post("/v1/votes", status_code=201, tags=["playground"])
+async def vote(request: Request, body: VoteRequest) -> dict[str, str]:
+    """Keep a person's choice as a preference record, which train_dpo reads."""
+    service: Service = request.app.state.service
+    if not service.votes:
+        raise ServingError(404, "votes_off", "votes are not kept; set serve.votes_path")
+    models = {
+        "chosen": service.model(body.chosen_model, "chosen_model").name,
+        "rejected": service.model(body.rejected_model, "rejected_model").name,
+    }
+    prompt = [message.model_dump() for message in body.prompt]
+    record = {"prompt": prompt, "chosen": body.chosen, "rejected": body.rejected, "models": models, "seed": body.seed}
+    await service.votes.append(record)
+    return {"status": "kept"}
+
+
+@router.get("/v1/models", tags=["OpenAI-compatible"])
+async def models(request: Request) -> dict[str, Any]:
+    """List what is served, in OpenAI's shape with a few facts more."""
+    service: Service = request.app.state.service
+    entries = [
+        {
+            "id": model.name, "object": "model", "created": service.started, "owned_by": "llm-finetune-sft-dpo",
+            "parent": model.parent, "adapter_sha256": model.sha256, "max_model_len": service.context,
+            "default": model.name == service.models.default,
+        }
+        for model in service.models.served.values()
+    ]  # fmt: skip
+    return {"object": "list", "data": entries, "votes": service.votes is not None}
+
+
+@router.get("/health", tags=["operation"])
+async def health(request: Request) -> Response:
+    """Report whether process and engine are alive."""
+    alive = request.app.state.service.engine.alive
+    return JSONResponse({"status": "ok" if alive else "engine stopped"}, 200 if alive else 503)
+
+
+@router.get("/health/ready", tags=["operation"])
+async def ready(request: Request) -> Response:
+    """Report whether a new request would be taken."""
+    service: Service = request.app.state.service
+    full = service.engine.seats_taken >= service.engine.slots + service.engine.queue
+    reason = (
+        "draining" if service.draining else "queue full" if full else "" if service.engine.alive else "engine stopped"
+    )
+    return JSONResponse({"status": reason or "ready"}, 503 if reason else 200)
+
+
+@router.get("/metrics", tags=["operation"])
+async def metrics(request: Request) -> Response:
+    """Return all metrics in Prometheus' text format."""
+    return Response(request.app.state.service.metrics.text(), media_type="text/plain; version=0.0.4")

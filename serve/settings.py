@@ -1,0 +1,43 @@
+"""What the server is started with: the configuration, SERVE_* of the environment, and the API keys."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from scripts.common.config import DEFAULT_CONFIG, load_config
+from scripts.common.errors import UserError
+from scripts.common.schema import Config, Serve
+
+
+def load_settings() -> Config:
+    """Load the configuration that LLM_CONFIG names; SERVE_<KEY> in the environment wins over the file."""
+    variables = {name: f"SERVE_{name.upper()}" for name in Serve.model_fields}
+    overrides = [f"serve.{name}={os.environ[key]}" for name, key in variables.items() if key in os.environ]
+    return load_config(os.environ.get("LLM_CONFIG", DEFAULT_CONFIG), overrides, origin="environment SERVE_*").values
+
+
+def load_api_keys(serve: Serve) -> list[str]:
+    """Collect the keys from the environment and from the key file.
+
+    Raises: UserError when a key is too short to be one, or when others can read the file.
+    """
+    lines = os.environ["SERVE_API_KEYS"].split(",") if "SERVE_API_KEYS" in os.environ else []
+    if serve.api_keys_file:
+        path = Path(serve.api_keys_file)
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            lines += path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"serve.api_keys_file: {path}: {error.strerror}. Correct the path.") from None
+        if mode & 0o077:
+            raise UserError(f"serve.api_keys_file: {path}: others can read it (mode {mode:o}). Run `chmod 600 {path}`.")
+    keys = [line.strip() for line in lines if line.strip()]
+    if lines and not keys:
+        raise UserError("SERVE_API_KEYS / serve.api_keys_file: found no key in it. Remove it, or put a key into it.")
+    if short := [key for key in keys if len(key) < 8 or not key.isascii()]:
+        raise UserError(
+            f"SERVE_API_KEYS / serve.api_keys_file: {len(short)} keys are not ASCII or shorter than 8 characters."
+        )
+    return keys

@@ -1,0 +1,72 @@
+"""What this machine offers, and starts that would leave a part of it out."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from scripts.common.errors import UserError
+from scripts.common.machine import Machine, available_cores, check_launch
+from scripts.common.schema import Config, Quantization
+from tests.conftest import ROOT
+
+CPU = Machine("cpu", torch.bfloat16, 1, 1, ())
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("machine", "environment", "said"),
+    [
+        (CPU, {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "single process on a CPU.*torchrun"),
+        (CPU, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "over GPUs only"),
+        (Machine("cuda", torch.bfloat16, 1, 8, ()), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp2.yaml"),
+        (Machine("cuda", torch.bfloat16, 1, 8, ()), {"ACCELERATE_USE_DEEPSPEED": "true"}, "ddp.yaml"),
+    ],
+)
+def test_launch_that_would_not_do_what_it_says_is_refused(monkeypatch, machine, environment, said) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(UserError, match=said):
+        check_launch(Config(quantization=Quantization(load_in_4bit=True)), machine)
+
+
+def test_several_gpus_without_a_launcher_are_refused_with_both_ways_out(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    with pytest.raises(UserError, match=r"4 GPUs.*torchrun --nproc_per_node 4.*CUDA_VISIBLE_DEVICES=0"):
+        check_launch(Config(), Machine("cuda", torch.bfloat16, 1, 1, ()))
+    check_launch(Config(), Machine("cuda", torch.bfloat16, 1, 4, ()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "environment"),
+    [
+        ("ddp", "MULTI_GPU", {}),
+        (
+            "fsdp2",
+            "FSDP",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"},
+        ),
+        ("zero3", "DEEPSPEED", None),
+    ],
+)
+def test_launch_file_says_to_the_pinned_accelerate_what_we_read_from_it(name, kind, environment) -> None:
+    """The environment that `accelerate launch` hands over; for DeepSpeed it first asks for that package."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = f"configs/accelerate/{name}.yaml"
+    assert load_config_from_file(str(ROOT / path)).distributed_type == kind
+    assert f"accelerate launch --config_file {path} -m scripts.train_sft" in (ROOT / path).read_text(encoding="utf-8")
+    if environment is not None:
+        given = launch_command_parser().parse_args(["--config_file", str(ROOT / path), "-m", "scripts.train_sft"])
+        found = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+        assert found["ACCELERATE_MIXED_PRECISION"] == "no", "performance.dtype decides"
+        assert found.items() >= environment.items()

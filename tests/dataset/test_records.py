@@ -1,0 +1,370 @@
+"""Records: every format and file type, every bad row with its place, and one split for all stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import locale
+from pathlib import Path
+
+import pytest
+
+from scripts.common.errors import UserError
+from scripts.common.schema import Data, WeightedDataset
+from scripts.dataset.records import (
+    count_duplicates,
+    load_datasets,
+    parse_preference,
+    parse_record,
+    write_rejects,
+)
+from tests.conftest import write_jsonl
+from tests.support.records import KEY, PLAIN, instruction, load, refusal, talk
+
+# --- formats and file types
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Do", "input": "this", "output": "Done"}, talk("Do\n\nthis", "Done")),
+        ({"instruction": "Do", "input": "", "output": "Done"}, talk("Do", "Done")),
+        ({"instruction": "Do", "input": None, "output": "Done"}, talk("Do", "Done")),
+        ({"instruction": "", "input": "this", "output": "Done"}, talk("this", "Done")),
+        ({"instruction": "Do", "output": "Done", "id": 7}, talk("Do", "Done")),
+        ({"prompt": "Hi", "completion": " Yo"}, talk("Hi", " Yo")),
+        ({"prompt": "\ud7ff", "completion": "\ue000"}, talk("\ud7ff", "\ue000")),  # beside the surrogates, but none
+        ({"prompt": talk("a", "b", "c"), "completion": talk("", "d")[1:]}, talk("a", "b", "c", "d")),
+        ({"messages": talk("a", "b")}, talk("a", "b")),
+        (
+            {"messages": [{"role": "system", "content": ""}, *talk("a", "b")]},
+            [{"role": "system", "content": ""}, *talk("a", "b")],
+        ),
+    ],
+)
+def test_every_format_becomes_the_same_conversation(row: dict, messages: list) -> None:
+    assert list(parse_record(row, "here", PLAIN).messages) == messages
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, talk("q")),
+        ({"prompt": talk("a", "b", "c"), "chosen": "good", "rejected": "bad"}, talk("a", "b", "c")),
+        ({"prompt": "q", "chosen": talk("q", "good"), "rejected": talk("q", "bad")}, talk("q")),
+        ({"prompt": "q", "chosen": talk("", "good")[1:], "rejected": "bad"}, talk("q")),
+        ({"chosen": talk("q", "good"), "rejected": talk("q", "bad")}, talk("q")),
+        ({"prompt": None, "chosen": talk("a", "b", "c", "good"), "rejected": talk("a", "b", "c", "bad")}, talk("a", "b", "c")),
+        ({"chosen": [SYSTEM, *talk("q", "good")], "rejected": [SYSTEM, *talk("q", "bad")]}, [SYSTEM, *talk("q")]),
+    ],
+)  # fmt: skip
+def test_every_preference_format_becomes_the_same_pair(row: dict, prompt: list) -> None:
+    pair = parse_preference(row, "here:1", PLAIN)
+
+    assert (pair.source, list(pair.prompt), pair.chosen, pair.rejected) == ("here:1", prompt, "good", "bad")
+    assert pair.answer == "good"
+
+
+def test_system_prompt_goes_before_a_pair_that_brings_none() -> None:
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+    assert parse_preference(row, "here:1", Data(system_prompt="Be brief.")).prompt == (SYSTEM, *talk("q"))
+
+
+BAD_PAIRS = [
+    (instruction(1), "fields: found instruction/input/output, wanted prompt, chosen and rejected; set sft.dataset_path to this file"),
+    ({"chosen": "a", "rejected": "b"}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
+    ({"chosen": "a", "rejected": talk("q", "b")}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
+    ({"chosen": talk("q", "a"), "rejected": "b"}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
+    ({"prompt": "q", "chosen": talk("q", "a", "q2", "b"), "rejected": "b"}, "chosen: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": "a", "rejected": talk("other", "b")}, "rejected: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": talk("a"), "rejected": "b"}, "chosen: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": " a", "rejected": "a\n"}, "rejected: is the same as chosen, so there is nothing to prefer"),
+    ({"prompt": talk("q", "a"), "chosen": "a", "rejected": "b"}, "messages: found the turns user, assistant; wanted [system,] user, assistant, … ending with user"),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: found int, wanted text or a list of messages with role and content"),
+    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "q2", "c")}, "rejected: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": " ", "rejected": "b"}, "chosen: is empty"),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: found NoneType, wanted text or a list of messages with role and content"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_PAIRS)
+def test_bad_pair_is_reported_with_its_field_and_reason(tmp_path: Path, row: dict, said: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+
+    with pytest.raises(UserError) as caught:
+        load_datasets(str(path), parse_preference, PLAIN, "dpo.dataset_path")
+
+    assert str(caught.value).splitlines()[1:-1] == [f"  {path}:1: {said}"]
+
+
+# --- bad rows
+
+BAD_ROWS = [
+    ('{"instruction": 5, "output": "a"}', "instruction: found int, wanted text"),
+    ('{"instruction": "q", "output": null}', "output: found NoneType, wanted text"),
+    ('{"instruction": "q", "output": " \\n"}', "output: is empty"),
+    ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
+    ('{"instruction": "q", "input": 3, "output": "a"}', "input: found int, wanted text"),
+    ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair"),
+    ('{"question": "q", "answer": "a"}', "fields: found question, answer; wanted one of: instruction + output"),
+    ("{}", "fields: found none; wanted one of"),
+    ('{"instruction": "q", "output"', "json: not valid JSON"),
+    ("[1]", "json: found list, wanted an object"),
+    ('"text"', "json: found str, wanted an object"),
+    ("null", "json: found NoneType, wanted an object"),
+    ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "fields: found preference pairs, wanted instruction records"),
+    ('{"messages": []}', "messages: found list, wanted text or a list of messages"),
+    ('{"messages": 3}', "messages: found int, wanted text or a list of messages"),
+    ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
+    ('{"messages": [{"role": "human", "content": "a"}]}', "messages[0].role: found 'human', wanted one of system, user"),
+    ('{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role: found ['user'], wanted one of"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "messages: found the turns user; wanted"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "messages: found the turns assistant; wanted"),
+    ('{"messages": [{"role": "system", "content": "a"}]}', "messages: found the turns system; wanted"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "messages: found the turns user, user"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 1}]}', "messages[1].content: found int"),
+    ('{"prompt": "q", "completion": [{"role": "user", "content": "a"}]}', "messages: found the turns user, user"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_ROWS)
+def test_bad_row_is_reported_with_file_line_field_and_reason(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+
+    message = refusal(path)
+
+    heading, row, fix = message.splitlines()
+    assert heading == "1 of 1 rows cannot be used"
+    assert row.startswith(f"  {path}:2: {said}")
+    assert fix == "Fix them, or set data.on_bad_row: skip to set them aside."
+
+
+WANTED = "wanted one of: instruction + output; chosen + rejected; prompt + completion; messages"
+
+
+ORDER = "wanted [system,] user, assistant, … ending with assistant"
+
+
+WHOLE_REASONS = [
+    ('{"instruction": 5, "output": "a"}', "instruction: found int, wanted text"),
+    ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
+    ('{"instruction": "q", "output": " "}', "output: is empty"),
+    ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
+    ('{"instruction": "q", "output": "\\udfff"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
+    ('{"question": "q", "answer": "a"}', f"fields: found question, answer; {WANTED}"),
+    ("{}", f"fields: found none; {WANTED}"),
+    ("[1]", "json: found list, wanted an object {…}; a list of records is read from a file that ends in .json"),
+    ("[", "json: not valid JSON (Expecting value: line 2 column 1 (char 2)); one object per line"),
+    ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "fields: found preference pairs, wanted instruction records; set dpo.dataset_path to this file"),
+    ('{"messages": []}', "messages: found list, wanted text or a list of messages with role and content"),
+    ('{"messages": "a"}', f"messages: found the turns user; {ORDER}"),
+    ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
+    ('{"messages": [{"role": "user"}]}', "messages[0]: wanted an object with role and content"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}', "messages[1].role: found 'x', wanted one of system, user, assistant"),
+    ('{"messages": [{"role": "user", "content": ""}]}', "messages[0].content: is empty"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', f"messages: found the turns user, user; {ORDER}"),
+    ('{"prompt": 1, "completion": "a"}', "prompt: found int, wanted text or a list of messages with role and content"),
+    ('{"prompt": "q", "completion": " "}', "completion: is empty"),
+    ('{"Instruction": "q", " output": "a"}', "fields: found Instruction,  output; rename `Instruction` to `instruction`, ` output` to `output`"),
+    ('{"instruction": "q", "outputs": "a"}', "fields: found instruction, outputs; rename `outputs` to `output`"),
+    ('{"images": [], "text": "a"}', f"fields: found images, text; {WANTED}"),
+    ('"text"', "json: found str, wanted an object {…}"),
+    ('{"instruction": "q", "output": "a", "output": "b"}', "json: not valid JSON (`output` is written twice); one object per line"),
+    ('{"instruction": "q", "output": "a"},', "json: not valid JSON (Extra data: line 1 column 36 (char 35)); one object per line, without a comma at its end"),
+    ('\ufeff{"instruction": "q", "output": "a"}', "json: not valid JSON (Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)); one object per line"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "reason"), WHOLE_REASONS)
+def test_reason_of_a_bad_row_is_reported_in_these_words(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+
+    assert refusal(path).splitlines()[1] == f"  {path}:2: {reason}"
+
+
+def test_reason_goes_into_the_reject_word_for_word(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\nü,a,b\nq,a\n", encoding="utf-8")
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+    write_rejects(tmp_path / "rejects.jsonl", files)
+
+    assert (tmp_path / "rejects.jsonl").read_text(encoding="utf-8") == (
+        f'{{"source": "{path}:2", "field": "columns", "reason": "found 3 cells, wanted the 2 of the header; '
+        'put \\"quotes\\" around a text that holds the separator", "row": ["ü", "a", "b"]}\n'
+    )
+
+
+def test_rejects_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    """As on a bare server, whose locale knows no letter beyond ASCII."""
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(1), {"instruction": "ü", "output": ""}])
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        write_rejects(tmp_path / "rejects.jsonl", files)
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+    assert json.loads((tmp_path / "rejects.jsonl").read_bytes())["row"] == {"instruction": "ü", "output": ""}
+
+
+def test_nothing_is_written_where_nothing_was_rejected(tmp_path: Path) -> None:
+    files = load_datasets(str(write_jsonl(tmp_path / "a.jsonl", [instruction(1)])), parse_record, PLAIN, KEY)
+
+    assert write_rejects(tmp_path / "rejects.jsonl", files) == 0
+    assert not (tmp_path / "rejects.jsonl").exists()
+
+
+def test_a_source_is_described_by_its_path_its_hash_and_its_weight(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(1)])
+
+    (file,) = load_datasets([WeightedDataset(path=str(path), weight=0.5)], parse_record, PLAIN, KEY)
+
+    assert (file.path, file.weight, file.bad_rows) == (str(path), 0.5, ())
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_datasets(str(path), parse_record, PLAIN, KEY)[0].weight == 1
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_file_whose_rows_all_fail_for_one_reason_is_reported_once(tmp_path: Path, count: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}] * count)
+
+    assert refusal(path) == (
+        f"{KEY}: none of the {count} rows can be used, all for one reason\n  {path}:1: output: is empty"
+    )
+
+
+def test_rows_that_fail_for_several_reasons_are_reported_one_by_one(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}, {"instruction": "q", "output": 1}])
+
+    assert refusal(path) == (
+        f"2 of 2 rows cannot be used\n  {path}:1: output: is empty\n  {path}:2: output: found int, wanted text\n"
+        "Fix them, or set data.on_bad_row: skip to set them aside."
+    )
+
+
+def test_all_bad_rows_are_reported_at_once_the_first_twenty_in_full(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(0), *({"instruction": "q", "output": ""} for _ in range(25))])
+
+    message = refusal(path)
+
+    assert "25 of 26 rows cannot be used" in message
+    assert [f"{path}:{line}: " in message for line in range(2, 27)] == [True] * 20 + [False] * 5
+    assert "… and 5 more" in message
+    assert "data.on_bad_row: skip" in message
+
+
+def test_bad_rows_of_all_files_are_reported_together(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / name, [{"instruction": "q", "output": ""}]) for name in ("a.jsonl", "b.jsonl")]
+
+    with pytest.raises(UserError) as caught:
+        load_datasets([WeightedDataset(path=str(path)) for path in paths], parse_record, PLAIN, KEY)
+
+    assert all(f"{path}:1: output: is empty" in str(caught.value) for path in paths)
+
+
+def test_mixed_formats_are_refused_at_the_first_row_that_differs(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [instruction(1), {"prompt": "p", "completion": "c"}])
+
+    assert refusal(path).splitlines()[1:-1] == [
+        f"  {path}:2: format: found prompt/completion, wanted instruction/input/output as in the first row; "
+        "keep one format per file"
+    ]
+
+
+def test_skip_keeps_the_good_rows_and_writes_the_bad_ones_with_their_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"instruction": "q", "output": ""}\n' + json.dumps(instruction(1)).encode() + b"\n\xff\n{]\n")
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+    count = write_rejects(tmp_path / "rejects.jsonl", files)
+
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record.answer for record in files[0].records] == ["answer 1"]
+    assert count == 3
+    assert [(row["source"], row["field"]) for row in rejects] == [
+        (f"{path}:1", "output"),
+        (f"{path}:3", "encoding"),
+        (f"{path}:4", "json"),
+    ]
+    assert rejects[0]["row"] == {"instruction": "q", "output": ""}
+
+
+def test_skip_can_write_a_row_that_holds_half_a_surrogate_pair(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "q", "output": "\\ud800"}\n' + json.dumps(instruction(1)), encoding="utf-8")
+
+    files = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)
+
+    assert write_rejects(tmp_path / "rejects.jsonl", files) == 1
+    assert json.loads((tmp_path / "rejects.jsonl").read_text(encoding="utf-8"))["field"] == "output"
+
+
+def test_skip_refuses_a_file_of_bad_rows_only(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}])
+
+    assert "found no usable record" in refusal(path, Data(on_bad_row="skip"))
+
+
+def test_skip_names_every_file_when_none_holds_a_usable_record(tmp_path: Path) -> None:
+    bad = {"instruction": "q", "output": ""}
+    paths = [write_jsonl(tmp_path / name, [bad, bad]) for name in ("a.jsonl", "b.jsonl")]
+    sources = [WeightedDataset(path=str(path)) for path in paths]
+
+    with pytest.raises(UserError) as caught:
+        load_datasets(sources, parse_record, Data(on_bad_row="skip"), KEY)
+
+    assert str(caught.value) == f"{KEY}: found no usable record in {paths[0]}, {paths[1]}."
+
+
+# --- what a chat trains, and the system prompt
+
+
+def test_train_on_decides_which_answers_carry_the_loss() -> None:
+    row = {"messages": talk("a", "b", "c", "d")}
+
+    assert parse_record(row, "here", Data(train_on="all")).trained == (1, 3)
+    assert parse_record(row, "here", Data(train_on="last")).trained == (3,)
+    assert parse_record({"messages": talk(*"abcdef")}, "here", Data(train_on="last")).trained == (5,)
+    assert parse_record({"messages": talk("a", "b")}, "here", Data(train_on="last")).trained == (1,)
+
+
+def test_system_prompt_goes_only_before_conversations_that_bring_none() -> None:
+    data = Data(system_prompt="Be brief.")
+    own = [{"role": "system", "content": "Mine."}, *talk("a", "b")]
+
+    assert parse_record({"messages": talk("a", "b")}, "here", data).messages[0]["content"] == "Be brief."
+    assert parse_record({"messages": own}, "here", data).messages[0]["content"] == "Mine."
+
+
+# --- data nobody here wrote
+
+
+@pytest.mark.parametrize("name", ["sft_dolly_hhrlhf_1k", "sft_banking77", "sft_gsm8k_train"])
+def test_public_instruction_data_loads(shared_data: Path, name: str) -> None:
+    path = shared_data / name / "train.jsonl"
+    lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+
+    loaded = load_datasets(str(path), parse_record, Data(on_bad_row="skip"), KEY)[0]
+
+    assert len(loaded.records) + len(loaded.bad_rows) == lines
+    assert len(loaded.records) >= 0.99 * lines
+
+
+def test_public_preference_data_is_refused_as_instruction_data(shared_data: Path) -> None:
+    assert "found preference pairs, wanted instruction records" in refusal(shared_data / "pref_llmbar" / "pairs.jsonl")
+
+
+def test_sample_data_has_no_bad_row_and_no_duplicate() -> None:
+    loaded = load(Path("data/sft/sample_sft.jsonl"))
+
+    assert len(loaded) >= 200
+    assert count_duplicates(loaded) == 0

@@ -1,0 +1,189 @@
+"""The comparison: what was held out, what was measured, and a verdict that does not see what is not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eval import compare
+from eval.measuring import Prepared, measure_models
+from eval.metrics import build_metrics
+from eval.report import Report, read_report
+from eval.verdict import decide
+from scripts import train_dpo, train_sft
+from scripts.common.config import load_config
+from scripts.model.base import load_tokenizer
+from tests.support.chain import manifest, write_chain
+
+CHECKS = [{"name": "says it is", "must_contain": ["it is"]}, {"name": "short", "max_words": 6}]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a pair of adapters and compare them once."""
+    folder = tmp_path_factory.mktemp("compare")
+    config = str(write_chain(folder, eval={"checks": CHECKS}))
+    assert train_sft.main(["--config", config]) == 0
+    assert train_dpo.main(["--config", config]) == 0
+    assert compare.main(["--config", config]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(compared: Path) -> Report:
+    """Return the report as it was written."""
+    return read_report(compared / "out/comparison")
+
+
+def test_every_metric_has_intervals_around_its_value(report: Report) -> None:
+    assert {metric.name for metric in report.metrics} >= {
+        "held_out_loss",
+        "preference_accuracy",
+        "reward_accuracy",
+        "checks_passed",
+    }
+    for metric in report.metrics:
+        for estimate in (*metric.models.values(), *metric.differences, *metric.baselines.values()):
+            assert estimate.ci_low <= estimate.value <= estimate.ci_high, metric.name
+
+
+def test_the_verdict_is_words_and_an_outcome(report: Report) -> None:
+    assert report.verdict.outcome in ("better", "worse", "mixed", "no_difference")
+    assert report.verdict.compared == ["dpo", "sft"]
+    assert report.verdict.text.endswith(".")
+
+
+def test_held_out_prompts_were_trained_on_by_no_stage(compared: Path, report: Report) -> None:
+    from scripts.dataset.records import load_datasets, parse_preference, parse_record
+    from scripts.dataset.split import is_validation
+
+    values = load_config(compared / "config.yaml").values
+    trained = set()
+    for path, parse in ((values.sft.dataset_path, parse_record), (values.dpo.dataset_path, parse_preference)):
+        for file in load_datasets(path, parse, values.data, "x"):
+            trained |= {r.prompt[-1]["content"] for r in file.records if not is_validation(r.prompt, values.data)}
+    samples = [json.loads(line) for line in (compared / "out/comparison/samples.jsonl").read_text().split("\n") if line]
+    assert len(samples) == report.metrics[0].n > 5
+    assert not trained & {sample["prompt"] for sample in samples}
+
+
+def test_the_folder_is_a_finished_artifact_below_the_dpo_adapter(compared: Path) -> None:
+    import mlflow
+
+    facts = manifest(compared / "out/comparison")
+    assert facts["stage"] == "comparison"
+    assert {"report.html", "report.json", "samples.jsonl"} <= set(facts["files"])
+    mlflow.set_tracking_uri(f"sqlite:///{compared}/mlflow.db")
+    run = mlflow.get_run(facts["mlflow"]["run_id"])
+    assert run.data.tags["mlflow.parentRunId"] == manifest(compared / "out/dpo_adapter")["mlflow"]["run_id"]
+    assert "eval/held_out_loss/dpo" in run.data.metrics
+
+
+def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> None:
+    """What train_sft measured on its held-out records is what the comparison measures on the same records."""
+    values = load_config(compared / "config.yaml").values
+    tokenizer = load_tokenizer(compared / "model")
+    held_out = compare.read_held_out(load_config(compared / "config.yaml"), {"sft": None})
+    prepared = Prepared(tokenizer, held_out, values)
+    model = compare.load_models(
+        load_config(compared / "config.yaml"), {"sft": compared / "out/sft_adapter"}, compared / "model", tokenizer
+    )
+    result = measure_models(model, {"base": None, "sft": "sft"}, prepared, with_answers=False)
+    metrics = manifest(compared / "out/sft_adapter")["metrics"]
+    for name, key in (("base", "held_out_loss_before"), ("sft", "held_out_loss")):
+        scores = result[name].targets
+        loss = -sum(score.logps for score in scores) / sum(score.tokens for score in scores)
+        assert loss == pytest.approx(metrics[key], abs=1e-4)
+
+
+def test_the_same_adapter_twice_gives_exactly_zero(compared: Path, tmp_path: Path) -> None:
+    """One adapter under both names differs in nothing, and the verdict says that no difference can be shown."""
+    loaded = load_config(compared / "config.yaml")
+    tokenizer = load_tokenizer(compared / "model")
+    manifests = {adapter.name: adapter.manifest for adapter in compare.find_adapters(loaded)}
+    twin = {"sft": compared / "out/sft_adapter", "dpo": compared / "out/sft_adapter"}
+    prepared = Prepared(tokenizer, compare.read_held_out(loaded, manifests), loaded.values)
+    model = compare.load_models(loaded, twin, compared / "model", tokenizer)
+    measured = measure_models(model, {"base": None, "sft": "sft", "dpo": "dpo"}, prepared)
+    metrics = build_metrics(measured, prepared, manifests)
+    for metric in metrics:
+        for difference in metric.differences:
+            if metric.name != "reward_accuracy" and {difference.a, difference.b} == {"sft", "dpo"}:
+                assert (difference.value, difference.ci_low, difference.ci_high) == (0, 0, 0)
+                assert difference.p_value == 1
+    assert measured["dpo"].kl["sft"] == 0
+    assert decide(metrics, ["base", "sft", "dpo"], None)[0].outcome == "no_difference"
+
+
+def test_refuses_adapters_of_another_split(compared: Path, capsys: pytest.CaptureFixture) -> None:
+    assert compare.main(["--config", str(compared / "config.yaml"), "--set", "data.split_seed=5"]) == 2
+    assert "may have seen these prompts" in capsys.readouterr().err
+
+
+def test_refuses_when_there_is_nothing_to_compare(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = ["--set", f"sft.output_dir={tmp_path}/a", "--set", f"dpo.output_dir={tmp_path}/b"]
+    assert (
+        compare.main(["--config", str(compared / "config.yaml"), *settings, "--set", f"eval.output_dir={tmp_path}/c"])
+        == 2
+    )
+    assert "no adapter to compare" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_without_a_dpo_adapter_base_and_sft_are_compared(compared: Path, tmp_path: Path) -> None:
+    """And only as many answers of only the length that was asked for."""
+    settings = ["--set", f"dpo.output_dir={tmp_path}/none", "--set", f"eval.output_dir={tmp_path}/comparison"]
+    settings += ["--set", "eval.max_prompts=3", "--set", "eval.max_new_tokens=2"]
+    assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 0
+    found = read_report(tmp_path / "comparison")
+    assert found.models == ["base", "sft"]
+    assert len(found.samples) == 3
+    assert max(health["mean_tokens"] for health in found.health.values()) <= 2
+
+
+def test_every_check_has_its_row_by_name(report: Report) -> None:
+    assert {tuple(sample.checks["sft"]) for sample in report.samples} == {("says it is", "short")}
+
+
+def test_answers_are_given_in_batches_of_the_size_asked_for(compared: Path) -> None:
+    loaded = load_config(compared / "config.yaml", ["eval.batch_size=2", "eval.max_new_tokens=1"])
+    adapters = {"sft": compared / "out/sft_adapter"}
+    tokenizer = load_tokenizer(compared / "model")
+    prepared = Prepared(tokenizer, compare.read_held_out(loaded, adapters), loaded.values)
+    model = compare.load_models(loaded, adapters, compared / "model", tokenizer)
+    rows: list[int] = []
+    generate = model.generate
+    model.generate = lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs)
+    measure_models(model, {"sft": "sft"}, prepared)
+    assert max(rows) == 2
+
+
+def test_several_seeds_aggregate_to_mean_and_spread(compared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("sft_adapter", "dpo_adapter"):
+        shutil.copytree(compared / "out" / name, run / name)
+    settings = ["--set", f"eval.output_dir={tmp_path}/comparison", "--runs", str(run)]
+    assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 0
+    runs = json.loads((tmp_path / "comparison/report.json").read_text())["runs"]
+    assert runs["seeds"] == [0, 0]
+    for row in runs["metrics"]:
+        for model in row["models"].values():
+            assert model["spread"] == pytest.approx(0, abs=1e-9)
+            assert model["mean"] == pytest.approx(model["values"][0])
+
+
+def test_comparing_on_other_data_than_the_adapter_was_trained_on_is_reported(compared: Path, caplog) -> None:
+    """Who trains with --set sft.dataset_path=… and forgets it here would read figures about the sample data."""
+    config = compared / "config.yaml"
+
+    compare.find_adapters(load_config(config))
+    assert caplog.text == ""
+    compare.find_adapters(load_config(config, ["sft.dataset_path=data/sft/sample_sft.jsonl"]))
+
+    assert f"--set sft.dataset_path={compared}/sft.jsonl" in caplog.text
+    assert "dpo.dataset_path" not in caplog.text

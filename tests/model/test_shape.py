@@ -1,0 +1,75 @@
+"""The shape of a model, whichever way its family writes it down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from scripts.model.shape import ModelShape, siblings
+from tests.support.nested import save_tiny_gemma3
+
+LLAMA = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "vocab_size": 49152, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_llama() -> None:
+    shape = ModelShape.of(AutoConfig.for_model("llama", **LLAMA))
+
+    assert shape == ModelShape(
+        layers=3, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, positions=8192, windows=(None,) * 3
+    )  # fmt: skip
+    assert shape.window is None
+
+
+def test_head_size_that_is_stated_wins_over_the_one_that_follows() -> None:
+    assert ModelShape.of(AutoConfig.for_model("llama", **LLAMA, head_dim=128)).head_dim == 128
+
+
+def test_gpt2_calls_everything_otherwise() -> None:
+    shape = ModelShape.of(
+        AutoConfig.for_model("gpt2", n_embd=48, n_layer=2, n_head=4, n_positions=512, vocab_size=1000)
+    )
+
+    assert shape == ModelShape(
+        layers=2, hidden=48, intermediate=192, heads=4, kv_heads=4, head_dim=12, vocab=1000, positions=512, windows=(None, None)
+    )  # fmt: skip
+    assert ModelShape.of(AutoConfig.for_model("gpt2", n_embd=48, n_head=4, n_inner=100)).intermediate == 100
+
+
+@pytest.mark.parametrize(("window", "windows"), [(4096, (4096, 4096)), (None, (None, None))])
+def test_mistral_gives_every_layer_its_window(window: int | None, windows: tuple) -> None:
+    layers = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape = ModelShape.of(AutoConfig.for_model("mistral", **layers, sliding_window=window))
+
+    assert shape.windows == windows
+    assert shape.window == window
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (8, 2, 8)
+
+
+def test_nested_gemma3_is_that_of_its_language_model(tmp_path: Path) -> None:
+    shape = ModelShape.of_folder(save_tiny_gemma3(tmp_path / "gemma3"))
+
+    assert shape.vocab > 256
+    assert shape == ModelShape(
+        layers=2, hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=8, vocab=shape.vocab, positions=512, windows=(16, None)
+    )  # fmt: skip
+    assert shape.window == 16
+
+
+def test_smallest_window_counts() -> None:
+    shape = ModelShape.of(AutoConfig.for_model("llama", **LLAMA))
+
+    assert ModelShape(**{**vars(shape), "windows": (None, 512, 128)}).window == 128
+
+
+def test_layers_that_are_given_the_same_input_form_a_group() -> None:
+    names = [
+        "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj", "layers.0.self_attn.o_proj",
+        "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.self_attn.q_proj", "c_attn",
+    ]  # fmt: skip
+
+    assert siblings(names) == [names[:3], names[3:4], names[4:6], names[6:7], names[7:8], names[8:]]

@@ -1,0 +1,343 @@
+"""The engine gives the tokens that plain PEFT gives, no matter what else is in the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.common.config import load_config
+from scripts.common.machine import choose_machine
+from scripts.model.base import load_tokenizer
+from serve import engine as engine_module
+from serve.adapters import Models, load_models
+from serve.engine import Engine
+from serve.errors import ServingError
+from serve.jobs import Job
+from serve.metrics import Metrics
+from serve.schemas import GenerateRequest
+from serve.service import Service
+from tests.support.serving import save_adapter
+
+NEW = 24
+
+
+def generate_with_peft(base: Path, adapter: Path | None, ids: list[int], new: int) -> list[int]:
+    """Return the greedy continuation by the libraries alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    x = torch.tensor([ids])
+    with torch.inference_mode():
+        out = model.eval().generate(
+            input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=new, do_sample=False, num_beams=1,
+            repetition_penalty=1.0, eos_token_id=load_tokenizer(base).eos_token_id,
+        )  # fmt: skip
+    return out[0, len(ids) :].tolist()
+
+
+def models_of(base: Path, adapters: dict[str, Path], write_config) -> Models:
+    config = load_config(
+        write_config(
+            base_model_id=str(base),
+            performance={"dtype": "fp32", "device": "cpu"},
+            serve={"adapter_path": None, "adapters": {name: str(path) for name, path in adapters.items()}},
+        )
+    ).values
+    return load_models(config, choose_machine(config))
+
+
+def new_engine(models: Models, **changes) -> Engine:
+    settings = {
+        "slots": 3, "context": 128, "queue": 50, "queue_per_client": 50, "deadline_seconds": 60.0,
+        "queue_timeout_seconds": 60.0,
+    }  # fmt: skip
+    return Engine(models, Metrics(), **{**settings, **changes})
+
+
+async def run_jobs(engine: Engine, jobs: list[Job]) -> list[str | ServingError]:
+    """Run jobs to their end and return their texts or errors."""
+    engine.start()
+    try:
+        for job in jobs:
+            engine.submit(job, engine.reserve(job.client)[0])
+        texts = asyncio.gather(*(job.text() for job in jobs), return_exceptions=True)
+        return await asyncio.wait_for(texts, 300)  # an engine that hangs fails the test, not the whole run
+    finally:
+        await asyncio.to_thread(engine.stop)
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return two adapters with different ranks and targets."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "sft": save_adapter(folder / "sft", tiny_llama, "sft", seed=1),
+        "dpo": save_adapter(
+            folder / "dpo", tiny_llama, "dpo", seed=2, r=7, alpha=3, target_modules=["q_proj", "down_proj"]
+        ),
+    }
+
+
+@pytest.fixture
+def models(tiny_llama: Path, adapters: dict[str, Path], write_config) -> Models:
+    return models_of(tiny_llama, adapters, write_config)
+
+
+@pytest.fixture(params=[8, 100])
+def short_prefill(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read prompts in pieces of 8 tokens, so that short prompts are cut, too; or several prompts at once."""
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS_PER_STEP", request.param)
+
+
+def random_prompts(names: list[str], vocabulary: int) -> list[list[int]]:
+    draw = random.Random(1)
+    return [[draw.randrange(5, vocabulary) for _ in range(draw.randrange(1, 40))] for _ in names]
+
+
+def test_mixed_batches_give_the_tokens_of_plain_peft(tiny_llama, adapters, models, short_prefill):
+    names = ["base", "sft", "dpo", "sft", "dpo", "base", "sft", "dpo", "dpo"]
+    prompts = random_prompts(names, len(models.tokenizer))
+    jobs = [
+        Job(ids, name, NEW - 3 * (n % 3)) for n, (ids, name) in enumerate(zip(prompts, names, strict=True))
+    ]  # different lengths make rows leave and move while others run
+    asyncio.run(run_jobs(new_engine(models), jobs))
+    expected = [generate_with_peft(tiny_llama, adapters.get(job.model), job.ids, job.max_new_tokens) for job in jobs]
+    assert [job.out for job in jobs] == expected
+    same_prompt = [
+        generate_with_peft(tiny_llama, adapters.get(name), prompts[0], NEW) for name in ("base", "sft", "dpo")
+    ]
+    assert len({tuple(out) for out in same_prompt}) == 3, "adapters that agree would hide a mix-up"
+
+
+def test_gpt2_is_served_too(tiny_gpt2, tmp_path, write_config, short_prefill):
+    adapter = save_adapter(tmp_path / "sft", tiny_gpt2)
+    models = models_of(tiny_gpt2, {"sft": adapter}, write_config)
+    names = ["sft", "base", "sft", "base"]
+    jobs = [Job(ids, name, 12) for ids, name in zip(random_prompts(names, len(models.tokenizer)), names, strict=True)]
+    asyncio.run(run_jobs(new_engine(models), jobs))
+    assert [job.out for job in jobs] == [
+        generate_with_peft(tiny_gpt2, adapter if job.model == "sft" else None, job.ids, 12) for job in jobs
+    ]
+
+
+def test_a_score_equals_the_libraries_log_probability(tiny_llama, models, short_prefill):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    jobs = [
+        Job(list(range(10, 40)), "base", 1, scored=9),
+        Job([7, 8, 9], "base", 6),
+        Job(list(range(50, 62)), "base", 1, scored=4),
+    ]
+    asyncio.run(run_jobs(new_engine(models), jobs))
+    for job in jobs:
+        if job.scored:
+            with torch.inference_mode():
+                logits = model(torch.tensor([job.ids])).logits[0].log_softmax(-1)
+            places = range(len(job.ids) - job.scored, len(job.ids))
+            assert job.logprob == pytest.approx(sum(float(logits[p - 1, job.ids[p]]) for p in places), abs=1e-3)
+    assert jobs[1].out == generate_with_peft(tiny_llama, None, jobs[1].ids, 6), (
+        "a row beside scored ones is not disturbed"
+    )
+
+
+def test_short_prompts_are_read_together(models):
+    passes = []
+
+    def count(call: int, inputs: dict, output):
+        passes.append(tuple(inputs["input_ids"].shape))
+        return output
+
+    jobs = [Job(list(range(10, 10 + length)), "sft", 1) for length in (5, 7, 3)]
+    asyncio.run(run_jobs(new_engine(with_fault(models, count)), jobs))
+    assert passes == [(3, 7)]
+
+
+def test_clients_take_turns(models):
+    """One client's pile of requests does not keep another client waiting behind all of it."""
+    jobs = [Job([10 + n], "base", 8, client="greedy") for n in range(8)] + [Job([9], "base", 8, client="modest")]
+    asyncio.run(run_jobs(new_engine(models, slots=1), jobs))
+    order = [job.client for job in sorted(jobs, key=lambda job: job.scheduled)]
+    assert order.index("modest") <= 2
+
+
+def test_seats_are_bounded_and_come_back(models):
+    async def scenario() -> None:
+        engine = new_engine(models, slots=1, queue=1, queue_per_client=1)
+        engine.start()
+        seats = engine.reserve("a", 2)
+        with pytest.raises(ServingError) as refused:
+            engine.reserve("b")
+        assert (refused.value.status, refused.value.code) == (429, "queue_full")
+        seats[0].release()
+        seats[0].release()  # a second time changes nothing
+        engine.reserve("b")
+        assert engine.seats_taken == 2
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(scenario())
+
+
+def test_one_client_cannot_take_all_seats(models):
+    async def scenario() -> None:
+        engine = new_engine(models, slots=1, queue=10, queue_per_client=1)
+        engine.start()
+        engine.reserve("a", 2)
+        with pytest.raises(ServingError, match="too many of your requests"):
+            engine.reserve("a")
+        assert len(engine.reserve("b", 2)) == 2
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(scenario())
+
+
+def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_config):
+    limits = {"max_concurrent": 3, "max_queue": 7, "max_queue_per_client": 5, "deadline_seconds": 11.0,
+              "queue_timeout_seconds": 13.0, "max_context_tokens": 64, "default_max_new_tokens": 9}  # fmt: skip
+    config = load_config(write_config(base_model_id=str(tiny_llama), serve={"adapter_path": None, **limits})).values
+    service = Service(config, choose_machine(config), [])
+    engine = service.engine
+    assert (engine.slots, engine.queue, engine.queue_per_client) == (3, 7, 5)
+    assert (engine.deadline_seconds, engine.queue_timeout_seconds, service.context) == (11.0, 13.0, 64)
+
+    async def ask() -> Job:
+        request: Any = SimpleNamespace(state=SimpleNamespace(client="a"))
+        engine.start()
+        try:
+            [job] = await service.begin(request, ["base"], lambda: [1, 2], 2, GenerateRequest(prompt="x"), None)
+            await job.text()
+        finally:
+            await asyncio.to_thread(engine.stop)
+        return job
+
+    assert asyncio.run(ask()).max_new_tokens == 9
+
+
+class Failing:
+    """Stand between engine and network and fail where a fault of the machine would."""
+
+    def __init__(self, network: torch.nn.Module, fault) -> None:
+        self.network, self.fault, self.calls = network, fault, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.network, name)
+
+    def __call__(self, **inputs):
+        self.calls += 1
+        return self.fault(self.calls, inputs, self.network(**inputs))
+
+
+def with_fault(models: Models, fault) -> Models:
+    return replace(models, network=Failing(models.network, fault))
+
+
+def healthy(models: Models, job: Job) -> list[int]:
+    """Return the tokens the job gets when nothing fails."""
+    again = Job(job.ids, job.model, job.max_new_tokens)
+    asyncio.run(run_jobs(new_engine(models), [again]))
+    return again.out
+
+
+def three_jobs() -> list[Job]:
+    return [Job([20 + n] * (8 - 3 * n), name, 10) for n, name in enumerate(("base", "sft", "dpo"))]
+
+
+@pytest.mark.parametrize("width", [8, 1], ids=["prefill", "decode"])
+def test_nan_in_one_row_ends_that_row_alone(models, width):
+    def fault(call: int, inputs: dict, output):
+        if inputs["input_ids"].shape == (3, width):
+            output.logits[1] = float("nan")
+            inputs["past_key_values"].values[0][1] = float("nan")  # the next request in this slot must not see it
+        return output
+
+    jobs = three_jobs()
+    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    failed = [result for result in results if isinstance(result, ServingError)]
+    assert [(error.status, error.code) for error in failed] == [(500, "generation_failed")]
+    for job, result in zip(jobs, results, strict=True):
+        if not isinstance(result, ServingError):
+            assert job.out == healthy(models, job)
+
+
+def test_an_exception_in_a_prefill_ends_that_request_alone(models):
+    def fault(call: int, inputs: dict, output):
+        if inputs["input_ids"].shape[1] > 1 and 21 in inputs["input_ids"]:
+            raise RuntimeError("a kernel failed")
+        return output
+
+    jobs = three_jobs()
+    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    assert [isinstance(result, ServingError) for result in results] == [False, True, False]
+    assert [job.out == healthy(models, job) for job in jobs] == [True, False, True]
+
+
+def test_out_of_memory_in_decode_puts_the_newest_row_back(models):
+    def fault(call: int, inputs: dict, output):
+        if inputs["input_ids"].shape == (3, 1) and not hasattr(fault, "happened"):
+            fault.happened = True
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    jobs = three_jobs()
+    asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    assert fault.happened
+    assert [job.retries for job in jobs].count(1) == 1
+    assert all(job.out == healthy(models, job) for job in jobs), "a row that was put back continues where it stopped"
+
+
+def test_lasting_lack_of_memory_is_reported_and_the_engine_lives(models):
+    def fault(call: int, inputs: dict, output):
+        if inputs["input_ids"].shape[1] > 4:
+            raise MemoryError
+        return output
+
+    long, short = Job(list(range(10, 20)), "base", 4), Job([11, 12], "base", 4)
+    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), [long, short]))
+    assert (results[0].status, results[0].code) == (503, "insufficient_memory")
+    assert short.out == healthy(models, short)
+
+
+def test_a_dead_engine_fails_everybody_and_says_so(models, monkeypatch):
+    deaths: list[bool] = []
+    engine = new_engine(models, on_death=lambda: deaths.append(True))
+    monkeypatch.setattr(engine, "_decode", lambda: (_ for _ in ()).throw(SystemError("no way on")))
+    results = asyncio.run(run_jobs(engine, three_jobs()))
+    assert [result.code for result in results] == ["engine_stopped"] * 3
+    assert deaths == [True]
+    assert not engine.alive
+    with pytest.raises(ServingError):
+        engine.reserve("a")
+
+
+def test_health_answers_while_a_step_is_held_up(models):
+    """The event loop keeps running while the engine computes."""
+
+    def fault(call: int, inputs: dict, output):
+        time.sleep(0.5)
+        return output
+
+    async def scenario() -> list[float]:
+        job = Job([5, 6], "base", 3)
+        running = asyncio.create_task(run_jobs(new_engine(with_fault(models, fault)), [job]))
+        lags = []
+        while not running.done():
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            lags.append(time.monotonic() - before)
+        assert len(job.out) == 3
+        return lags
+
+    lags = asyncio.run(scenario())
+    assert len(lags) > 50
+    assert max(lags) < 0.25
