@@ -118,4 +118,6 @@ def set_up_logging(log_file: Path | None = None) -> None:
     for package in ("scripts", "eval", "serve", "__main__"):
         logging.getLogger(package).setLevel(level)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # for their authors
+    # Both are for the libraries' authors.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`past_key_values` is deprecated")
