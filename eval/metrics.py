@@ -153,7 +153,7 @@ def _preference_metrics(
             "Chosen answer likelier per token",
             "preference",
             {name: result.prefers_chosen() for name, result in measured.items()},
-            phrase="the share of pairs in which the chosen answer is likelier per token",
+            phrase="the share of pairs where the chosen answer is likelier",
             items="pairs",
             baselines=baselines,
         ),
@@ -181,7 +181,7 @@ def _check_metrics(measured: dict[str, Measured]) -> list[Metric]:
         "higher",
         "checks",
         {name: [mean(answer.values()) for answer in result.checks] for name, result in measured.items()},
-        phrase="the share of checks that an answer passes",
+        phrase="the share of checks passed",
         items="prompts",
     )
     each = [
