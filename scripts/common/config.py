@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from scripts.common.config_errors import (
     contradictions,
@@ -23,6 +23,7 @@ from scripts.common.config_errors import (
     parents_of,
     password_problems,
     schema_problems,
+    section_of,
     undecided,
 )
 from scripts.common.errors import UserError, did_you_mean, listing, not_utf8
@@ -39,6 +40,7 @@ YAML_FIXES = {
     "mapping values": "a space follows each key's colon, keys of a section stand below each other, text that holds `: ` stands in quotes",
 }
 
+BARE_WORD = r"""[^\[\]{}"',]*[^\[\]{}"',\s][^\[\]{}"',]*"""  # as in YAML's [a, b]; quotes and brackets need JSON
 MAX_KEYS = 100_000  # aliases can make a few lines expand without end
 Key = tuple[str, ...]
 
@@ -111,7 +113,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override one key, such as sft.learning_rate=1e-4; may be repeated; values are JSON, else plain text",
+        help="override one key, such as sft.learning_rate=1e-4; may be repeated; values are JSON, [a,b], else plain text",
     )  # fmt: skip
 
 
@@ -230,11 +232,23 @@ def _parse_override(item: str) -> tuple[Key, Any]:
     name, equals, text = item.partition("=")
     if not equals or not all(part.strip() for part in name.split(".")):
         raise UserError(f"--set {item}: wanted KEY=VALUE, such as --set sft.learning_rate=1e-4")
+    key = tuple(name.strip().split("."))
     try:
-        value = json.loads(text)
+        return key, json.loads(text)
     except (ValueError, RecursionError):
-        value = text
-    return tuple(name.strip().split(".")), value
+        return key, _words(key, text) or text
+
+
+def _words(key: Key, text: str) -> list[str]:
+    """Read `[a,b]` as a list of words, but for a key that takes any text; empty where it is not one."""
+    if not re.fullmatch(rf"\s*\[{BARE_WORD}(,{BARE_WORD})*\]\s*", text):
+        return []
+    field = section_of(key[:-1]).model_fields.get(key[-1])
+    try:
+        TypeAdapter(field and field.annotation).validate_python(text)
+    except ValidationError:
+        return [word.strip() for word in text.strip()[1:-1].split(",")]
+    return []
 
 
 def _put(tree: dict[str, Any], key: Key, value: Any) -> None:

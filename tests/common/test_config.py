@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +159,13 @@ def test_impossible_file_name_is_refused() -> None:
         ("sft.learning_rate=1e-4", "sft", "learning_rate", 1e-4),
         ("lora.r=4", "lora", "r", 4),
         ('lora.target_modules=["q_proj", "v_proj"]', "lora", "target_modules", ["q_proj", "v_proj"]),
+        ("lora.target_modules=[q_proj,v_proj]", "lora", "target_modules", ["q_proj", "v_proj"]),
+        ("lora.target_modules= [ q_proj, v_proj ] ", "lora", "target_modules", ["q_proj", "v_proj"]),
+        ("lora.target_modules=[q_proj]", "lora", "target_modules", ["q_proj"]),
+        ("lora.target_modules=[]", "lora", "target_modules", []),
+        ("deid.allow_list=[Jane Doe,5]", "deid", "allow_list", ["Jane Doe", "5"]),
+        ("sft.trainer.label_names=[a,b]", "sft", "trainer", {"label_names": ["a", "b"]}),
+        ("data.system_prompt=[be kind,be brief]", "data", "system_prompt", "[be kind,be brief]"),
         ("data.system_prompt=no", "data", "system_prompt", "no"),
         ("data.system_prompt=Be kind = be brief", "data", "system_prompt", "Be kind = be brief"),
         ('data.system_prompt="5"', "data", "system_prompt", "5"),
@@ -168,6 +178,15 @@ def test_set_takes_json_and_otherwise_plain_text(config_file, override, section,
     path = config_file("data:\n  system_prompt: from the file\n")
 
     assert getattr(getattr(load_config(path, [override]).values, section), key) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["[q_proj,[v_proj]]", "['q_proj','v_proj']", '["q_proj",v_proj]', "[q_proj,]", "[,]", "[q_proj", "[{a: b}]"]
+)
+def test_what_is_neither_json_nor_bare_words_stays_text(config_file, text: str) -> None:
+    message = refusal(config_file(""), f"lora.target_modules={text}")
+
+    assert f"--set: lora.target_modules: found {json.dumps(text)}; wanted 'auto' or a list" in message
 
 
 def test_last_set_wins_over_file_and_earlier_ones(config_file) -> None:
@@ -205,7 +224,7 @@ def test_every_stage_takes_one_file_and_any_number_of_overrides() -> None:
     assert parser.parse_args(["--set", "a=1", "--config", "my.yaml", "--set", "b=2"]).overrides == ["a=1", "b=2"]
     assert " ".join(parser.format_help().partition("show this help message and exit")[2].split()) == (
         "--config FILE YAML configuration (default: configs/config.yaml) "
-        "--set KEY=VALUE override one key, such as sft.learning_rate=1e-4; may be repeated; values are JSON, else plain text"
+        "--set KEY=VALUE override one key, such as sft.learning_rate=1e-4; may be repeated; values are JSON, [a,b], else plain text"
     )
 
 
@@ -260,10 +279,23 @@ def test_config_error_needs_no_heavy_library(config_file) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_flags_give_the_same_configuration_to_the_next_stage(config_file) -> None:
-    first = load_config(config_file("seed: 3\n"), ["data.system_prompt=Be kind, 'friend'", "lora.r=4"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.system_prompt=Be kind, 'friend'",
+        "data.system_prompt=two\nlines $HOME `id` !! \\ *",
+        "lora.target_modules=[q_proj, v_proj]",
+        'lora.target_modules=["q_proj", "v_proj"]',
+        "lora.target_modules=[]",
+        'sft.trainer={"lr_scheduler_kwargs": {"min_lr": 0}}',
+    ],
+)
+def test_flags_give_the_same_configuration_to_the_next_stage(config_file, override: str) -> None:
+    first = load_config(config_file("seed: 3\n"), [override, "lora.r=4"])
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
-    again = parser.parse_args(shlex.split(first.flags))
+    echo = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
+    printed = subprocess.check_output(["sh", "-c", f"{shlex.join(echo)} {first.flags}"], text=True)
+    again = parser.parse_args(json.loads(printed))
 
     assert load_config(again.config, again.overrides).values == first.values
