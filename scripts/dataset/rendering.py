@@ -14,6 +14,7 @@ from scripts.dataset.records import Message, Preference, Record, with_system_pro
 IGNORED = -100
 
 # For base models that bring no chat template, such as gpt2. Stored with the adapter like any other template.
+BOS_FIRST = "{{ bos_token }}"
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
@@ -22,6 +23,16 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
+
+
+def plain_template(tokenizer: Any) -> str:
+    """Return the template for a base without one; it begins with BOS where the tokenizer puts BOS before a text.
+
+    A template is encoded without the tokenizer's own special tokens, so the base would never see the BOS it knows.
+    gpt2's tokenizer puts none there.
+    """
+    bos = tokenizer.bos_token_id
+    return (BOS_FIRST if bos is not None and tokenizer.encode("a")[:1] == [bos] else "") + PLAIN_TEMPLATE
 
 
 @dataclass(frozen=True)

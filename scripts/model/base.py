@@ -11,7 +11,7 @@ from typing import Any
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
-from scripts.dataset.rendering import PLAIN_TEMPLATE
+from scripts.dataset.rendering import plain_template
 from scripts.model.find import blamed_on, gguf_file
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         log.info("the base brings no chat template; using the project's plain one, which is stored with the adapter")
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = plain_template(tokenizer)
     return tokenizer
 
 

@@ -44,6 +44,9 @@ def tokenizer(request: pytest.FixtureRequest, tiny_llama: Path, tiny_gpt2: Path)
     return load_tokenizer(tiny_llama if request.param == "chatml" else tiny_gpt2)
 
 
+PLAIN_SHA256 = "f34101b8fc5af6f7659a32a3cfe59fff2e329d68b3c6dda58afde85d2d8f89e7"
+
+
 def trained_text(tokenizer, rendered: Rendered) -> list[str]:
     """Decode each run of trained tokens."""
     return [tokenizer.decode(ids) for trained, ids in rendered.runs() if trained]
@@ -249,6 +252,68 @@ def test_plain_template_is_the_documented_one(tiny_gpt2: Path) -> None:
     assert tokenizer.decode(render_prompt(tokenizer, user_turn("Hi", "Be brief."))) == (
         "### System:\nBe brief.\n\n### User:\nHi\n\n### Assistant:\n"
     )
+
+
+def save_with_bos(folder: Path, single: str, *, bos: bool = True) -> Path:
+    """Save a tokenizer without chat template that encodes a text as `single` says, with `<|start|>` as its BOS."""
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"} if bos else {"additional_special_tokens": ["<|start|>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single,
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|start|>", "<|end|>")],
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("single", "bos", "starts"),
+    [
+        ("<|start|> $A", True, 1),
+        ("<|start|> $A <|end|>", True, 1),
+        ("$A", True, 0),
+        ("$A <|start|>", True, 0),
+        ("<|start|> $A", False, 0),
+    ],
+)
+def test_plain_template_begins_with_bos_once_where_the_tokenizer_does(
+    tmp_path: Path, single: str, bos: bool, starts: int
+) -> None:
+    from scripts.model.base import load_tokenizer
+
+    tokenizer = load_tokenizer(save_with_bos(tmp_path, single, bos=bos))
+    start = tokenizer.convert_tokens_to_ids("<|start|>")
+    pair = Preference("here:1", tuple(user_turn("Hi")), "Yes", "No")
+    chat = record("a", "one", "b", "two", system="Be brief.")
+
+    prompts = [
+        render_prompt(tokenizer, user_turn("Hi")),
+        render_record(tokenizer, chat).input_ids,
+        render_pair(tokenizer, pair).prompt_ids,
+    ]
+
+    check_rendered(tokenizer, chat, render_record(tokenizer, chat))
+    assert [ids[0] == start for ids in prompts] == [bool(starts)] * 3
+    assert [ids.count(start) for ids in prompts] == [starts] * 3
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    stored = load_tokenizer(tmp_path / "adapter")
+    assert template_sha256(stored) == template_sha256(tokenizer)
+    assert render_prompt(stored, user_turn("Hi")) == prompts[0]
+
+
+def test_typed_bos_stays_text(tmp_path: Path) -> None:
+    from scripts.model.base import load_tokenizer
+
+    tokenizer = load_tokenizer(save_with_bos(tmp_path, "<|start|> $A"))
+
+    assert render_prompt(tokenizer, user_turn("<|start|>Hi")).count(tokenizer.bos_token_id) == 1
+
+
+def test_plain_template_of_a_tokenizer_without_bos_is_that_of_adapters_before(tiny_gpt2: Path) -> None:
+    """Their manifests hold its hash, so another template would refuse every one of them."""
+    from scripts.model.base import load_tokenizer
+
+    assert template_sha256(load_tokenizer(tiny_gpt2)) == PLAIN_SHA256
 
 
 def test_demo_model_prompts_are_those_of_its_own_chat_template(demo_model: Path) -> None:

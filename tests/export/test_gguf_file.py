@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from scripts.common.errors import UserError
 from scripts.common.paths import ROOT
-from scripts.dataset.rendering import PLAIN_TEMPLATE
+from scripts.dataset.rendering import PLAIN_TEMPLATE, plain_template
 from scripts.export import gguf_file
 from scripts.export.ollama import go_template, write_modelfile
 from scripts.export_lora import main
@@ -283,6 +284,22 @@ def test_modelfile_renders_prompts_as_training_did(template: str | None, roles) 
     assert translated is not None
     expected = tokenizer.apply_chat_template(turns(*roles), tokenize=False, add_generation_prompt=True)
     assert render_go(translated, turns(*roles)) == expected
+
+
+def test_modelfile_leaves_bos_to_the_reader_that_adds_it() -> None:
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = plain_template(tokenizer)
+
+    translated = go_template(tokenizer, tokenizer.bos_token)
+
+    assert gguf_file.adds_bos(tokenizer)
+    assert translated is not None
+    expected = tokenizer.apply_chat_template(turns("system", "user"), tokenize=False, add_generation_prompt=True)
+    assert "<|start|>" + render_go(translated, turns("system", "user")) == expected
 
 
 @pytest.mark.parametrize(
