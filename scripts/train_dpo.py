@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = read_data(run, parse_preference, arguments.require_deid_report)
         machine = settle_machine(run)
         start = find_start(run, config.values.dpo.init_from)
-        train, validation = render_rows(run, data.split, lambda pair: render_pair(start.tokenizer, pair))
+        train, validation = render_rows(run, start, data.split, lambda pair: render_pair(start.tokenizer, pair))
 
         from scripts.training.dpo import check_trainable_names, length_bias, prove_start, reference_unchanged
 

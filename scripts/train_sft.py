@@ -74,7 +74,7 @@ def render_records(run: Run, start: Start, split: Split) -> tuple[list[Rendered]
         check_rendered(start.tokenizer, record, rendered)
         return rendered
 
-    return render_rows(run, split, render_checked)
+    return render_rows(run, start, split, render_checked)
 
 
 def build_trainer(

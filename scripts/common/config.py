@@ -244,8 +244,9 @@ def _words(key: Key, text: str) -> list[str]:
     if not re.fullmatch(rf"\s*\[{BARE_WORD}(,{BARE_WORD})*\]\s*", text):
         return []
     field = section_of(key[:-1]).model_fields.get(key[-1])
+    kind: Any = field and field.annotation
     try:
-        TypeAdapter(field and field.annotation).validate_python(text)
+        TypeAdapter(kind).validate_python(text)
     except ValidationError:
         return [word.strip() for word in text.strip()[1:-1].split(",")]
     return []

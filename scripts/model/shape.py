@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 # Layers of one decoder layer that are given the same input, one after the other.
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+# Of learnt positions (gpt2, OPT) and of kept angles (GPT-J).
+POSITION_TABLE = re.compile(r"\b(wpe|embed_positions|positions?_embed(dings?)?)(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,21 @@ class ModelShape:
     def window(self) -> int | None:
         """Return the smallest window of any layer; None where all see the whole context."""
         return min((window for window in self.windows if window), default=None)
+
+
+def position_table(folder: Path) -> int | None:
+    """Return how many positions the model in a folder has a table for, as gpt2; None where it computes them.
+
+    Beyond a table nothing can be computed. Rotary positions have no such end, and some hybrids have none at all.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):  # neither memory nor weights
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).get_decoder()  # without its eyes
+    tables = (name for name, _ in (*model.named_parameters(), *model.named_buffers()) if POSITION_TABLE.search(name))
+    return ModelShape.of(config).positions if any(tables) else None
 
 
 def siblings(names: Iterable[str]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from scripts.common.run import Run
 from scripts.dataset.records import DatasetFile, Parser, count_duplicates, load_datasets, write_rejects
 from scripts.dataset.rendering import Rendered, RenderedPair
 from scripts.dataset.split import Split, shared_answers, split_records
+from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -72,21 +73,41 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
     return TrainingData(files, split)
 
 
-def render_rows(run: Run, split: Split, render: Callable[[Any], Row]) -> tuple[list[Row], list[Row]]:
+def render_rows(run: Run, start: Start, split: Split, render: Callable[[Any], Row]) -> tuple[list[Row], list[Row]]:
     """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut."""
-    limit, too_long = run.section.max_length, []
-    sides: list[list[Row]] = []
-    for records in (split.train, split.validation):
-        rows = [(record, render(record)) for record in records]
-        too_long += [(record, len(row.input_ids)) for record, row in rows if len(row.input_ids) > limit]
-        sides.append([row for _, row in rows if len(row.input_ids) <= limit])
+    sides = [[(record, render(record)) for record in records] for records in (split.train, split.validation)]
+    longest = max((len(row.input_ids) for side in sides for _, row in side), default=0)
+    limit, reason, fix = _longest_record(run, start, longest)
+    too_long = [(record, len(row.input_ids)) for side in sides for record, row in side if len(row.input_ids) > limit]
     if too_long:
         problems = [f"{record.source}: {tokens} tokens" for record, tokens in too_long]
-        head = f"{len(too_long)} records are longer than {run.stage}.max_length ({limit}), so the end of their answers would be cut"
-        fix = f"Raise {run.stage}.max_length to {max(tokens for _, tokens in too_long)}, shorten them, or set data.on_bad_row: skip."
+        head = f"{len(too_long)} records are longer than {reason}"
         if run.values.data.on_bad_row != "skip":
-            raise UserError(listing(head, problems, fix))
+            raise UserError(listing(head, problems, f"{fix}, shorten them, or set data.on_bad_row: skip."))
         log.warning("%s", listing(head, problems, "They are left out."))
-    if not sides[0]:
-        raise UserError(f"{run.stage}.max_length: no training record fits into {limit} tokens. Raise it.")
-    return sides[0], sides[1]
+    train, validation = ([row for _, row in side if len(row.input_ids) <= limit] for side in sides)
+    if not train:
+        raise UserError(f"{run.stage}.max_length: no training record fits into {limit} tokens. {fix}.")
+    return train, validation
+
+
+def _longest_record(run: Run, start: Start, longest: int) -> tuple[int, str, str]:
+    """Return how many tokens a record may have, what says so, and what to do for one of `longest` tokens."""
+    from scripts.model.shape import ModelShape, position_table
+
+    key, max_length = f"{run.stage}.max_length", run.section.max_length
+    cut = f"{key} ({max_length}), so the end of their answers would be cut"
+    positions = ModelShape.of_folder(start.base_folder).positions
+    if positions is None or not 0 < positions < longest:
+        return max_length, cut, f"Raise {key} to {longest}"
+    if position_table(start.base_folder) is None:
+        if max_length > positions:
+            log.warning(
+                "the longest record has %d tokens, but the base was made for %d; what lies beyond is learnt badly, and "
+                "the server reads no further", longest, positions,
+            )  # fmt: skip
+        return max_length, cut, f"Raise {key} to {longest}"
+    if max_length < positions:
+        return max_length, cut, f"Raise {key} to {positions}, all the positions the base has"
+    reason = f"the base has positions ({positions}), which {key} ({max_length}) cannot change"
+    return positions, reason, f"Choose a base with at least {longest} positions"

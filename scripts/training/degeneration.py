@@ -12,6 +12,7 @@ from scripts.dataset.rendering import Rendered, RenderedPair
 from scripts.model.adapter import switched_to
 from scripts.model.generation import Health, generate_answers, health
 from scripts.model.scoring import mean_kl
+from scripts.model.shape import ModelShape
 from scripts.training.dpo import PreferenceTrainer
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ class DegenerationWatch(TrainerCallback):
     def __init__(self, trainer: PreferenceTrainer, tracker: Any, pairs: Sequence[RenderedPair], stop: bool) -> None:
         self.trainer, self.tracker, self.stop = trainer, tracker, stop
         self.pairs = list(pairs[:WATCHED_PROMPTS])
+        positions = ModelShape.of(trainer.model.config).positions
+        longest = max((len(pair.prompt_ids) for pair in self.pairs), default=0)
+        self.tokens = max(1, min(WATCHED_TOKENS, positions - longest)) if positions else WATCHED_TOKENS
         self.chosen_tokens = sum(len(pair.chosen_ids) for pair in pairs) / max(len(pairs), 1)
         self.start: Health | None = None
         self.start_chosen: float | None = None
@@ -46,7 +50,7 @@ class DegenerationWatch(TrainerCallback):
     ) -> None:
         """Measure, record, warn, and stop where that was asked for."""
         model, tokenizer = self.trainer.model, self.trainer.processing_class
-        answers = generate_answers(model, tokenizer, [pair.prompt_ids for pair in self.pairs], WATCHED_TOKENS)
+        answers = generate_answers(model, tokenizer, [pair.prompt_ids for pair in self.pairs], self.tokens)
         now = health(answers)
         own = [
             Rendered.of(pair.prompt_ids, answer.token_ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from scripts.model.shape import ModelShape, siblings
+from scripts.model.shape import ModelShape, position_table, siblings
 from tests.support.nested import save_tiny_gemma3
 
 LLAMA = {
@@ -23,6 +23,44 @@ def test_llama() -> None:
         layers=3, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, positions=8192, windows=(None,) * 3
     )  # fmt: skip
     assert shape.window is None
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+OLD = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "positions"),
+    [
+        ("gpt2", OLD, 64),
+        ("gptj", {**OLD, "rotary_dim": 4}, 64),
+        ("gpt_bigcode", OLD, 64),
+        ("openai-gpt", OLD, 64),
+        ("opt", {**SMALL, "max_position_embeddings": 64, "word_embed_proj_dim": 32}, 64),
+        ("biogpt", {**SMALL, "max_position_embeddings": 64}, 64),
+        ("llama", {**SMALL, "max_position_embeddings": 64}, None),
+        ("qwen3", {**SMALL, "max_position_embeddings": 64}, None),
+        ("gpt_neox", {**SMALL, "max_position_embeddings": 64}, None),
+        (
+            "xglm",
+            {"d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 2, "max_position_embeddings": 64},
+            None,
+        ),
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50}, None),
+        ("nemotron_h", {"max_position_embeddings": 64}, None),
+    ],
+)
+def test_positions_end_only_where_they_are_a_table(
+    family: str, shape: dict, positions: int | None, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(family, **shape).save_pretrained(tmp_path)
+
+    assert position_table(tmp_path) == positions
+
+
+def test_positions_of_a_nested_base_are_those_of_its_language_model(tmp_path: Path) -> None:
+    """Its vision tower has a table."""
+    assert position_table(save_tiny_gemma3(tmp_path)) is None
 
 
 def test_head_size_that_is_stated_wins_over_the_one_that_follows() -> None:

@@ -33,5 +33,5 @@ def build_trainer(stage: str, config: Path, run_dir: Path, overrides: Sequence[s
         data, start = read_data(run, parse_record, None), find_start(run)
         return train_sft.build_trainer(run, machine, start, *train_sft.render_records(run, start, data.split))
     data, start = read_data(run, parse_preference, None), find_start(run, run.values.dpo.init_from)
-    rows = render_rows(run, data.split, lambda pair: render_pair(start.tokenizer, pair))
+    rows = render_rows(run, start, data.split, lambda pair: render_pair(start.tokenizer, pair))
     return train_dpo.build_trainer(run, machine, start, *rows)
