@@ -101,7 +101,14 @@ def build_trainer(
     from trl import DPOConfig
 
     from scripts.training.dpo import PreferenceTrainer
-    from scripts.training.plan import asks_reference_often, make_arguments, plan_training, trainer_arguments
+    from scripts.training.plan import (
+        asks_reference_often,
+        blamed_on_trainer_block,
+        make_arguments,
+        plan_training,
+        settle_trainer,
+        trainer_arguments,
+    )
     from scripts.training.reference_logps import LOGPS_FOLDER, KeptLogps
 
     values, dpo = run.values, run.values.dpo
@@ -124,24 +131,27 @@ def build_trainer(
         "base": start.fingerprint, "quantization": values.quantization.model_dump(), "device": machine.device,
         "dtype": str(machine.dtype), "fast_path": values.performance.fast_path,
     }  # fmt: skip
-    return PreferenceTrainer(
-        model=policy,
-        args=make_arguments(
-            DPOConfig,
-            run,
-            **arguments,
-            beta=dpo.beta,
-            loss_type=[dpo.loss_type, "sft"] if mixed else [dpo.loss_type],
-            loss_weights=[1.0, dpo.sft_weight] if mixed else None,
-        ),
-        train_dataset=train_set,
-        eval_dataset=validation_set if validation else None,
-        processing_class=start.tokenizer,
-        group_by_length=values.performance.group_by_length,
-        reference=dpo.reference,
-        kept_logps=KeptLogps(Path(dpo.output_dir).parent / LOGPS_FOLDER, basis),
-        fast_path=values.performance.fast_path,
-    )
+    with blamed_on_trainer_block(run):
+        trainer = PreferenceTrainer(
+            model=policy,
+            args=make_arguments(
+                DPOConfig,
+                run,
+                **arguments,
+                beta=dpo.beta,
+                loss_type=[dpo.loss_type, "sft"] if mixed else [dpo.loss_type],
+                loss_weights=[1.0, dpo.sft_weight] if mixed else None,
+            ),
+            train_dataset=train_set,
+            eval_dataset=validation_set if validation else None,
+            processing_class=start.tokenizer,
+            group_by_length=values.performance.group_by_length,
+            reference=dpo.reference,
+            kept_logps=KeptLogps(Path(dpo.output_dir).parent / LOGPS_FOLDER, basis),
+            fast_path=values.performance.fast_path,
+        )
+        settle_trainer(trainer, plan.steps)
+    return trainer
 
 
 def show_dry_run(run: Run, machine: Machine, start: Start, files: Sequence[Any], train: list[RenderedPair]) -> int:

@@ -86,7 +86,13 @@ def build_trainer(
 
     from scripts.model.adapter import add_lora, save_initialisation
     from scripts.model.base import load_base
-    from scripts.training.plan import make_arguments, plan_training, trainer_arguments
+    from scripts.training.plan import (
+        blamed_on_trainer_block,
+        make_arguments,
+        plan_training,
+        settle_trainer,
+        trainer_arguments,
+    )
     from scripts.training.sft import AnswerLossTrainer
 
     values = run.values
@@ -105,16 +111,19 @@ def build_trainer(
         Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in side])
         for side in (train, validation)
     )
-    return AnswerLossTrainer(
-        model=model,
-        args=make_arguments(SFTConfig, run, **arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=train_set,
-        eval_dataset=validation_set if validation else None,
-        processing_class=start.tokenizer,
-        group_by_length=values.performance.group_by_length,
-        held_out=validation,
-        answer_tokens=sum(row.trained_tokens for row in train) / len(train),
-    )
+    with blamed_on_trainer_block(run):
+        trainer = AnswerLossTrainer(
+            model=model,
+            args=make_arguments(SFTConfig, run, **arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=train_set,
+            eval_dataset=validation_set if validation else None,
+            processing_class=start.tokenizer,
+            group_by_length=values.performance.group_by_length,
+            held_out=validation,
+            answer_tokens=sum(row.trained_tokens for row in train) / len(train),
+        )
+        settle_trainer(trainer, plan.steps)
+    return trainer
 
 
 def show_dry_run(run: Run, machine: Machine, start: Start, files: Sequence[Any], train: list[Rendered]) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
 
 from scripts.common.distributed import broadcast_from_rank_0
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, explain_lack
 from scripts.common.machine import Machine
+from scripts.common.paths import ROOT
 from scripts.common.run import Run
 from scripts.common.schema import Config, Training
+from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.records import DatasetFile
 from scripts.dataset.rendering import Rendered, RenderedPair
 from scripts.model.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
@@ -111,6 +115,12 @@ def show_plan(run: Run, machine: Machine, base_folder: Path, files: Sequence[Dat
     log.info("%d optimizer steps", plan.steps)
     log.info("%s", "; ".join(machine.reasons + plan.reasons))
     log.info("memory: %s of %.1f GiB free", plan.estimate, available_memory_gib(machine.device))
+    if run.section.trainer:
+        import trl
+
+        arguments = trainer_arguments(run, machine, plan, validation=run.values.data.validation_ratio > 0)
+        with blamed_on_trainer_block(run):
+            try_out(make_arguments(getattr(trl, TRAINING_STAGES[run.stage].trl_config), run, **arguments), plan.steps)
 
 
 def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: bool) -> dict[str, Any]:
@@ -155,12 +165,69 @@ def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: boo
     return arguments
 
 
+@contextmanager
+def blamed_on_trainer_block(run: Run) -> Iterator[None]:
+    """Say of `<stage>.trainer` what a library says while it is given those settings.
+
+    Where that block is empty, nobody but this project chose the settings: an error is a bug and stays one. So it is when
+    our own code raises, or when memory or disk are lacking, which has a message of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        here = str(ROOT / "scripts")
+        ours = isinstance(error, UserError) or extract_tb(error.__traceback__)[-1].filename.startswith(here)
+        if not run.section.trainer or ours or explain_lack(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{run.stage}.trainer: TRL refuses these settings: {reason}\nGiven were: {', '.join(run.section.trainer)}."
+        ) from None
+
+
 def make_arguments(kind: Any, run: Run, **arguments: Any) -> Any:
     """Build TRL's own arguments, which check themselves only here."""
-    try:
+    with blamed_on_trainer_block(run):
         return kind(**arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise UserError(
-            f"{run.stage}.trainer: TRL refuses these settings: {' '.join(str(error).split())[:300]}\n"
-            f"Given were: {', '.join(run.section.trainer) or 'none'}."
-        ) from None
+
+
+def settle_trainer(trainer: Any, steps: int) -> None:
+    """Make sure before any work that a batch, optimizer, schedule and data loader can be made."""
+    try_out(trainer.args, steps)
+    trainer.data_collator([trainer.train_dataset[0]])
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # they make theirs after they split the weights
+        trainer.create_optimizer()
+
+
+def try_out(arguments: Any, steps: int) -> None:
+    """Make optimizer, schedule and data loader from TRL's arguments without a model.
+
+    Raises: whatever the libraries do where a setting does not fit.
+    """
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations.liger import apply_liger_kernel
+
+    model = torch.nn.ParameterList([torch.zeros(1)])
+    if arguments.use_liger_kernel:
+        apply_liger_kernel(model, arguments.liger_kernel_config)
+    if (
+        arguments.optim_target_modules is None and "lomo" not in arguments.optim
+    ):  # those want the modules of the real one
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            kind(model.parameters(), **options)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD(model.parameters(), lr=arguments.learning_rate),
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    DataLoader(
+        [0],  # type: ignore[arg-type]  # as good as a data set
+        num_workers=arguments.dataloader_num_workers,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+        multiprocessing_context=arguments.dataloader_multiprocessing_context,
+    )
