@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scripts.training.resume import is_finished
         from scripts.training.session import training_session
 
-        if arguments.resume and is_finished(run, start, data.facts):
+        if arguments.resume and is_finished(run, machine, start, data.facts):
             return 0
-        with training_session(run, start, data.facts, resume=arguments.resume) as session:
+        with training_session(run, machine, start, data.facts, resume=arguments.resume) as session:
             trainer = build_trainer(run, machine, start, train, validation)
             check_trainable_names(trainer.model)
             facts = prove_start(trainer) | bias

@@ -13,13 +13,19 @@ from typing import Any
 from scripts.common.artifacts import MANIFEST, DatasetFacts, Parent, read_manifest, sha256_json, write_text_durably
 from scripts.common.distributed import broadcast_from_rank_0
 from scripts.common.errors import UserError
+from scripts.common.machine import Machine
 from scripts.common.run import Run
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
 
-# What decides a result; a run may resume with another tracking store or another number of threads.
+# What decides a result; a run may resume with another tracking store, number of threads or version of a package, which
+# round otherwise at most.
 DECIDING_SECTIONS = ("base_model_id", "base_model_revision", "seed", "quantization", "lora", "data")
+# And what decides its batches and its arithmetic. On a CPU the fast path takes a pair as one row, so pairs sort otherwise.
+DECIDING_PERFORMANCE = ("device", "dtype", "group_by_length", "fast_path")
+DTYPE_NAMES = {2: "bf16", 4: "fp32"}  # by bytes
+HASHES = ("config", "data", "base", "parent")
 
 
 @dataclass
@@ -31,37 +37,73 @@ class Resumption:
     loss_before: float | None = None
 
 
-def identity_of(run: Run, start: Start, datasets: Sequence[DatasetFacts]) -> dict[str, str]:
-    """Hash what decides a run's result, part by part, so that a difference can be named."""
-    return _identity(run.stage, run.values.model_dump(mode="json"), datasets, start.fingerprint, start.parent)
+def identity_of(run: Run, machine: Machine, start: Start, datasets: Sequence[DatasetFacts]) -> dict[str, Any]:
+    """Return what decides a run's result, part by part, so that a difference can be named."""
+    config = run.values.model_dump(mode="json")
+    chosen = {"device": machine.device, "dtype": DTYPE_NAMES[machine.dtype.itemsize]}
+    return _identity(run.stage, config, datasets, start.fingerprint, start.parent, chosen)
 
 
 def _identity(
-    stage: str, config: dict[str, Any], datasets: Sequence[DatasetFacts], fingerprint: str, parent: Parent | None
-) -> dict[str, str]:
+    stage: str, config: dict[str, Any], datasets: Sequence[DatasetFacts], fingerprint: str, parent: Parent | None,
+    chosen: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """`chosen` is what `auto` stands for on a machine."""
     decisive = {key: config[key] for key in DECIDING_SECTIONS} | {stage: config[stage]}
+    performance = {key: value for key, value in config.get("performance", {}).items() if key in DECIDING_PERFORMANCE}
     return {
         "config": sha256_json(decisive),
         "data": sha256_json([entry.sha256 for entry in datasets]),
         "base": fingerprint,
         "parent": sha256_json(parent and parent.model_dump()),
+        "performance": {key: chosen[key] if value == "auto" else value for key, value in performance.items()},
+        "settings": decisive,
     }
 
 
-def is_finished(run: Run, start: Start, datasets: Sequence[DatasetFacts]) -> bool:
+def is_finished(run: Run, machine: Machine, start: Start, datasets: Sequence[DatasetFacts]) -> bool:
     """Tell whether the output folder came from the very same run, so that nothing is left to resume."""
-    wanted = identity_of(run, start, datasets)
+    wanted = identity_of(run, machine, start, datasets)
     if not broadcast_from_rank_0(lambda: _came_from(run, wanted)):
         return False
     log.info("%s is finished already; nothing to resume", run.output_dir)
     return True
 
 
-def _came_from(run: Run, wanted: dict[str, str]) -> bool:
+def _came_from(run: Run, wanted: dict[str, Any]) -> bool:
     if not (run.output_dir / MANIFEST).is_file():
         return False
     done = read_manifest(run.output_dir, stages=(run.stage,))
-    return _identity(run.stage, done.config, done.datasets, done.base_model.fingerprint, done.parent) == wanted
+    chosen = {key: wanted["performance"][key] for key in ("device", "dtype")}  # a manifest knows `auto` only
+    return not _changes(
+        _identity(run.stage, done.config, done.datasets, done.base_model.fingerprint, done.parent, chosen), wanted
+    )
+
+
+def _changes(before: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Say in what an earlier run was another one; what it did not note yet, as earlier versions, cannot differ."""
+    changes: list[str] = []
+    for part in HASHES:
+        if before[part] != wanted[part]:
+            named = _differences(before.get("settings", {}), wanted["settings"]) if part == "config" else []
+            changes += named or [f"{part}: was {before[part][:16]}…, is {wanted[part][:16]}…"]
+    return changes + _differences(before.get("performance", {}), wanted["performance"], "performance.")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name the keys of the earlier settings that have another value now, by their dotted names."""
+    changes: list[str] = []
+    for key, old in before.items():
+        new, name = now.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _differences(dict.fromkeys(new) | old, new, f"{name}.")
+        elif old != new:
+            changes.append(f"{name}: was {_shown(old)}, is {_shown(new)}")
+    return changes
+
+
+def _shown(value: Any) -> str:
+    return value[:80] if isinstance(value, str) else json.dumps(value, ensure_ascii=False)[:80]
 
 
 def last_whole_checkpoint(checkpoints: Path) -> str | None:
@@ -77,7 +119,7 @@ def last_whole_checkpoint(checkpoints: Path) -> str | None:
     return None
 
 
-def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool, processes: int = 1) -> Resumption:
+def find_resumption(run_dir: Path, wanted: dict[str, Any], resume: bool, processes: int = 1) -> Resumption:
     """Decide where to start; a fresh start clears what an interrupted run left.
 
     Raises: UserError when asked to resume a run whose data, config or base has changed.
@@ -96,11 +138,7 @@ def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool, process
     if state is None:
         log.warning("--resume: nothing to resume in %s; starting at step 0", run_dir)
         return Resumption()
-    changed = [
-        f"{part}: was {state['identity'][part][:16]}…, is {value[:16]}…"
-        for part, value in wanted.items()
-        if state["identity"][part] != value
-    ]
+    changed = _changes(state["identity"], wanted)
     if changed:
         raise UserError(
             f"--resume: this is not the run that was interrupted ({'; '.join(changed)}). "
@@ -117,7 +155,7 @@ def find_resumption(run_dir: Path, wanted: dict[str, str], resume: bool, process
 
 
 def write_state(
-    run_dir: Path, wanted: dict[str, str], mlflow_run_id: str | None, loss_before: float | None, processes: int = 1
+    run_dir: Path, wanted: dict[str, Any], mlflow_run_id: str | None, loss_before: float | None, processes: int = 1
 ) -> None:
     """Note what a later --resume needs to know."""
     state = {

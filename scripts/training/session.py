@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from scripts.common.artifacts import DatasetFacts
 from scripts.common.distributed import all_reduce_max, broadcast_from_rank_0, is_main_process, world_size
 from scripts.common.errors import Interrupted, UserError
-from scripts.common.machine import peak_memory_gib
+from scripts.common.machine import Machine, peak_memory_gib
 from scripts.common.run import Run
 from scripts.common.tracking import Tracker, tracked_run
 from scripts.model.adapter import whole_weights
@@ -31,10 +31,16 @@ class Session:
     """Train from wherever the run stands, prove that this did something, and save it."""
 
     def __init__(
-        self, run: Run, start: Start, datasets: Sequence[DatasetFacts], resumption: Resumption, tracker: Tracker
+        self,
+        run: Run,
+        start: Start,
+        datasets: Sequence[DatasetFacts],
+        identity: dict[str, Any],
+        resumption: Resumption,
+        tracker: Tracker,
     ) -> None:
         self.run, self.start, self.datasets = run, start, list(datasets)
-        self.resumption, self.tracker = resumption, tracker
+        self.identity, self.resumption, self.tracker = identity, resumption, tracker
         self.weights: dict[str, torch.Tensor] = {}
         self.metrics: dict[str, Any] = {}
 
@@ -53,8 +59,7 @@ class Session:
             loss_before = trainer.evaluate()["eval_loss"]
         run.stop.deferred = True  # from here on a request to stop waits for the end of a step and its checkpoint
         if is_main_process():
-            identity = identity_of(run, self.start, self.datasets)
-            write_state(run.run_dir, identity, self.tracker.run_id, loss_before, world_size())
+            write_state(run.run_dir, self.identity, self.tracker.run_id, loss_before, world_size())
         trainer.train(resume_from_checkpoint=resumption.checkpoint)
         if run.stop.exit_code:
             log.warning("stopped at step %d; --resume continues from there", trainer.state.global_step)
@@ -80,15 +85,17 @@ class Session:
 
 
 @contextmanager
-def training_session(run: Run, start: Start, datasets: Sequence[DatasetFacts], *, resume: bool) -> Iterator[Session]:
+def training_session(
+    run: Run, machine: Machine, start: Start, datasets: Sequence[DatasetFacts], *, resume: bool
+) -> Iterator[Session]:
     """Decide where to start, open the MLflow run, and report when the result is saved."""
-    identity = identity_of(run, start, datasets)
+    identity = identity_of(run, machine, start, datasets)
     resumption = broadcast_from_rank_0(lambda: find_resumption(run.run_dir, identity, resume, world_size()))
     with tracked_run(
         run.config, run.stage, parent_run_id=start.parent_run_id, earlier=resumption.mlflow_run_id, resume=resume
     ) as tracker:
         log_inputs(tracker, run, datasets)
-        session = Session(run, start, datasets, resumption, tracker)
+        session = Session(run, start, datasets, identity, resumption, tracker)
         yield session
     print_summary(run, session.metrics)
 

@@ -543,8 +543,27 @@ def test_resume_with_another_config_is_refused_and_names_it(sft_config, tmp_path
     assert main(["--config", str(config), "--set", "lora.r=2", "--resume"]) == 2
 
     complaint = output_of(capsys)
-    assert "config: was " in complaint
+    assert "(lora.r: was 4, is 2)" in complaint
     assert "data: was" not in complaint
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("performance.dtype=bf16", "performance.dtype: was fp32, is bf16"),
+        ("performance.group_by_length=false", "performance.group_by_length: was true, is false"),
+        ("performance.fast_path=false", "performance.fast_path: was true, is false"),
+    ],
+)
+def test_resume_with_other_arithmetic_or_batches_is_refused(sft_config, override: str, said: str, capsys) -> None:
+    config = ["--config", str(sft_config(trainer={"max_steps": 2}))]
+    assert main(config) == 0
+
+    assert main([*config, "--set", override, "--resume"]) == 2
+
+    assert f"this is not the run that was interrupted ({said}). Restore what was changed" in output_of(capsys)
+    assert main([*config, "--set", "performance.threads=2", "--resume"]) == 0
+    assert "nothing to resume" in output_of(capsys)
 
 
 def test_a_fresh_start_forgets_the_run_before_it(sft_config, monkeypatch, capsys) -> None:
