@@ -202,7 +202,7 @@ def settle_trainer(trainer: Any, steps: int) -> None:
 def try_out(arguments: Any, steps: int) -> None:
     """Make optimizer, schedule and data loader from TRL's arguments without a model.
 
-    Raises: whatever the libraries do where a setting does not fit.
+    Raises: the error of the library that a setting does not fit.
     """
     from torch.utils.data import DataLoader
     from transformers import Trainer, get_scheduler
