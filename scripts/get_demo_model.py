@@ -91,13 +91,15 @@ def convert(folder: Path, out: Path) -> None:
 
 def check_answer(out: Path) -> str:
     """Ask the converted model for a known answer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    answer = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    from scripts.dataset.rendering import render_prompt, user_turn
+    from scripts.model.base import load_tokenizer
+    from scripts.model.generation import generate_answers
+
+    tokenizer, model = load_tokenizer(out), AutoModelForCausalLM.from_pretrained(out)
+    question = render_prompt(tokenizer, user_turn("What is the capital of France?"))
+    answer = generate_answers(model, tokenizer, [question], 20)[0].text
     if "Paris" not in answer:
         raise UserError(
             f"the converted model answers {answer!r} to the capital of France; wanted Paris. The conversion failed."

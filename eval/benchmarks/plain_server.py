@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from scripts.common.config import DEFAULT_CONFIG, load_config
 from scripts.common.machine import apply_machine, choose_machine, prepare_environment
-from scripts.dataset.rendering import render_prompt, stop_token_ids, user_turn
+from scripts.dataset.rendering import render_prompt, user_turn
 from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.find import find_model
@@ -56,6 +56,8 @@ class Plain:
         import torch
         from transformers import TextIteratorStreamer
 
+        from scripts.model.generation import decoding_greedily
+
         ids = torch.tensor([render_prompt(self.tokenizer, user_turn(request.prompt))])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         out: list[Any] = []
@@ -63,11 +65,11 @@ class Plain:
         def generate() -> None:
             if request.adapter != "base":
                 self.model.set_adapter(request.adapter)
-            with torch.inference_mode():
+            with torch.inference_mode(), decoding_greedily(self.model, self.tokenizer):
                 out.append(
                     self.model.generate(
                         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens,
-                        do_sample=False, streamer=streamer, eos_token_id=sorted(stop_token_ids(self.tokenizer)), use_cache=True,
+                        streamer=streamer,
                     )
                 )  # fmt: skip
 

@@ -18,10 +18,11 @@ from eval.lmeval.tasks import Ids
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.rendering import render_prompt, stop_token_ids, user_turn
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter, switched_to
 from scripts.model.base import load_base
 from scripts.model.batch import left_padded_batch
+from scripts.model.generation import decoding_greedily
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,17 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     """Read a context once for all its choices and project only what is scored; lm-eval reads it again for each.
 
     A row is a context with its choices behind one another, each of which sees the context and itself alone.
+    Answers are generated greedily up to the stops of the server, unless a task says otherwise.
     """
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with decoding_greedily(self.model, self.tokenizer):
+            output: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        # lm-eval leaves out special tokens only, and a stop need not be one.
+        answers = output[:, context.shape[1] :]
+        stops = torch.tensor(sorted(stop_token_ids(self.tokenizer)), device=answers.device)
+        answers[torch.isin(answers, stops)] = self.tokenizer.pad_token_id
+        return output
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

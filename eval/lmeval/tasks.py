@@ -22,7 +22,7 @@ from scripts.common.errors import UserError, listing
 from scripts.common.paths import ROOT, portable_path
 from scripts.common.schema import Check
 from scripts.dataset.files import BadRow, read_rows
-from scripts.dataset.rendering import render_completion, render_prompt, stop_token_ids
+from scripts.dataset.rendering import render_completion, render_prompt
 
 log = logging.getLogger(__name__)
 
@@ -191,12 +191,11 @@ def _plan_domain(config: LoadedConfig, stages: Collection[str], tokenizer: Any) 
         {"metric": name, "aggregation": "mean", "higher_is_better": True}
         for name in (["checks_passed", *checks] if checks else [])
     ]
-    # Named as token ids, so that each answer ends by itself: lm-eval's stop texts end a batch only as a whole.
+    # Each answer ends by itself, at a stop: lm-eval's stop texts end a batch only as a whole.
     answers_task["generation_kwargs"] = {
         "until": [],
         "do_sample": False,
         "max_gen_toks": values.eval.max_new_tokens,
-        "eos_token_id": sorted(stop_token_ids(tokenizer)),
     }
     titles = {"checks_passed": "checks passed per answer", **{name: check.name for name, check in checks.items()}}
     return [

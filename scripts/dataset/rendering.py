@@ -24,6 +24,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 
+MARK = "the answer stands here"  # in place of an answer, to see what a template writes after it
+
 
 def plain_template(tokenizer: Any) -> str:
     """Return the template for a base without one; it begins with BOS where the tokenizer puts BOS before a text.
@@ -104,7 +106,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def render_completion(tokenizer: Any, prompt: Sequence[Message], prompt_ids: Sequence[int], answer: str) -> list[int]:
-    """Return the ids of an answer as they follow `prompt_ids`, ending exactly at the end-of-turn token.
+    """Return the ids of an answer as they follow `prompt_ids`, ending exactly at the first stop after its content.
 
     Raises: UserError when the template cannot be split there.
     """
@@ -121,10 +123,12 @@ def render_completion(tokenizer: Any, prompt: Sequence[Message], prompt_ids: Seq
                 f"what is served. The prompt alone ends with {shown[-40:]!r}. Use a base model with another template."
             )
         ids = tokenizer.encode(full[len(shown) :], add_special_tokens=False)
-    last = max((index for index, token in enumerate(ids) if token in stops), default=None)
-    if last is None:
+    # A stop may also stand in the content, so those that the template writes are counted from the end.
+    ends = [index for index, token in enumerate(ids) if token in stops]
+    written = sum(token in stops for token in _ids_after_answer(tokenizer, prompt))
+    if not 0 < written <= len(ends):
         return [*ids, tokenizer.eos_token_id]
-    return ids[: last + 1]
+    return ids[: ends[-written] + 1]
 
 
 def render_record(tokenizer: Any, record: Record) -> Rendered:
@@ -162,26 +166,50 @@ def render_pair(tokenizer: Any, pair: Preference) -> RenderedPair:
 
 
 def stop_token_ids(tokenizer: Any) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's EOS, and the token its template closes an answer with."""
-    if not hasattr(tokenizer, "_stop_token_ids"):
-        asked = user_turn("a")
-        whole = _ids(tokenizer, [*asked, {"role": "assistant", "content": "b"}])
-        special = set(tokenizer.all_special_ids)
-        closing = [token for token in whole[len(render_prompt(tokenizer, asked)) :] if token in special]
-        tokenizer._stop_token_ids = {tokenizer.eos_token_id, *closing[:1]}
-    return set(tokenizer._stop_token_ids)
+    """Return the ids that end an answer: EOS, what the template closes an answer with, and the stops of the base."""
+    stops = {tokenizer.eos_token_id, closing_token_id(tokenizer), *getattr(tokenizer, "_stops_of_base", ())}
+    return stops - {None}
+
+
+def set_stops_of_base(tokenizer: Any, ids: Sequence[int]) -> None:
+    """Note the stops that a base names beside its tokenizer, in its generation_config.json."""
+    tokenizer._stops_of_base = tuple(ids)
+
+
+def closing_token_id(tokenizer: Any) -> int | None:
+    """Return the first added token that the template writes after an answer; None when it writes none.
+
+    It need not be marked as special. Some tokenizers hold line breaks as added tokens, which close nothing.
+    """
+    if not hasattr(tokenizer, "_closing_token_id"):
+        after = _ids_after_answer(tokenizer, user_turn("a"))
+        added = tokenizer.added_tokens_decoder
+        closing = (token for token in after if token in added and not added[token].content.isspace())
+        tokenizer._closing_token_id = next(closing, None)
+    closing_id: int | None = tokenizer._closing_token_id
+    return closing_id
 
 
 def check_rendered(tokenizer: Any, record: Record, rendered: Rendered) -> None:
     """Prove on one record that the trained tokens are exactly the answers and their end-of-turn tokens."""
     trained = [label for label in rendered.labels if label != IGNORED]
+    _check_trained(tokenizer, record.source, trained, [record.messages[turn]["content"] for turn in record.trained])
+
+
+def check_rendered_pair(tokenizer: Any, pair: Preference, rendered: RenderedPair) -> None:
+    """Prove on one pair that the scored tokens are exactly the two answers, each with its end-of-turn token."""
+    _check_trained(tokenizer, pair.source, rendered.chosen_ids, [pair.chosen])
+    _check_trained(tokenizer, pair.source, rendered.rejected_ids, [pair.rejected])
+
+
+def _check_trained(tokenizer: Any, source: str, trained: Sequence[int], answers: Sequence[str]) -> None:
     stops = stop_token_ids(tokenizer)
     text = tokenizer.decode([token for token in trained if token not in stops], skip_special_tokens=False)
-    wanted = "".join(record.messages[turn]["content"] for turn in record.trained)
+    wanted = "".join(answers)
     ends = sum(token in stops for token in trained)
-    if "".join(text.split()) != "".join(wanted.split()) or ends < len(record.trained) or trained[-1] not in stops:
+    if "".join(text.split()) != "".join(wanted.split()) or ends != len(answers) or trained[-1] not in stops:
         raise UserError(
-            f"{record.source}: the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the "
+            f"{source}: the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the "
             f"answer {wanted[:200]!r} and one. The tokenizer or its chat template cannot be used for training."
         )
 
@@ -196,15 +224,30 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
+def _ids_after_answer(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
+    """Return the ids of what the template writes after the content of an answer."""
+    text = _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": MARK}], tokenize=False)
+    _, mark, after = text.rpartition(MARK)
+    return list(tokenizer.encode(after, add_special_tokens=False)) if mark else []
+
+
 def _ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
+    rendered = _apply_template(
+        tokenizer,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        sanitize_control_tokens=True,
+        return_dict=True,
+    )
+    return list(rendered["input_ids"])
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Message], **settings: bool) -> Any:
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, sanitize_control_tokens=True, return_dict=True
-        )
+        return tokenizer.apply_chat_template(list(messages), **settings)
     except Exception as error:  # a template is a program of the base model's; it can raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"the model's chat template refuses this conversation: {reason}. Its turns: "
             f"{', '.join(message['role'] for message in messages)}; change the data (data.system_prompt), or the base model."
         ) from None
-    return list(rendered["input_ids"])

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from scripts.common.errors import UserError
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.rendering import closing_token_id, render_prompt, stop_token_ids, user_turn
 
 log = logging.getLogger(__name__)
 
@@ -176,9 +176,26 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     ):
         if token_id is not None:
             add(token_id)
+    add_further_stops(writer, tokenizer)
     writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_space_prefix(not pre_tokenizer)
     writer.add_chat_template(tokenizer.chat_template)
+
+
+def add_further_stops(writer: Any, tokenizer: Any) -> None:
+    """Write the stops beside EOS: the format has room for two, the end of a turn and that of a message."""
+    closing = closing_token_id(tokenizer)
+    others = stop_token_ids(tokenizer) - {tokenizer.eos_token_id}
+    stops = sorted((token for token in others if token < len(tokenizer)), key=lambda token: (token != closing, token))
+    for add, token_id in zip((writer.add_eot_token_id, writer.add_eom_token_id), stops, strict=False):
+        add(token_id)
+    if left_out := stops[2:]:
+        texts = ", ".join(tokenizer.decode([token], skip_special_tokens=False) for token in left_out)
+        log.warning(
+            "a GGUF file has room for three stops and this model has more: %s. Ollama takes them from the Modelfile; "
+            "for llama.cpp name them yourself (--reverse-prompt)",
+            texts,
+        )
 
 
 def adds_bos(tokenizer: Any) -> bool:

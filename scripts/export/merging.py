@@ -74,7 +74,7 @@ def merge(model: Any) -> Any:
 
 
 def save_merged(model: Any, tokenizer: Any, dtype: str, folder: Path) -> None:
-    """Write weights, tokenizer with its chat template, and how to generate."""
+    """Write weights, tokenizer with its chat template, and how to generate, with all stops of base and template."""
     model.to(DTYPES[dtype])
     model.generation_config.eos_token_id = sorted(stop_token_ids(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id

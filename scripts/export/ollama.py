@@ -30,8 +30,9 @@ def write_modelfile(tokenizer: Any, folder: Path, weights: str, *, adds_bos: boo
         log.warning("the chat template cannot be expressed in Ollama's language; the Modelfile says so")
     else:
         lines.append(f'TEMPLATE """{template}"""')
-    stops = tokenizer.convert_ids_to_tokens(sorted(stop_token_ids(tokenizer)))
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    known = (token for token in sorted(stop_token_ids(tokenizer)) if token < len(tokenizer))
+    stops = (tokenizer.decode([token], skip_special_tokens=False) for token in known)
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop]
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -11,14 +12,17 @@ from typing import Any
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
-from scripts.dataset.rendering import plain_template
+from scripts.dataset.rendering import plain_template, set_stops_of_base
 from scripts.model.find import blamed_on, gguf_file
 
 log = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer, with a pad token and a chat template in any case."""
+    """Load a model's tokenizer, with a pad token and a chat template in any case, and with the model's stops.
+
+    The folder must be the model's: an adapter's holds the tokenizer, but not the stops.
+    """
     from transformers import AutoTokenizer
 
     inside = None if (folder / "tokenizer_config.json").is_file() else gguf_file(folder)
@@ -35,7 +39,20 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.chat_template is None:
         log.info("the base brings no chat template; using the project's plain one, which is stored with the adapter")
         tokenizer.chat_template = plain_template(tokenizer)
+    set_stops_of_base(tokenizer, _stops_in(folder / "generation_config.json"))
     return tokenizer
+
+
+def _stops_in(file: Path) -> list[int]:
+    """Return the ids in a generation_config.json at which the model's makers end an answer."""
+    if not file.is_file():
+        return []
+    with blamed_on(file):
+        stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"{file}: eos_token_id: found {stops!r}, wanted an id or a list of ids. Fetch the model again.")
+    return ids
 
 
 def load_base(folder: Path, config: Config, machine: Machine) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,29 @@ class Health:
     distinct_2: float  # share of different 2-grams over all answers
 
 
+@contextmanager
+def decoding_greedily(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Make `generate` take the most likely token up to a stop, as the server does.
+
+    Without it `generate` obeys what the base's makers recommend: a repetition penalty, tokens that it may not say. It
+    does so for each value that is left out, so a configuration that is handed over would not be enough.
+    """
+    from transformers import GenerationConfig
+
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT reads its base's
+    recommended = network.generation_config
+    network.generation_config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(stop_token_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        network.generation_config = recommended
+
+
 @torch.inference_mode()
 def generate_answers(
     model: Any,
@@ -49,21 +73,18 @@ def generate_answers(
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        input_ids, attention_mask = left_padded_batch([prompts[index] for index in indices], tokenizer.pad_token_id)
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for row, index in enumerate(indices):
-            answers[index] = _cut(tokenizer, output[row, input_ids.shape[1] :].tolist(), stops)
-        progress(len(indices))
+    with decoding_greedily(model, tokenizer):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            input_ids, attention_mask = left_padded_batch([prompts[index] for index in indices], tokenizer.pad_token_id)
+            output = model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                max_new_tokens=max_new_tokens,
+            )
+            for row, index in enumerate(indices):
+                answers[index] = _cut(tokenizer, output[row, input_ids.shape[1] :].tolist(), stops)
+            progress(len(indices))
     model.train(was_training)
     return [answers[index] for index in range(len(prompts))]
 

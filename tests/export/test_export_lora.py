@@ -19,6 +19,7 @@ from scripts.model.base import load_tokenizer
 from tests.conftest import run_python, save_tiny_model, write_jsonl
 from tests.support.exporting import figures, save_adapter, save_tiny_qwen2
 from tests.support.nested import save_tiny_gemma3
+from tests.support.stops import FAMILIES, change_generation_config, save_family_model, stop_ids
 
 OUT = Path("outputs/merged_full_model")
 
@@ -323,6 +324,40 @@ def test_no_path_of_this_machine_is_handed_on(tiny_llama: Path, adapter: Path, e
 
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert str(tiny_llama) not in (OUT / name).read_text()
+
+
+# --- where its answers end
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_model_stops_where_its_base_stops(name: str, export, tmp_path) -> None:
+    """By plain transformers, which know nothing of the template's closing token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    family = FAMILIES[name]
+    base = save_family_model(tmp_path / "base", family)
+    listed = json.loads((base / "generation_config.json").read_text())["eos_token_id"]
+
+    assert export(save_adapter(base, tmp_path / "sft_adapter"), "--dtype", "fp32") == 0
+
+    written = json.loads((OUT / "generation_config.json").read_text())["eos_token_id"]
+    assert set(written) == stop_ids(base, family) == stop_ids(OUT, family)
+    assert set(written) >= set(listed if isinstance(listed, list) else [listed])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(OUT), AutoTokenizer.from_pretrained(OUT)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    ids = torch.tensor([ids["input_ids"]])
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=8)[0, ids.shape[1] :]) == family.closing
+
+
+def test_stops_of_the_base_are_not_narrowed_and_its_recommendation_stays(tiny_llama: Path, export, tmp_path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    change_generation_config(base, eos_token_id=[0, 4], repetition_penalty=1.5)
+
+    assert export(save_adapter(base, tmp_path / "sft_adapter")) == 0
+
+    written = json.loads((OUT / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [0, 1, 4], "1 closes an answer of the tiny template"
+    assert written["repetition_penalty"] == 1.5
 
 
 # --- the model card

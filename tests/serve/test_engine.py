@@ -15,6 +15,7 @@ import torch
 
 from scripts.common.config import load_config
 from scripts.common.machine import choose_machine
+from scripts.dataset.rendering import render_prompt, user_turn
 from scripts.model.base import load_tokenizer
 from serve import engine as engine_module
 from serve.adapters import Models, load_models
@@ -24,7 +25,8 @@ from serve.jobs import Job
 from serve.metrics import Metrics
 from serve.schemas import GenerateRequest
 from serve.service import Service
-from tests.support.serving import save_adapter
+from tests.support.serving import save_adapter, save_merged_model
+from tests.support.stops import FAMILIES, save_family_model
 
 NEW = 24
 
@@ -41,17 +43,20 @@ def generate_with_peft(base: Path, adapter: Path | None, ids: list[int], new: in
     with torch.inference_mode():
         out = model.eval().generate(
             input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=new, do_sample=False, num_beams=1,
-            repetition_penalty=1.0, eos_token_id=load_tokenizer(base).eos_token_id,
+            eos_token_id=load_tokenizer(base).eos_token_id,
         )  # fmt: skip
     return out[0, len(ids) :].tolist()
 
 
-def models_of(base: Path, adapters: dict[str, Path], write_config) -> Models:
+def models_of(base: Path, adapters: dict[str, Path], write_config, adapter_path: Path | None = None) -> Models:
     config = load_config(
         write_config(
             base_model_id=str(base),
             performance={"dtype": "fp32", "device": "cpu"},
-            serve={"adapter_path": None, "adapters": {name: str(path) for name, path in adapters.items()}},
+            serve={
+                "adapter_path": adapter_path and str(adapter_path),
+                "adapters": {name: str(path) for name, path in adapters.items()},
+            },
         )
     ).values
     return load_models(config, choose_machine(config))
@@ -118,6 +123,24 @@ def test_mixed_batches_give_the_tokens_of_plain_peft(tiny_llama, adapters, model
         generate_with_peft(tiny_llama, adapters.get(name), prompts[0], NEW) for name in ("base", "sft", "dpo")
     ]
     assert len({tuple(out) for out in same_prompt}) == 3, "adapters that agree would hide a mix-up"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("merged", [False, True], ids=["with adapter", "merged"])
+def test_model_that_always_says_a_stop_ends_after_one_token(name, merged, tmp_path, write_config):
+    family = FAMILIES[name]
+    for stop in sorted(family.stops):
+        folder = tmp_path / stop.strip("<|>")
+        base = save_family_model(folder / "base", family, stop)
+        adapter = save_adapter(folder / "sft", base, scale=0.01)
+        if merged:
+            models = models_of(base, {}, write_config, adapter_path=save_merged_model(folder / "merged", base, adapter))
+        else:
+            models = models_of(base, {"sft": adapter}, write_config)
+        ids = render_prompt(models.tokenizer, user_turn("hello"))
+        jobs = [Job(ids, served, 8) for served in models.served]
+        assert asyncio.run(run_jobs(new_engine(models), jobs)) == [""] * len(jobs)
+        assert [job.out for job in jobs] == [[models.tokenizer.convert_tokens_to_ids(stop)]] * len(jobs)
 
 
 def test_gpt2_is_served_too(tiny_gpt2, tmp_path, write_config, short_prefill):
