@@ -82,22 +82,23 @@ def test_answer_is_trained_up_to_its_first_stop(family: Family) -> None:
 
     assert tokenizer.decode(ids) == f"Hello there.{family.closing}"
     whole = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
-    assert tokenizer.decode(prompt_ids + ids) + family.after_eos == whole, "the case is the family's"
+    assert tokenizer.decode(prompt_ids + ids) + family.after_closing == whole, "the case is the family's"
     rendered = render_record(tokenizer, chat)
     check_rendered(tokenizer, chat, rendered)
     assert rendered.input_ids == prompt_ids + ids
     check_rendered_pair(tokenizer, PAIR, render_pair(tokenizer, PAIR))
 
 
-def test_answers_of_several_turns_are_trained_up_to_their_first_stops() -> None:
-    tokenizer = family_tokenizer(FAMILIES["llama3"])
+def test_answers_of_several_turns_are_trained_up_to_their_first_stops(family: Family) -> None:
+    tokenizer = family_tokenizer(family)
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("abcd")]
     chat = parse_record({"messages": turns}, "here:1", Data())
 
     rendered = render_record(tokenizer, chat)
 
     check_rendered(tokenizer, chat, rendered)
-    assert [tokenizer.decode(ids) for trained, ids in rendered.runs() if trained] == ["b<|eot_id|>", "d<|eot_id|>"]
+    trained = [tokenizer.decode(ids) for trained, ids in rendered.runs() if trained]
+    assert trained == [f"b{family.closing}", f"d{family.closing}"]
 
 
 @pytest.mark.parametrize("where", ["{0}", "a {0}", "{0} a", "a {0}{0} b", "a\n{0}\nb\n"])

@@ -9,14 +9,22 @@ from pathlib import Path
 import pytest
 
 from eval import compare
+from eval.held_out import HeldOut
 from eval.measuring import Prepared, measure_models
 from eval.metrics import build_metrics
 from eval.report import Report, read_report
 from eval.verdict import decide
 from scripts import train_dpo, train_sft
 from scripts.common.config import load_config
-from scripts.model.base import load_tokenizer
+from scripts.common.schema import Data
+from scripts.dataset.records import parse_record
+from scripts.dataset.rendering import user_turn
+from scripts.model.adapter import load_adapter
+from scripts.model.base import load_base, load_tokenizer
 from tests.support.chain import manifest, write_chain
+from tests.support.exporting import save_adapter
+from tests.support.models import CPU
+from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
 CHECKS = [{"name": "says it is", "must_contain": ["it is"]}, {"name": "short", "max_words": 6}]
 
@@ -97,6 +105,25 @@ def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> 
         scores = result[name].targets
         loss = -sum(score.logps for score in scores) / sum(score.tokens for score in scores)
         assert loss == pytest.approx(metrics[key], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_that_always_says_a_stop_is_measured_as_ending_at_once(name: str, tmp_path: Path) -> None:
+    """Whatever else the base recommends."""
+    family = FAMILIES[name]
+    config = load_config(write_chain(tmp_path)).values
+    for stop in sorted(family.stops):
+        folder = save_family_model(tmp_path / stop.strip("<|>"), family, stop)
+        change_generation_config(folder, min_new_tokens=3, repetition_penalty=1.5)
+        adapter = save_adapter(folder, folder / "sft", strength=0.001)
+        tokenizer = load_tokenizer(folder)
+        model = load_adapter(load_base(folder, config, CPU), adapter, name="sft")
+        prompt = user_turn("hello")
+        record = parse_record({"messages": [*prompt, {"role": "assistant", "content": "a"}]}, "x:1", Data())
+        held_out = HeldOut((record,))
+        measured = measure_models(model, {"base": None, "sft": "sft"}, Prepared(tokenizer, held_out, config))
+        assert [each.health.eos_rate for each in measured.values()] == [1, 1], stop
+        assert [answer.token_ids for each in measured.values() for answer in each.answers] == [[], []]
 
 
 def test_the_same_adapter_twice_gives_exactly_zero(compared: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.repo.test_library_traps import write_gguf
 from tests.support.chain import manifest, write_chain
+from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
 CPU = Machine("cpu", torch.float32, 1, 1, ())
 WORDS = ("the", "report", "is", "late", "and", "ready", "next", "week", "team", "no")
@@ -240,6 +241,24 @@ def test_domain_answers_are_those_of_greedy_generation(place: Path, together: Pa
     own = [line for line in lines if line["task"] == "domain_answers" and line["model"].endswith("sft_adapter")]
     assert [line["responses"][0].strip() for line in own] == expected
     assert values(together)["domain_answers", "sft", "check_2"] == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generated_answers_end_at_a_stop_and_obey_no_recommendation(name: str, tmp_path: Path) -> None:
+    """Of a task that names no stop too; the text holds no stop, marked as special or not."""
+    from lm_eval.api.instance import Instance
+
+    family = FAMILIES[name]
+    for says, expected in (*((stop, "") for stop in sorted(family.stops)), ("a", "aaaa")):
+        base = save_family_model(tmp_path / says.strip("<|>"), family, says)
+        change_generation_config(base, repetition_penalty=1.5, no_repeat_ngram_size=1, min_new_tokens=2)
+        model, tokenizer = load_base(base, Config(), CPU).eval(), load_tokenizer(base)
+        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+        requests = [
+            Instance("generate_until", {}, (text, {"until": [], "do_sample": False, "max_gen_toks": 4}), index)
+            for index, text in enumerate(("hello", "how are you"))
+        ]
+        assert lm.generate_until(requests, disable_tqdm=True) == [expected] * 2, says
 
 
 def test_control_tokens_in_a_record_stay_text(place: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from scripts.export_lora import main
 from scripts.model.base import load_tokenizer
 from tests.conftest import run_python, save_tiny_model, tiny_tokenizer
 from tests.support.exporting import figures, save_adapter, save_tiny_qwen2
+from tests.support.stops import FAMILIES, change_generation_config, save_family_model, stop_ids
 
 OUT = Path("outputs/merged_gguf")
 CHATML = (
@@ -110,6 +111,44 @@ def test_metadata_say_what_the_model_is(tiny_llama: Path, adapter: Path, export)
     assert found["tokenizer.ggml.token_type"][tokenizer.eos_token_id] == 3  # control
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
     assert found["tokenizer.ggml.add_bos_token"] is False
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_file_names_as_many_stops_as_it_can_and_the_modelfile_all(name: str, export, tmp_path, capsys) -> None:
+    family = FAMILIES[name]
+    base = save_family_model(tmp_path / "base", family)
+    tokenizer = load_tokenizer(base)
+
+    assert export(save_adapter(base, tmp_path / "a")) == 0
+
+    found = fields(OUT / "model-f16.gguf")
+    written = {key: found.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")}
+    assert {token for token in written.values() if token is not None} == stop_ids(base, family)
+    assert (written["eos"], written["eot"]) == tuple(tokenizer.convert_tokens_to_ids([family.eos, family.closing]))
+    lines = (OUT / "Modelfile").read_text().splitlines()
+    assert {line for line in lines if "stop" in line.split()} == {f'PARAMETER stop "{stop}"' for stop in family.stops}
+    assert "room for three stops" not in capsys.readouterr().err
+
+
+def test_stops_that_the_format_has_no_room_for_are_named(export, tmp_path, capsys) -> None:
+    """An id beyond the vocabulary has no text, so no format can hold it."""
+    base = save_family_model(tmp_path / "base", FAMILIES["phi3"])
+    change_generation_config(base, eos_token_id=[99999, 0, 3, 4])
+
+    assert export(save_adapter(base, tmp_path / "a")) == 0
+
+    found = fields(OUT / "model-f16.gguf")
+    assert [found[f"tokenizer.ggml.{key}_token_id"] for key in ("eot", "eom")] == [1, 0]
+    assert "room for three stops and this model has more: <|user|>, <|assistant|>. Ollama" in capsys.readouterr().err
+    written = (OUT / "Modelfile").read_text()
+    stops = [line.removeprefix("PARAMETER stop ") for line in written.splitlines() if line.startswith("PARAMETER stop")]
+    assert stops == ['"<|pad|>"', '"<|end|>"', '"<|user|>"', '"<|assistant|>"', '"<|endoftext|>"']
+
+
+def test_model_with_one_stop_is_given_no_other(adapter: Path, export) -> None:
+    assert export(adapter) == 0
+
+    assert not {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"} & set(fields(OUT / "model-f16.gguf"))
 
 
 def test_rows_in_the_wrong_order_are_caught(tiny_llama: Path, export, tmp_path, monkeypatch, capsys) -> None:

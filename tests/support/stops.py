@@ -26,7 +26,8 @@ class Family:
     eos: str
     closing: str
     listed: tuple[str, ...]  # in generation_config.json
-    after_eos: str = ""  # what the template writes after the closing token
+    after_closing: str = ""  # what the template writes after the closing token
+    special: bool = True  # whether the added tokens are marked as special
 
     @property
     def stops(self) -> set[str]:
@@ -46,6 +47,11 @@ FAMILIES = {
         "gemma3", ("<start_of_turn>", "<end_of_turn>", "\n", "<unused>"), "<bos>", "<eos>", "<end_of_turn>",
         ("<eos>", "<end_of_turn>", "<unused>"), "\n",
     ),
+    # Whoever fine-tunes may add tokens without marking them as special.
+    "unmarked": Family(
+        "llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|begin_of_text|>", "<|end_of_text|>",
+        "<|eot_id|>", ("<|end_of_text|>",), special=False,
+    ),
 }  # fmt: skip
 
 
@@ -53,7 +59,9 @@ def family_tokenizer(family: Family) -> Any:
     """Return the tiny tokenizer with a family's tokens and template."""
     folder = Path(trl.__file__).parent / "chat_templates"
     tokenizer = tiny_tokenizer((folder / f"{family.template}.jinja").read_text(encoding="utf-8"))
-    tokenizer.add_tokens([AddedToken(token, special=not token.isspace(), normalized=False) for token in family.tokens])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=family.special and not token.isspace(), normalized=False) for token in family.tokens]
+    )
     tokenizer.add_special_tokens({"bos_token": family.bos, "eos_token": family.eos})
     return tokenizer
 

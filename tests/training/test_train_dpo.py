@@ -15,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from scripts import train_dpo, train_sft
 from scripts.common.artifacts import read_manifest, sha256_file
+from scripts.model.base import load_tokenizer
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import dpo_rows, manifest, start_stage, wait_for, write_chain
+from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 from tests.support.training import build_trainer
+
+WITHOUT_SFT = ("--set", "dpo.init_from=null", "--set", "dpo.reference=base")
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +342,33 @@ def test_bad_pairs_are_named_by_line(chain: Path, tmp_path: Path, capsys: pytest
     message = capsys.readouterr().err
     assert f"{path}:6: rejected: is the same as chosen" in message
     assert f"{path}:7: chosen: is empty" in message
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_stages_take_every_family_and_train_up_to_the_first_stop(name: str, tmp_path: Path, capsys) -> None:
+    family = FAMILIES[name]
+    save_family_model(tmp_path / "model", family)
+    config = str(write_chain(tmp_path))
+
+    assert train_sft.main(["--config", config, "--dry-run"]) == 0
+    assert f" it is, 0{family.closing}<<<" in capsys.readouterr().err
+    assert train_dpo.main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 0
+    shown = capsys.readouterr().err
+    assert f" it is, 0{family.closing}<<<\n--- rejected" in shown
+    assert shown.endswith(f", 0{family.closing}<<<\n")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_answer_that_holds_a_stop_of_the_base_is_refused(stage: str, tmp_path: Path, capsys) -> None:
+    """Such an answer would end in its middle once it is served."""
+    config = str(write_chain(tmp_path))
+    tokens = load_tokenizer(tmp_path / "model").encode(" is", add_special_tokens=False)
+    change_generation_config(tmp_path / "model", eos_token_id=tokens)
+    main = {"sft": train_sft.main, "dpo": train_dpo.main}[stage]
+
+    assert main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 2
+
+    assert f"{stage}.jsonl:1: the trained tokens decode to 'red it, 0' with 2 end-of-turn" in capsys.readouterr().err
 
 
 def test_the_watch_sees_degeneration_and_stops(chain: Path, tmp_path: Path) -> None:
