@@ -109,7 +109,7 @@ def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_model_that_always_says_a_stop_is_measured_as_ending_at_once(name: str, tmp_path: Path) -> None:
-    """Whatever else the base recommends."""
+    """Nor does a minimum length that the base recommends change it."""
     family = FAMILIES[name]
     config = load_config(write_chain(tmp_path)).values
     for stop in sorted(family.stops):

@@ -88,15 +88,16 @@ def test_nothing_that_the_base_recommends_changes_an_answer(key: str, peft: bool
     model.lm_head.weight.data[tokenizer.convert_tokens_to_ids(ALMOST)] = 0.99
     prompt = render_prompt(tokenizer, user_turn("hello"))
     recommended = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :]
+    network = model
     if peft:
-        model = add_lora(model, Lora(r=4), str(folder))
+        model = add_lora(network, Lora(r=4), str(folder))
 
     answer = generate_answers(model, tokenizer, [prompt], 4)[0]
 
     expected = [tokenizer.convert_tokens_to_ids(SAYS)] * 4
     assert answer.token_ids == expected
     assert recommended.tolist() != expected, "otherwise the recommendation changes nothing"
-    assert getattr(model.generation_config, key) == value, "an export hands the base's own recommendation on"
+    assert getattr(network.generation_config, key) == value, "an export hands the base's own recommendation on"
 
 
 def test_recommendation_of_the_base_returns_after_an_error(tiny_llama: Path) -> None:

@@ -67,7 +67,7 @@ def family_tokenizer(family: Family) -> Any:
 
 
 def save_family_model(folder: Path, family: Family, says: str | None = None) -> Path:
-    """Save a tiny Llama that says one token whatever it reads: the closing one unless another is named."""
+    """Save a tiny Llama that says one token at each step: the closing one unless another is named."""
     tokenizer = family_tokenizer(family)
     listed = tokenizer.convert_tokens_to_ids(list(family.listed))
     config = LlamaConfig(
