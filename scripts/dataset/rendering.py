@@ -37,6 +37,10 @@ def plain_template(tokenizer: Any) -> str:
     return (BOS_FIRST if bos is not None and tokenizer.encode("a")[:1] == [bos] else "") + PLAIN_TEMPLATE
 
 
+class UnfitRow(UserError):
+    """Say why one record cannot be trained on; others may well be."""
+
+
 @dataclass(frozen=True)
 class Rendered:
     """Token ids of a conversation and their labels; -100 where no loss is taken."""
@@ -159,7 +163,7 @@ def render_pair(tokenizer: Any, pair: Preference) -> RenderedPair:
         render_completion(tokenizer, pair.prompt, prompt_ids, answer) for answer in (pair.chosen, pair.rejected)
     )
     if chosen == rejected:
-        raise UserError(
+        raise UnfitRow(
             f"{pair.source}: chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
         )
     return RenderedPair(prompt_ids, chosen, rejected)
@@ -207,11 +211,19 @@ def _check_trained(tokenizer: Any, source: str, trained: Sequence[int], answers:
     text = tokenizer.decode([token for token in trained if token not in stops], skip_special_tokens=False)
     wanted = "".join(answers)
     ends = sum(token in stops for token in trained)
-    if "".join(text.split()) != "".join(wanted.split()) or ends != len(answers) or trained[-1] not in stops:
-        raise UserError(
+    same = _normalized(tokenizer, text) == _normalized(tokenizer, wanted)
+    if not same or ends != len(answers) or trained[-1] not in stops:
+        raise UnfitRow(
             f"{source}: the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the "
             f"answer {wanted[:200]!r} and one. The tokenizer or its chat template cannot be used for training."
         )
+
+
+def _normalized(tokenizer: Any, text: str) -> str:
+    """Return a text as the tokenizer takes it, without white space: one of Qwen, say, composes an e and its accent."""
+    packed = "".join(text.split())
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return str(normalizer.normalize_str(packed)) if normalizer else packed
 
 
 def template_sha256(tokenizer: Any) -> str:

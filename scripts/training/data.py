@@ -14,7 +14,7 @@ from scripts.common.errors import UserError, listing
 from scripts.common.paths import portable_path
 from scripts.common.run import Run
 from scripts.dataset.records import DatasetFile, Parser, count_duplicates, load_datasets, write_rejects
-from scripts.dataset.rendering import Rendered, RenderedPair
+from scripts.dataset.rendering import Rendered, RenderedPair, UnfitRow
 from scripts.dataset.split import Split, shared_answers, split_records
 from scripts.training.start import Start
 
@@ -75,7 +75,7 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
 
 def render_rows(run: Run, start: Start, split: Split, render: Callable[[Any], Row]) -> tuple[list[Row], list[Row]]:
     """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut."""
-    sides = [[(record, render(record)) for record in records] for records in (split.train, split.validation)]
+    sides = _rendered(run, split, render)
     longest = max((len(row.input_ids) for side in sides for _, row in side), default=0)
     limit, reason, fix = _longest_record(run, start, longest)
     too_long = [(record, len(row.input_ids)) for side in sides for record, row in side if len(row.input_ids) > limit]
@@ -89,6 +89,24 @@ def render_rows(run: Run, start: Start, split: Split, render: Callable[[Any], Ro
     if not train:
         raise UserError(f"{run.stage}.max_length: no training record fits into {limit} tokens. {fix}.")
     return train, validation
+
+
+def _rendered(run: Run, split: Split, render: Callable[[Any], Row]) -> list[list[tuple[Any, Row]]]:
+    """Render both sides; a record that does not survive the tokenizer is refused or set aside."""
+    sides: list[list[tuple[Any, Row]]] = [[], []]
+    unfit: list[str] = []
+    for side, records in zip(sides, (split.train, split.validation), strict=True):
+        for record in records:
+            try:
+                side.append((record, render(record)))
+            except UnfitRow as error:
+                unfit.append(str(error))
+    head = f"{len(unfit)} of {len(split.train) + len(split.validation)} records cannot be trained on"
+    if unfit and (run.values.data.on_bad_row != "skip" or not sides[0]):
+        raise UserError(listing(head, unfit, "Change them, or set data.on_bad_row: skip to leave them out."))
+    if unfit:
+        log.warning("%s", listing(head, unfit, "They are left out."))
+    return sides
 
 
 def _longest_record(run: Run, start: Start, longest: int) -> tuple[int, str, str]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Data
-from scripts.dataset.records import Preference, Record, parse_record
+from scripts.dataset.records import Preference, Record, parse_preference, parse_record
 from scripts.dataset.rendering import (
     IGNORED,
     Rendered,
+    UnfitRow,
     check_rendered,
+    check_rendered_pair,
     render_completion,
     render_pair,
     render_prompt,
@@ -422,3 +425,32 @@ def test_a_conversation_that_the_template_refuses_is_reported_with_its_turns_and
         f"the model's chat template refuses this conversation: {message}. Its turns: system, user; "
         "change the data (data.system_prompt), or the base model."
     )
+
+
+def normalizing_tokenizer() -> Any:
+    """Return a tokenizer that composes letters and accents, as those of Qwen and OLMo do."""
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["Voila\u0300 le cafe\u0301", "\u092a\u0947\u095c", "plain"])
+def test_a_text_that_the_tokenizer_normalizes_is_trained(text: str) -> None:
+    """A composed e is other bytes than an e and its accent; a nukta of Hindi is taken apart by NFC."""
+    tokenizer = normalizing_tokenizer()
+    record = parse_record({"instruction": text, "output": text}, "here:1", Data())
+    pair = parse_preference({"prompt": text, "chosen": text, "rejected": text + "!"}, "here:1", Data())
+
+    check_rendered(tokenizer, record, render_record(tokenizer, record))
+    check_rendered_pair(tokenizer, pair, render_pair(tokenizer, pair))
+
+
+def test_a_text_that_a_normalizer_does_not_explain_is_refused() -> None:
+    tokenizer = normalizing_tokenizer()
+    record = parse_record({"instruction": "a", "output": "cafe\u0301"}, "here:1", Data())
+    other = dataclasses.replace(record, messages=(record.messages[0], {"role": "assistant", "content": "cafe"}))
+
+    with pytest.raises(UnfitRow, match="here:1: the trained tokens decode to"):
+        check_rendered(tokenizer, other, render_record(tokenizer, record))

@@ -371,6 +371,24 @@ def test_answer_that_holds_a_stop_of_the_base_is_refused(stage: str, tmp_path: P
     assert f"{stage}.jsonl:1: the trained tokens decode to 'red it, 0' with 2 end-of-turn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_such_an_answer_is_left_out_when_asked(stage: str, tmp_path: Path, capsys) -> None:
+    config = str(write_chain(tmp_path))
+    answers = [f"red {n}" for n in range(12)] + ["red it is"]
+    write_jsonl(tmp_path / "sft.jsonl", [{"instruction": f"say {n}", "output": a} for n, a in enumerate(answers)])
+    pairs = [{"prompt": f"say {n}", "chosen": a, "rejected": f"no {n}"} for n, a in enumerate(answers)]
+    write_jsonl(tmp_path / "dpo.jsonl", pairs)
+    tokens = load_tokenizer(tmp_path / "model").encode(" is", add_special_tokens=False)
+    change_generation_config(tmp_path / "model", eos_token_id=tokens)
+    main = {"sft": train_sft.main, "dpo": train_dpo.main}[stage]
+
+    assert main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert f"1 of 13 records cannot be trained on\n  {tmp_path}/{stage}.jsonl:13: the trained tokens decode to" in said
+    assert main(["--config", config, *WITHOUT_SFT, "--dry-run", "--set", "data.on_bad_row=skip"]) == 0
+    assert "They are left out." in capsys.readouterr().err
+
+
 def test_the_watch_sees_degeneration_and_stops(chain: Path, tmp_path: Path) -> None:
     """Answers that become repetitive warn once, and end the run where the key says so."""
     from types import SimpleNamespace
