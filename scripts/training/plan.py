@@ -181,7 +181,8 @@ def blamed_on_trainer_block(run: Run) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{run.stage}.trainer: TRL refuses these settings: {reason}\nGiven were: {', '.join(run.section.trainer)}."
+            f"{run.stage}.trainer: TRL refuses these settings: {reason}\nFound: {', '.join(run.section.trainer)}. Correct or "
+            f"remove them. With --set {run.stage}.trainer={{}} an error that they do not cause shows whole."
         ) from None
 
 
@@ -211,9 +212,8 @@ def try_out(arguments: Any, steps: int) -> None:
     model = torch.nn.ParameterList([torch.zeros(1)])
     if arguments.use_liger_kernel:
         apply_liger_kernel(model, arguments.liger_kernel_config)
-    if (
-        arguments.optim_target_modules is None and "lomo" not in arguments.optim
-    ):  # those want the modules of the real one
+    of_model = arguments.optim_target_modules is not None or "lomo" in arguments.optim  # wants the real one's modules
+    if not of_model:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
             kind(model.parameters(), **options)

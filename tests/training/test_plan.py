@@ -86,7 +86,7 @@ def test_setting_that_a_library_refuses_is_a_message(
     message = str(caught.value)
     assert message.startswith(f"{stage}.trainer: TRL refuses these settings: ")
     assert said in message
-    assert message.endswith(f"\nGiven were: {', '.join(given)}.")
+    assert f"\nFound: {', '.join(given)}. Correct or remove them." in message
 
 
 @pytest.mark.parametrize("main", [train_sft.main, train_dpo.main])
