@@ -22,9 +22,8 @@ from scripts.common.config import check_decided, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import Machine, seed_everything
 from scripts.common.run import Run, open_run
-from scripts.dataset.records import Preference, parse_preference
+from scripts.dataset.records import parse_preference
 from scripts.dataset.rendering import RenderedPair, check_rendered_pair, render_pair
-from scripts.dataset.split import Split
 from scripts.training.data import read_data, render_rows
 from scripts.training.start import Start, add_training_arguments, find_start, settle_machine
 
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = read_data(run, parse_preference, arguments.require_deid_report)
         machine = settle_machine(run)
         start = find_start(run, config.values.dpo.init_from)
-        train, validation = render_pairs(run, start, data.split)
+        train, validation = render_rows(run, start, data.split, render_pair, check_rendered_pair)
 
         from scripts.training.dpo import check_trainable_names, length_bias, prove_start, reference_unchanged
 
@@ -74,17 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 session.train(trainer)
             session.save(trainer, facts | watch.facts)
     return 0
-
-
-def render_pairs(run: Run, start: Start, split: Split) -> tuple[list[RenderedPair], list[RenderedPair]]:
-    """Turn the pairs into token ids, proving on each that exactly its answers and their end are scored."""
-
-    def render_checked(pair: Preference) -> RenderedPair:
-        rendered = render_pair(start.tokenizer, pair)
-        check_rendered_pair(start.tokenizer, pair, rendered)
-        return rendered
-
-    return render_rows(run, start, split, render_checked)
 
 
 def load_policy(run: Run, machine: Machine, start: Start) -> Any:

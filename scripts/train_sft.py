@@ -22,9 +22,8 @@ from scripts.common.config import load_config
 from scripts.common.errors import entry_point
 from scripts.common.machine import Machine, seed_everything
 from scripts.common.run import Run, open_run
-from scripts.dataset.records import Record, parse_record
+from scripts.dataset.records import parse_record
 from scripts.dataset.rendering import Rendered, check_rendered, render_record
-from scripts.dataset.split import Split
 from scripts.training.data import read_data, render_rows
 from scripts.training.start import Start, add_training_arguments, find_start, settle_machine
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = read_data(run, parse_record, arguments.require_deid_report)
         machine = settle_machine(run)
         start = find_start(run)
-        train, validation = render_records(run, start, data.split)
+        train, validation = render_rows(run, start, data.split, render_record, check_rendered)
         if run.dry:
             return show_dry_run(run, machine, start, data.files, train)
 
@@ -64,17 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             session.train(trainer)
             session.save(trainer, {})
     return 0
-
-
-def render_records(run: Run, start: Start, split: Split) -> tuple[list[Rendered], list[Rendered]]:
-    """Turn the records into token ids, proving on each that exactly its answers and their end are trained."""
-
-    def render_checked(record: Record) -> Rendered:
-        rendered = render_record(start.tokenizer, record)
-        check_rendered(start.tokenizer, record, rendered)
-        return rendered
-
-    return render_rows(run, start, split, render_checked)
 
 
 def build_trainer(

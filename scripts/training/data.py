@@ -73,9 +73,18 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
     return TrainingData(files, split)
 
 
-def render_rows(run: Run, start: Start, split: Split, render: Callable[[Any], Row]) -> tuple[list[Row], list[Row]]:
-    """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut."""
-    sides = _rendered(run, split, render)
+def render_rows(
+    run: Run,
+    start: Start,
+    split: Split,
+    render: Callable[[Any, Any], Row],
+    check: Callable[[Any, Any, Row], None],
+) -> tuple[list[Row], list[Row]]:
+    """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut.
+
+    `render` takes tokenizer and record; `check` proves that exactly the answers and their ends are trained.
+    """
+    sides = _rendered(run, start.tokenizer, split, render, check)
     longest = max((len(row.input_ids) for side in sides for _, row in side), default=0)
     limit, reason, fix = _longest_record(run, start, longest)
     too_long = [(record, len(row.input_ids)) for side in sides for record, row in side if len(row.input_ids) > limit]
@@ -91,14 +100,22 @@ def render_rows(run: Run, start: Start, split: Split, render: Callable[[Any], Ro
     return train, validation
 
 
-def _rendered(run: Run, split: Split, render: Callable[[Any], Row]) -> list[list[tuple[Any, Row]]]:
+def _rendered(
+    run: Run,
+    tokenizer: Any,
+    split: Split,
+    render: Callable[[Any, Any], Row],
+    check: Callable[[Any, Any, Row], None],
+) -> list[list[tuple[Any, Row]]]:
     """Render both sides; a record that does not survive the tokenizer is refused or set aside."""
     sides: list[list[tuple[Any, Row]]] = [[], []]
     unfit: list[str] = []
     for side, records in zip(sides, (split.train, split.validation), strict=True):
         for record in records:
             try:
-                side.append((record, render(record)))
+                row = render(tokenizer, record)
+                check(tokenizer, record, row)
+                side.append((record, row))
             except UnfitRow as error:
                 unfit.append(str(error))
     head = f"{len(unfit)} of {len(split.train) + len(split.validation)} records cannot be trained on"

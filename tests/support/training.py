@@ -13,7 +13,7 @@ from scripts.common.run import Run
 from scripts.common.schema import Config
 from scripts.common.signals import StopSignal
 from scripts.dataset.records import parse_preference, parse_record
-from scripts.dataset.rendering import render_pair
+from scripts.dataset.rendering import check_rendered, check_rendered_pair, render_pair, render_record
 from scripts.training.data import read_data, render_rows
 from scripts.training.start import find_start
 
@@ -31,7 +31,8 @@ def build_trainer(stage: str, config: Path, run_dir: Path, overrides: Sequence[s
     machine = choose_machine(run.values)
     if stage == "sft":
         data, start = read_data(run, parse_record, None), find_start(run)
-        return train_sft.build_trainer(run, machine, start, *train_sft.render_records(run, start, data.split))
+        rows = render_rows(run, start, data.split, render_record, check_rendered)
+        return train_sft.build_trainer(run, machine, start, *rows)
     data, start = read_data(run, parse_preference, None), find_start(run, run.values.dpo.init_from)
-    rows = render_rows(run, start, data.split, lambda pair: render_pair(start.tokenizer, pair))
-    return train_dpo.build_trainer(run, machine, start, *rows)
+    pairs = render_rows(run, start, data.split, render_pair, check_rendered_pair)
+    return train_dpo.build_trainer(run, machine, start, *pairs)
