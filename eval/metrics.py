@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Literal
@@ -248,17 +248,6 @@ def mean_metric(
     items: str = "items",
 ) -> Metric:
     """Describe the mean over items of each model."""
-    differences = [
-        _difference(
-            a,
-            b,
-            paired_difference(columns[a], columns[b]),
-            paired_p_value(columns[a], columns[b]),
-            "sign-flip permutation",
-            needed_n(np.array(columns[a]) - np.array(columns[b])),
-        )
-        for b, a in combinations(columns, 2)
-    ]
     return Metric(
         name=name,
         title=title,
@@ -269,7 +258,7 @@ def mean_metric(
         n=len(next(iter(columns.values()))),
         items=items,
         models={model: Estimate.of(bootstrap_mean(column)) for model, column in columns.items()},
-        differences=differences,
+        differences=_paired_differences(columns, paired_difference),
     )
 
 
@@ -285,17 +274,6 @@ def ratio_metric(
     items: str = "items",
 ) -> Metric:
     """Describe a loss per unit, where items count by how many units they hold."""
-    differences = [
-        _difference(
-            a,
-            b,
-            paired_ratio_difference(sums[a], sums[b], counts),
-            paired_p_value(sums[a], sums[b]),
-            "sign-flip permutation",
-            needed_n(np.array(sums[a]) - np.array(sums[b])),
-        )
-        for b, a in combinations(sums, 2)
-    ]
     return Metric(
         name=name,
         title=title,
@@ -306,8 +284,25 @@ def ratio_metric(
         n=len(counts),
         items=items,
         models={model: Estimate.of(ratio_interval(column, counts)) for model, column in sums.items()},
-        differences=differences,
+        differences=_paired_differences(sums, lambda a, b: paired_ratio_difference(a, b, counts)),
     )
+
+
+def _paired_differences(
+    columns: dict[str, list[float]], interval: Callable[[list[float], list[float]], Interval]
+) -> list[Difference]:
+    """Compare each model with every earlier one, item by item."""
+    return [
+        _difference(
+            a,
+            b,
+            interval(columns[a], columns[b]),
+            paired_p_value(columns[a], columns[b]),
+            "sign-flip permutation",
+            needed_n(np.array(columns[a]) - np.array(columns[b])),
+        )
+        for b, a in combinations(columns, 2)
+    ]
 
 
 def _difference(a: str, b: str, interval: Interval, p_value: float, test: str, needed: int | None) -> Difference:

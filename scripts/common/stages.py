@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+RecordKind = Literal["conversations", "preferences"]
+
 
 @dataclass(frozen=True)
 class TrainingStage:
@@ -16,9 +18,7 @@ class TrainingStage:
     name: str
     title: str
     script: str  # python -m …
-    records: Literal[
-        "conversations", "preferences"
-    ]  # what it trains on; dataset/records.py reads and model/… renders them
+    records: RecordKind  # what it trains on, as PARSERS of dataset/records.py reads it
     trl_config: str  # the class of TRL whose fields `<name>.trainer` takes
     continues: str | None  # the stage whose adapter it starts from; its reference model is a frozen copy of that one
     next_command: str  # what a user runs on the result
