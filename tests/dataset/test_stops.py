@@ -22,8 +22,9 @@ from scripts.dataset.rendering import (
     user_turn,
 )
 from scripts.model.base import load_tokenizer
-from tests.conftest import ROOT, tiny_tokenizer
+from tests.conftest import tiny_tokenizer
 from tests.support.stops import FAMILIES, Family, change_generation_config, family_tokenizer, save_family_model
+from tests.support.tokenizers import real_tokenizer
 
 PAIR = Preference("here:1", tuple(user_turn("Hi")), "Hello", "Go away")
 
@@ -179,9 +180,6 @@ def test_pair_whose_answer_trains_more_than_its_end_is_refused(side: str) -> Non
     [("gemma3", "<end_of_turn>", "<end_of_turn>"), ("llama3_1", "<|eot_id|>", "<|eot_id|>"), ("qwen3", "<|im_end|>", "<|im_end|>")],
 )  # fmt: skip
 def test_real_tokenizers_close_an_answer_with_the_token_of_their_family(name: str, closing: str, eos: str) -> None:
-    folder = ROOT / "models/tokenizers" / name
-    if not folder.is_dir():
-        pytest.skip(f"needs {folder}")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = real_tokenizer(name)
 
     assert {tokenizer.decode([token]) for token in stop_token_ids(tokenizer)} == {closing, eos}
