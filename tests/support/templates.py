@@ -1,0 +1,345 @@
+"""Chat templates of many families held against what they write by themselves: tokenizers, cases, and an oracle of its own.
+
+Nothing here asks the project how to render. What is right is read off the text of the template: the prompt it gives to a
+model, and what it writes around an answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import trl
+from jinja2 import TemplateError
+from scripts.dataset.chat_format import ChatFormat
+from tokenizers import AddedToken
+from transformers.utils import chat_template_utils
+
+from scripts.common.errors import UserError
+from scripts.dataset.records import Message, Record
+from scripts.dataset.rendering import Rendered, check_rendered, render_prompt, render_record
+from tests.conftest import tiny_tokenizer
+
+TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+# Of models that read pictures, and of one that writes all of an answer at once.
+REFUSED = ("idefics3", "smolvlm", "llava_next", "qwen2_5_vl", "qwen3_vl", "lfm2_2_5_vl", "diffusion_gemma")
+DAY = datetime.date(2025, 7, 31)
+
+# BOS and EOS of the real tokenizers, by how a template's name begins. EOS is not always what closes an answer.
+NAMED_TOKENS: dict[str, tuple[str | None, str]] = {
+    "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "gemma": ("<bos>", "<eos>"),
+    "glm4moe": (None, "<|endoftext|>"),
+    "gptoss": ("<|startoftext|>", "<|return|>"),
+    "lfm2": ("<|startoftext|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>"),
+    "muse_glimmer": ("<|begin_of_text|>", "<|eot|>"),
+    "nemotron": ("<s>", "<|im_end|>"),
+    "phi3": ("<s>", "<|endoftext|>"),
+    "qwen": (None, "<|im_end|>"),
+}
+# What families hold as added tokens: anything with bars, and a few tags. `<tools>` or `<parameter>` are ordinary text.
+MARKERS = re.compile(
+    r"<\|[^\s<>|]+\|?>|<[^\s<>|]+\|>|<｜[^\s<>｜]+｜>|\[/?[A-Z_]+\]|\[gMASK\]|<(?:start_of_turn|end_of_turn|sop)>"
+)
+TAGS = re.compile(r"</?(?:think|tool_call|tool_response)>")  # added, but not special: an answer may hold them
+
+
+def text_templates() -> list[str]:
+    """Name every original template of text models in the installed trl."""
+    names = sorted(path.stem for path in TRL_TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
+    return [name for name in names if name not in REFUSED]
+
+
+@functools.cache
+def trained_once() -> Any:
+    return tiny_tokenizer()
+
+
+@functools.cache
+def family_tokenizer(name: str) -> Any:
+    """Return a tiny tokenizer with a template and the added tokens that it writes."""
+    (named,) = [tokens for start, tokens in NAMED_TOKENS.items() if name.startswith(start)]
+    return tokenizer_for((TRL_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), *named)
+
+
+def tokenizer_for(template: str, bos: str | None, eos: str) -> Any:
+    """Return a tiny tokenizer that holds each marker of a template as one token."""
+    tokenizer = copy.deepcopy(trained_once())
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"eos_token": eos} | ({"bos_token": bos} if bos else {}))
+    markers = {marker for text in _texts(tokenizer) for marker in MARKERS.findall(text)} - {bos, eos}
+    for tokens, special in ((markers, True), (set(TAGS.findall(template)), False)):
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in sorted(tokens)])
+    return tokenizer
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """Return a loaded tokenizer with another template; the loaded one stays as it is."""
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def _texts(tokenizer: Any) -> Iterator[str]:
+    """Write every case in every form, as far as the template takes it."""
+    for case in CASES:
+        for form in FORMS:
+            for turn in (None, *case.answered):
+                try:
+                    yield Oracle(tokenizer, case, form).written(turn)
+                except Refused:
+                    continue
+
+
+# --- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation, how the template is called, and whether the answers reason."""
+
+    name: str
+    turns: tuple[tuple[str, ...], ...]  # role and content; for an answer that reasons role, reasoning and content
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    thinking: bool = False
+
+    @property
+    def answered(self) -> list[int]:
+        return [index for index, turn in enumerate(self.turns) if turn[0] == "assistant"]
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Tell whether thinking is what the case is about."""
+        return self.thinking or bool(self.kwargs)
+
+    @property
+    def record(self) -> Record:
+        """Return the conversation as a record of a dataset, each answer trained."""
+        messages = [{"role": role, "content": _joined(*texts)} for role, *texts in self.turns]
+        return Record("here:1", tuple(messages), tuple(self.answered))
+
+
+SYSTEM = ("system", "You speak plainly.")
+FIRST = (("user", "What is a comet?"), ("assistant", "A ball of ice and dust."))
+SECOND = (("user", "And an asteroid?"), ("assistant", "It is made of rock."))
+REASONED = (("user", "What is a comet?"), ("assistant", "It has a tail, so ice.", "A ball of ice and dust."))
+REASONED_AGAIN = (("user", "And an asteroid?"), ("assistant", "No tail, so no ice.", "It is made of rock."))
+OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
+
+CASES = (
+    Case("one turn", FIRST),
+    Case("several turns", FIRST + SECOND),
+    Case("system prompt", (SYSTEM, *FIRST)),
+    Case("system prompt, several turns", (SYSTEM, *FIRST, *SECOND)),
+    Case("thinking off", FIRST, OFF),
+    Case("thinking off, several turns", FIRST + SECOND, OFF),
+    Case("thinking on", REASONED, ON, thinking=True),
+    Case("thinking on, several turns", REASONED + REASONED_AGAIN, ON, thinking=True),
+    Case("thinking on, system prompt", (SYSTEM, *REASONED), ON, thinking=True),
+    Case("thinking off, reasoning in the data", REASONED, OFF, thinking=True),
+)
+COLUMNS = ("one turn", "several turns", "system prompt", "thinking off", "thinking on")  # of the table
+BY_NAME = {case.name: case for case in CASES}
+
+
+# --- the oracle
+
+# How an answer with reasoning is handed to a template: in a field that it looks at, in the text, or not at all.
+FORMS = ("reasoning_content", "reasoning", "text", "none")
+KNOWS_THINKING = re.compile(r"enable_thinking|reasoning_content|\bthinking\b")
+
+
+class Refused(Exception):
+    """Say why a template has no right rendering."""
+
+
+def _joined(*texts: str) -> str:
+    return "<think>\n{}\n</think>\n\n{}".format(*texts) if len(texts) == 2 else texts[0]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a template writes by itself for a case, in text."""
+
+    tokenizer: Any
+    case: Case
+    form: str = "text"
+
+    @classmethod
+    def of(cls, tokenizer: Any, case: Case) -> Oracle:
+        """Choose the form in which the template keeps reasoning."""
+        reasoning = next((turn[1] for turn in case.turns if len(turn) == 3), None)
+        template = tokenizer.chat_template
+        tags_are_text = not KNOWS_THINKING.search(template) or "<think>" in template
+        for form in FORMS:
+            oracle = cls(tokenizer, case, form)
+            if reasoning is None or form == "none":
+                return oracle
+            if (form != "text" or tags_are_text) and reasoning in oracle.written(case.answered[0]):
+                return oracle
+        raise AssertionError("the last form is always taken")
+
+    def message(self, index: int) -> Message:
+        role, *texts = self.case.turns[index]
+        if len(texts) == 1 or self.form == "text":
+            return {"role": role, "content": _joined(*texts)}
+        return {"role": role, "content": texts[1]} | ({} if self.form == "none" else {self.form: texts[0]})
+
+    def written(self, turn: int | None) -> str:
+        """Return the text up to and with an answer; None: up to the first answer, which is asked for."""
+        return self._apply(turn + 1, asks=False) if turn is not None else self._apply(self.case.answered[0], asks=True)
+
+    def expected(self, turn: int) -> tuple[str, str]:
+        """Return the prompt of an answer and what is trained behind it."""
+        content, question = self.case.turns[turn][-1], self.case.turns[turn - 1][-1]
+        asked = self._apply(turn, asks=True)
+        if missing := [texts[-1] for _, *texts in self.case.turns[:turn] if texts[-1] not in asked]:
+            raise Refused(f"the template leaves out {missing}")
+        before, found, after = self.written(turn).rpartition(content)
+        if not found:
+            raise Refused("the template does not write the answer")
+        ending = self._up_to_first_stop(after)
+        if self.case.thinking:
+            return asked, self._behind(asked, before, turn) + content + ending
+        # A template may move a system prompt once an answer follows; what is served counts.
+        asked_head, asked_tail = _split_behind(asked, question)
+        _, tail = _split_behind(before, question)
+        if tail.startswith(asked_tail) and not tail[len(asked_tail) :].strip():  # white space is the answer's
+            return asked, tail[len(asked_tail) :] + content + ending
+        return asked_head + tail, content + ending
+
+    def _behind(self, asked: str, before: str, turn: int) -> str:
+        """Return what a model writes between its prompt and the content of its answer."""
+        reasoning = self.case.turns[turn][1]
+        _, asked_tail = _split_behind(asked, self.case.turns[turn - 1][-1])
+        if "</think>" in asked_tail:
+            raise Refused("the prompt closes the thinking block")
+        if before.startswith(asked) and reasoning in before[len(asked) :]:
+            return before[len(asked) :]
+        if asked_tail.rstrip().endswith("<think>"):  # the template drops the reasoning that its prompt asks for
+            return f"{reasoning}\n</think>\n\n"
+        raise Refused("the chat template drops the reasoning of a last answer")
+
+    def _up_to_first_stop(self, after: str) -> str:
+        """Cut what a template writes after an answer behind its first added token; EOS where it writes none."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        ends = [(after.index(token), -len(token)) for token in added if token in after and not token.isspace()]
+        if not ends:
+            return after + str(self.tokenizer.eos_token)
+        place, length = min(ends)
+        return after[: place - length]
+
+    def _apply(self, count: int, *, asks: bool) -> str:
+        messages = [self.message(index) for index in range(count)]
+        try:
+            with mock.patch.object(chat_template_utils, "datetime", _OneDay):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=asks, **self.case.kwargs
+                )
+        except TemplateError as error:
+            raise Refused(" ".join(str(error).split())) from None
+        return str(text)
+
+
+class _OneDay(datetime.datetime):
+    """What a template that prints the date takes for now."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime.datetime:
+        return datetime.datetime.combine(DAY, datetime.time())
+
+
+def _split_behind(text: str, part: str) -> tuple[str, str]:
+    place = text.rindex(part) + len(part)
+    return text[:place], text[place:]
+
+
+def trl_masks(oracle: Oracle, template: str) -> list[str]:
+    """Return what trl trains of a case: the parts that a training template marks with `{% generation %}`."""
+    tokenizer = oracle.tokenizer
+    with mock.patch.object(chat_template_utils, "datetime", _OneDay):
+        encoded = tokenizer.apply_chat_template(
+            [oracle.message(index) for index in range(len(oracle.case.turns))], chat_template=template,
+            return_dict=True, return_assistant_tokens_mask=True, **oracle.case.kwargs,
+        )  # fmt: skip
+    marked = zip(encoded["assistant_masks"], encoded["input_ids"], strict=True)
+    runs = [(mask, [token for _, token in run]) for mask, run in groupby(marked, key=itemgetter(0))]
+    return [tokenizer.decode(ids) for mask, ids in runs if mask]
+
+
+# --- the project, held against it
+
+
+def chat_format(tokenizer: Any, case: Case) -> ChatFormat:
+    return ChatFormat(tokenizer, case.kwargs, DAY, thinking=case.thinking)
+
+
+def trained_pieces(rows: Sequence[Rendered]) -> list[tuple[list[int], list[int]]]:
+    """Return for each trained piece the ids before it and its own."""
+    pieces = []
+    for row in rows:
+        place = 0
+        for is_trained, ids in row.runs():
+            if is_trained:
+                pieces.append((row.input_ids[:place], ids))
+            place += len(ids)
+        assert place == len(row.input_ids)
+    return pieces
+
+
+def compare(tokenizer: Any, case: Case) -> None:
+    """Assert that a record is trained and its prompts are served as the template writes them.
+
+    Raises: Refused when the template has no right rendering, and the project refuses it too, for the same reason.
+    """
+    chat, record = chat_format(tokenizer, case), case.record
+    try:
+        expected = [Oracle.of(tokenizer, case).expected(turn) for turn in record.trained]
+    except Refused as refused:
+        with pytest.raises(UserError, match=re.escape(str(refused))):
+            render_record(chat, record)
+        raise
+    rows = render_record(chat, record)
+    found = trained_pieces(rows)
+    shown = [(tokenizer.decode(before), tokenizer.decode(ids)) for before, ids in found]
+    assert shown == expected, f"\nfound  {shown}\nwanted {expected}"
+    for turn, (before, ids), (prompt, trained) in zip(record.trained, found, expected, strict=True):
+        assert before == render_prompt(chat, record.messages[:turn]), "served and trained prompts differ"
+        assert before == tokenizer.encode(prompt, add_special_tokens=False)
+        assert ids == tokenizer.encode(trained, add_special_tokens=False)
+    check_rendered(chat, record, rows)
+
+
+def verdict(tokenizer: Any, case: Case) -> str:
+    """Return `right` or why a template has no right rendering of a case."""
+    try:
+        compare(tokenizer, case)
+    except Refused as refused:
+        return str(refused)
+    return "right"
+
+
+def table() -> str:
+    """Render what is right for each family, and the template's own reason where nothing is."""
+    rows = [f"| template in trl | {' | '.join(COLUMNS)} |", f"|---{'|---' * len(COLUMNS)}|"]
+    for name in text_templates():
+        tokenizer = family_tokenizer(name)
+        thinks = KNOWS_THINKING.search(tokenizer.chat_template)
+        cells = [
+            verdict(tokenizer, BY_NAME[column]) if thinks or not BY_NAME[column].knows_thinking else "–"
+            for column in COLUMNS
+        ]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
