@@ -180,16 +180,20 @@ class Oracle:
     @classmethod
     def of(cls, tokenizer: Any, case: Case) -> Oracle:
         """Choose the form in which the template keeps reasoning."""
-        reasoning = next((turn[1] for turn in case.turns if len(turn) == 3), None)
-        template = tokenizer.chat_template
-        tags_are_text = not KNOWS_THINKING.search(template) or "<think>" in template
-        for form in FORMS:
-            oracle = cls(tokenizer, case, form)
-            if reasoning is None or form == "none":
-                return oracle
-            if (form != "text" or tags_are_text) and reasoning in oracle.written(case.answered[0]):
-                return oracle
-        raise AssertionError("the last form is always taken")
+        oracles = [cls(tokenizer, case, form) for form in FORMS]
+        return next(oracle for oracle in oracles if oracle.keeps_reasoning)
+
+    @property
+    def keeps_reasoning(self) -> bool:
+        """Tell whether the first answer is written with its reasoning, in a way that the template means."""
+        first = self.case.answered[0]
+        if self.form == "none" or len(self.case.turns[first]) == 2:
+            return True
+        template = self.tokenizer.chat_template
+        if self.form == "text" and KNOWS_THINKING.search(template) and "<think>" not in template:
+            return False  # its thinking has tags of its own
+        written = _split_behind(self.written(first), self.case.turns[first - 1][-1])[1]
+        return self.case.turns[first][1] in written and written.count("<think>") < 2
 
     def message(self, index: int) -> Message:
         role, *texts = self.case.turns[index]
@@ -210,24 +214,23 @@ class Oracle:
         before, found, after = self.written(turn).rpartition(content)
         if not found:
             raise Refused("the template does not write the answer")
-        ending = self._up_to_first_stop(after)
-        if self.case.thinking:
-            return asked, self._behind(asked, before, turn) + content + ending
-        # A template may move a system prompt once an answer follows; what is served counts.
-        asked_head, asked_tail = _split_behind(asked, question)
+        # Once an answer follows, a template may write what stands before the question otherwise. What is served counts.
+        head, asked_tail = _split_behind(asked, question)
         _, tail = _split_behind(before, question)
+        trained = content + self._up_to_first_stop(after)
+        if self.case.thinking:
+            return asked, self._reasoning(asked_tail, tail, turn) + trained
         if tail.startswith(asked_tail) and not tail[len(asked_tail) :].strip():  # white space is the answer's
-            return asked, tail[len(asked_tail) :] + content + ending
-        return asked_head + tail, content + ending
+            return asked, tail[len(asked_tail) :] + trained
+        return head + tail, trained
 
-    def _behind(self, asked: str, before: str, turn: int) -> str:
+    def _reasoning(self, asked_tail: str, tail: str, turn: int) -> str:
         """Return what a model writes between its prompt and the content of its answer."""
         reasoning = self.case.turns[turn][1]
-        _, asked_tail = _split_behind(asked, self.case.turns[turn - 1][-1])
         if "</think>" in asked_tail:
             raise Refused("the prompt closes the thinking block")
-        if before.startswith(asked) and reasoning in before[len(asked) :]:
-            return before[len(asked) :]
+        if tail.startswith(asked_tail) and reasoning in tail:
+            return tail[len(asked_tail) :]
         if asked_tail.rstrip().endswith("<think>"):  # the template drops the reasoning that its prompt asks for
             return f"{reasoning}\n</think>\n\n"
         raise Refused("the chat template drops the reasoning of a last answer")
