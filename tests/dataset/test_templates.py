@@ -11,6 +11,7 @@ from scripts.dataset.rendering import render_record
 from tests.support.templates import (
     BY_NAME,
     CASES,
+    OTHERS,
     REFUSED,
     TRL_TEMPLATES,
     Case,
@@ -33,8 +34,10 @@ REASONS = {
     **{("gemma", case.name): NO_SYSTEM for case in CASES if "system prompt" in case.name},
     **{
         (name, "thinking off, reasoning in the data"): CLOSED
-        for name in text_templates()
-        if name == "glm4moe" or name.startswith("nemotron") or (name.startswith("qwen3") and "2507" not in name)
+        for name in (*text_templates(), *OTHERS)
+        if name in ("glm4moe", "smollm3")
+        or name.startswith("nemotron")
+        or (name.startswith("qwen3") and "2507" not in name)
     },
     **{
         (name, case.name): DROPPED
@@ -53,8 +56,8 @@ def test_every_template_of_trl_is_tried_or_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", text_templates())
-def test_template_of_trl_is_right_or_refused_with_its_reason(name: str, case: Case) -> None:
+@pytest.mark.parametrize("name", [*text_templates(), *OTHERS])
+def test_template_is_right_or_refused_with_its_reason(name: str, case: Case) -> None:
     assert verdict(family_tokenizer(name), case) == REASONS.get((name, case.name), "right")
 
 
@@ -139,7 +142,7 @@ def test_trl_trains_the_same_answers(name: str, case: str) -> None:
 def test_table_has_a_row_for_each_template_and_marks_what_a_template_does_not_know() -> None:
     lines = table().splitlines()
 
-    assert len(lines) == 2 + len(text_templates())
+    assert len(lines) == 2 + len(text_templates()) + len(OTHERS)
     assert "| `llama3` | right | right | right | – | – |" in lines
     assert "| `gemma` | right | right | System role not supported | – | – |" in lines
     assert "| `qwen3` | right | right | right | right | right |" in lines
