@@ -22,7 +22,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 
 from eval.checks import check_rules
 from eval.held_out import check_split, read_held_out
-from scripts.common.artifacts import Manifest, RunFacts, read_manifest
+from scripts.common.artifacts import FORMAT_FACTS, Manifest, RunFacts, read_manifest
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import apply_machine, choose_machine, peak_memory_gib
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from eval.metrics import Metric, Runs
     from eval.report import Report, Sample
     from scripts.common.tracking import Tracker
+    from scripts.dataset.chat_format import ChatFormat
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def prepare(config: LoadedConfig, adapters: list[Adapter]) -> Comparison:
     held_out = read_held_out(config, [adapter.name for adapter in adapters])
     base_folder = find_model(config.values.base_model_id, config.values.base_model_revision)
     prepared = Prepared(load_tokenizer(base_folder), held_out, config.values)
-    log.info("%d held-out prompts and %d pairs", len(prepared.questions), len(prepared.chosen))
+    log.info("%d held-out prompts and %d pairs", len(prepared.questions), len(prepared.pairs))
     return Comparison(config, adapters, base_folder, prepared)
 
 
@@ -141,19 +142,25 @@ def measure(comparison: Comparison, folders: Mapping[str, Path]) -> dict[str, Me
     from eval.measuring import measure_models
 
     prepared = comparison.prepared
-    model = load_models(comparison.config, folders, comparison.base_folder, prepared.tokenizer)
-    return measure_models(model, {BASE: None, **{name: name for name in folders}}, prepared)
+    model, chats = load_models(comparison.config, folders, comparison.base_folder, prepared.tokenizer)
+    return measure_models(model, {BASE: None, **{name: name for name in folders}}, prepared, chats)
 
 
-def load_models(config: LoadedConfig, folders: Mapping[str, Path], base_folder: Path, tokenizer: Any) -> Any:
-    """Load the base once with every adapter beside the others."""
+def load_models(
+    config: LoadedConfig, folders: Mapping[str, Path], base_folder: Path, tokenizer: Any
+) -> tuple[Any, dict[str, ChatFormat]]:
+    """Load the base once with every adapter beside the others.
+
+    Returns: the model, and how each arm reads prompts: as it was trained to, and the base as the first adapter.
+    """
+    from scripts.dataset.chat_format import ChatFormat
     from scripts.model.adapter import check_adapter_fits, load_adapter
     from scripts.model.base import load_base
 
     machine = choose_machine(config.values)
     apply_machine(machine)
-    for folder in folders.values():
-        check_adapter_fits(folder, base_folder, tokenizer)
+    manifests = {name: check_adapter_fits(folder, base_folder, tokenizer) for name, folder in folders.items()}
+    chats = {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
     model = load_base(base_folder, config.values, machine)
     for name, folder in folders.items():
         model = load_adapter(model, folder, name=name)
@@ -161,7 +168,7 @@ def load_models(config: LoadedConfig, folders: Mapping[str, Path], base_folder: 
         from scripts.speed.speed_up import speed_up
 
         speed_up(model)
-    return model.eval()
+    return model.eval(), {BASE: next(iter(chats.values())), **chats}
 
 
 def describe_metrics(comparison: Comparison, measured: dict[str, Measured]) -> list[Metric]:
@@ -221,8 +228,23 @@ def describe(comparison: Comparison, measured: dict[str, Measured], metrics: lis
         samples=describe_samples(comparison.prepared, measured),
         benchmarks=benchmarks,
         runs=runs,
-        notes=notes + ([left_out] if left_out else []),
+        notes=notes + describe_formats(adapters) + ([left_out] if left_out else []),
     )
+
+
+def describe_formats(adapters: Sequence[Adapter]) -> list[str]:
+    """Say in what the arms read the same prompt differently."""
+    first, *others = adapters
+    notes = []
+    for other in others:
+        pairs = {fact: (getattr(first.manifest, fact), getattr(other.manifest, fact)) for fact in FORMAT_FACTS}
+        unlike = [f"{fact}: {one!r} and {two!r}" for fact, (one, two) in pairs.items() if one != two]
+        if unlike:
+            notes.append(
+                f"{first.name} and {other.name} read the same prompt differently, each as it was trained to "
+                f"({'; '.join(unlike)}). The base reads it as {first.name} does."
+            )
+    return notes
 
 
 def describe_lineage(adapters: Sequence[Adapter]) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from typing import Any
 
 from eval.checks import passes
 from eval.held_out import HeldOut, Question
+from scripts.common.artifacts import sha256_json
 from scripts.common.schema import Check, Config
 from scripts.common.stages import BASE, TRAINING_STAGES
+from scripts.dataset.chat_format import ChatFormat
+from scripts.dataset.records import Preference
 from scripts.dataset.rendering import Rendered, render_completion, render_pair, render_prompt
 from scripts.model.adapter import switched_to
 from scripts.model.generation import Answer, Health, generate_answers, health
@@ -40,30 +43,28 @@ class Measured:
         """Decide per pair whether the chosen answer is likelier per token."""
         return [a.logps / a.tokens > b.logps / b.tokens for a, b in zip(self.chosen, self.rejected, strict=True)]
 
+    def chosen_is_longer(self) -> list[bool]:
+        """Decide per pair whether the chosen answer has more tokens: the baseline `longer wins`."""
+        return [a.tokens > b.tokens for a, b in zip(self.chosen, self.rejected, strict=True)]
+
     def rewards_chosen(self, reference: Measured) -> list[bool]:
         """Decide per pair whether this model raised the chosen answer more than the rejected one, against a reference."""
         gains = zip(self.chosen, self.rejected, reference.chosen, reference.rejected, strict=True)
         return [(a.logps - c.logps) > (b.logps - d.logps) for a, b, c, d in gains]
 
 
-class Prepared:
-    """The held-out items as token ids, rendered once for all models."""
+class Items:
+    """The held-out items as the token ids that one model reads."""
 
-    def __init__(self, tokenizer: Any, held_out: HeldOut, config: Config) -> None:
-        self.tokenizer, self.config = tokenizer, config
-        self.questions = held_out.questions(config.eval.max_prompts)
-        self.prompts = [render_prompt(tokenizer, question.prompt) for question in self.questions]
+    def __init__(self, chat: ChatFormat, questions: Sequence[Question], preferences: Sequence[Preference]) -> None:
+        self.prompts = [render_prompt(chat, question.prompt) for question in questions]
         self.targets = [
-            Rendered.of(ids, render_completion(tokenizer, question.prompt, ids, question.target))
-            for ids, question in zip(self.prompts, self.questions, strict=True)
+            Rendered.of(ids, render_completion(chat, question.prompt, ids, question.target))
+            for ids, question in zip(self.prompts, questions, strict=True)
         ]
-        pairs = [render_pair(tokenizer, pair) for pair in held_out.pairs]
+        pairs = [render_pair(chat, pair) for pair in preferences]
         self.chosen = [pair.side(pair.chosen_ids) for pair in pairs]
         self.rejected = [pair.side(pair.rejected_ids) for pair in pairs]
-
-    def chosen_is_longer(self) -> list[bool]:
-        """Decide per pair whether the chosen answer has more tokens: the baseline `longer wins`."""
-        return [a.trained_tokens > b.trained_tokens for a, b in zip(self.chosen, self.rejected, strict=True)]
 
     def own_rows(self, answers: Sequence[Answer]) -> list[Rendered]:
         """Return a model's own answers, evenly spread over the prompts, as rows whose answer tokens are scored."""
@@ -72,40 +73,60 @@ class Prepared:
         return [Rendered.of(prompt, answer.token_ids) for prompt, answer in pairs[::step]]
 
 
+class Prepared:
+    """The held-out questions and pairs, rendered once for all models that read them alike."""
+
+    def __init__(self, tokenizer: Any, held_out: HeldOut, config: Config) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.questions, self.pairs = held_out.questions(config.eval.max_prompts), held_out.pairs
+        self._items: dict[str, Items] = {}
+
+    def items(self, chat: ChatFormat) -> Items:
+        """Return the items as a model of this format reads them."""
+        key = sha256_json(chat.facts())
+        if key not in self._items:
+            self._items[key] = Items(chat, self.questions, self.pairs)
+        return self._items[key]
+
+
 def measure_models(
-    model: Any, adapters: dict[str, str | None], prepared: Prepared, *, with_answers: bool = True
+    model: Any,
+    adapters: dict[str, str | None],
+    prepared: Prepared,
+    chats: dict[str, ChatFormat],
+    *,
+    with_answers: bool = True,
 ) -> dict[str, Measured]:
-    """Measure every model; `adapters` maps its name to the adapter that makes it, None being the base."""
+    """Measure every model in its own format; `adapters` maps its name to the adapter that makes it, None being the base."""
     measured: dict[str, Measured] = {}
     for name, adapter in adapters.items():
         log.info("measuring %s", name)
         with switched_to(model, adapter):
-            measured[name] = _score(model, prepared)
+            items = prepared.items(chats[name])
+            measured[name] = _score(model, items, prepared.tokenizer.pad_token_id)
             if with_answers:
-                _answer(model, prepared, measured[name])
+                _answer(model, items, prepared, measured[name])
     if with_answers:
         for name in adapters:
-            measured[name].kl = _kl_to_origins(
-                model, adapters, name, prepared.own_rows(measured[name].answers), prepared
-            )
+            rows = prepared.items(chats[name]).own_rows(measured[name].answers)
+            measured[name].kl = _kl_to_origins(model, adapters, name, rows, prepared)
     return measured
 
 
-def _score(model: Any, prepared: Prepared) -> Measured:
+def _score(model: Any, items: Items, pad_token_id: int) -> Measured:
     # A pair's chosen answer is also the target answer of its prompt: score no row twice.
-    rows = {tuple(row.input_ids): row for row in (*prepared.targets, *prepared.chosen, *prepared.rejected)}
-    scores = dict(zip(rows, score_answers(model, list(rows.values()), prepared.tokenizer.pad_token_id), strict=True))
+    rows = {tuple(row.input_ids): row for row in (*items.targets, *items.chosen, *items.rejected)}
+    scores = dict(zip(rows, score_answers(model, list(rows.values()), pad_token_id), strict=True))
     targets, chosen, rejected = (
-        [scores[tuple(row.input_ids)] for row in side]
-        for side in (prepared.targets, prepared.chosen, prepared.rejected)
+        [scores[tuple(row.input_ids)] for row in side] for side in (items.targets, items.chosen, items.rejected)
     )
     return Measured(targets, chosen, rejected)
 
 
-def _answer(model: Any, prepared: Prepared, measured: Measured) -> None:
+def _answer(model: Any, items: Items, prepared: Prepared, measured: Measured) -> None:
     settings = prepared.config.eval
     measured.answers = generate_answers(
-        model, prepared.tokenizer, prepared.prompts, settings.max_new_tokens, settings.batch_size
+        model, prepared.tokenizer, items.prompts, settings.max_new_tokens, settings.batch_size
     )
     measured.health = health(measured.answers)
     measured.checks = [

@@ -108,8 +108,8 @@ class Runs(BaseModel):
 def build_metrics(measured: dict[str, Measured], prepared: Prepared, manifests: dict[str, Manifest]) -> list[Metric]:
     """Return every metric with values, intervals, paired differences and p-values corrected for their number."""
     metrics = [_loss_metric(measured)]
-    if prepared.chosen:
-        metrics += _preference_metrics(measured, prepared, manifests)
+    if prepared.pairs:
+        metrics += _preference_metrics(measured, manifests)
     metrics += _check_metrics(measured)
     for decisive in (True, False):
         adjust_p_values([metric for metric in metrics if (metric.name in DECISIVE) == decisive])
@@ -137,10 +137,8 @@ def _loss_metric(measured: dict[str, Measured]) -> Metric:
     )
 
 
-def _preference_metrics(
-    measured: dict[str, Measured], prepared: Prepared, manifests: dict[str, Manifest]
-) -> list[Metric]:
-    longer = prepared.chosen_is_longer()
+def _preference_metrics(measured: dict[str, Measured], manifests: dict[str, Manifest]) -> list[Metric]:
+    longer = next(iter(measured.values())).chosen_is_longer()
     baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}
     references = {}
     for name, manifest in manifests.items():

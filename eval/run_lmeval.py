@@ -27,9 +27,18 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.checks import check_rules
-from eval.lmeval.candidates import Candidate, find_base, find_candidates, unseen_by
+from eval.lmeval.candidates import Candidate, find_base, find_candidates, formats_of, unseen_by
 from eval.lmeval.tasks import DOMAIN, Plan, build_plans, check_names
-from scripts.common.artifacts import BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts, sha256_file
+from scripts.common.artifacts import (
+    FORMAT_FACTS,
+    BaseModelFacts,
+    DatasetFacts,
+    Manifest,
+    RunFacts,
+    SplitFacts,
+    sha256_file,
+    sha256_json,
+)
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import Machine, apply_machine, choose_machine, peak_memory_gib
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
     from eval.lmeval.results import Entry
     from eval.metrics import Metric
     from scripts.common.tracking import Tracker
+    from scripts.dataset.chat_format import ChatFormat
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +162,11 @@ def evaluate_group(
     from scripts.model.base import load_tokenizer
 
     base_id, revision, folder = find_base(group, config)
-    tokenizer = load_tokenizer(folder)
-    plans, manager = build_plans(tasks, config, stages, tokenizer)
-    model, effects = load_candidates(group, folder, tokenizer, config.values, machine)
+    chats = formats_of(group, load_tokenizer(folder), config.values.data)
+    # Held-out prompts are rendered as each model reads them, which is nearly always in one way.
+    by_format = {sha256_json(chat.facts()): chat for chat in chats.values()}
+    planned = {key: build_plans(tasks, config, stages, chat) for key, chat in by_format.items()}
+    model, effects = load_candidates(group, folder, chats, config.values, machine)
     entries: list[Entry] = []
     for candidate in group:
         location = folder if candidate.label == BASE else candidate.folder
@@ -164,18 +176,20 @@ def evaluate_group(
             "sha256": current_sha256(location),
             "largest_logit_change": effects.get(candidate.label),
         }
+        chat = chats[candidate.label]
+        plans, manager = planned[sha256_json(chat.facts())]
         for plan in plans:
             clock.announce(candidate, plan, len(plans))
             with active(model, candidate):
-                entries += run_task(model, tokenizer, plan, manager, about, limit, config, machine)
-    return entries, find_basis(group, base_id, revision, folder, tokenizer, plans)
+                entries += run_task(model, chat, plan, manager, about, limit, config, machine)
+    return entries, find_basis(group, base_id, revision, folder, chat.tokenizer, plans)
 
 
 def find_basis(
     group: Sequence[Candidate], base_id: str, revision: str | None, folder: Path, tokenizer: Any, plans: Sequence[Plan]
 ) -> Basis:
     """Identify what the models of a group rest on, as every manifest does."""
-    from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+    from scripts.dataset.chat_format import template_sha256, tokenizer_sha256
     from scripts.model.find import gguf_file
     from scripts.model.fingerprint import base_fingerprint
 
@@ -193,7 +207,7 @@ def find_basis(
 
 
 def run_task(
-    model: Any, tokenizer: Any, plan: Plan, manager: Any, about: dict[str, Any], limit: int | None,
+    model: Any, chat: ChatFormat, plan: Plan, manager: Any, about: dict[str, Any], limit: int | None,
     config: LoadedConfig, machine: Machine,
 ) -> list[Entry]:  # fmt: skip
     """Run one task on the active model, and keep with the result every setting that it depends on."""
@@ -201,11 +215,10 @@ def run_task(
 
     from eval.lmeval.models import wrap
     from eval.lmeval.results import collect
-    from scripts.dataset.rendering import template_sha256, tokenizer_sha256
 
     lmeval, quantization = config.values.lmeval, config.values.quantization
     results = simple_evaluate(
-        model=wrap(model, tokenizer, lmeval.batch_size, plan.ids),
+        model=wrap(model, chat, lmeval.batch_size, plan.ids),
         tasks=[plan.spec if isinstance(plan.spec, str) else dict(plan.spec)],
         task_manager=manager,
         limit=limit,
@@ -213,11 +226,12 @@ def run_task(
         bootstrap_iters=1000,
         log_samples=True,
     )
-    template = "none"
+    template, facts = "none", chat.facts()
     if lmeval.apply_chat_template or plan.ids is not None:
-        template = f"the model's, {template_sha256(tokenizer)[:12]}"
+        template = f"the model's, {facts['chat_template_sha256'][:12]}"
+        template += "".join(f"; {name} {facts[name]}" for name in FORMAT_FACTS if facts[name])
     if plan.ids is not None:
-        template += f"; token ids as trained, tokenizer {tokenizer_sha256(tokenizer)[:12]}"
+        template += f"; token ids as trained, tokenizer {facts['tokenizer_sha256'][:12]}"
     settings = {
         "chat_template": template,
         "limit": limit,

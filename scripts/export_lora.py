@@ -153,8 +153,7 @@ def publish(run: Run, parts: Parts, folder: Path, metrics: dict[str, Any], track
         Manifest(
             stage=run.stage,
             base_model=adapter.base_model.model_copy(update={"id": parts.base_id, "revision": parts.revision}),
-            tokenizer_sha256=adapter.tokenizer_sha256,
-            chat_template_sha256=adapter.chat_template_sha256,
+            **parts.chat.facts(),
             parent=adapter.as_parent(parts.adapter),
             datasets=adapter.datasets,
             split=adapter.split,

@@ -93,12 +93,13 @@ def check_answer(out: Path) -> str:
     """Ask the converted model for a known answer."""
     from transformers import AutoModelForCausalLM
 
-    from scripts.dataset.rendering import render_prompt, user_turn
+    from scripts.dataset.chat_format import ChatFormat, user_turn
+    from scripts.dataset.rendering import render_prompt
     from scripts.model.base import load_tokenizer
     from scripts.model.generation import generate_answers
 
     tokenizer, model = load_tokenizer(out), AutoModelForCausalLM.from_pretrained(out)
-    question = render_prompt(tokenizer, user_turn("What is the capital of France?"))
+    question = render_prompt(ChatFormat(tokenizer), user_turn("What is the capital of France?"))
     answer = generate_answers(model, tokenizer, [question], 20)[0].text
     if "Paris" not in answer:
         raise UserError(

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_run("dpo", config, "dpo.output_dir", dry=arguments.dry_run) as run:
         data = read_data(run, parse_preference, arguments.require_deid_report)
         machine = settle_machine(run)
-        start = find_start(run, config.values.dpo.init_from)
+        start = find_start(run, data.records, config.values.dpo.init_from, resume=arguments.resume)
         train, validation = render_rows(run, start, data.split, render_pair, check_rendered_pair)
 
         from scripts.training.dpo import check_trainable_names, length_bias, prove_start, reference_unchanged

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_run("sft", config, "sft.output_dir", dry=arguments.dry_run) as run:
         data = read_data(run, parse_record, arguments.require_deid_report)
         machine = settle_machine(run)
-        start = find_start(run)
+        start = find_start(run, data.records, resume=arguments.resume)
         train, validation = render_rows(run, start, data.split, render_record, check_rendered)
         if run.dry:
             return show_dry_run(run, machine, start, data.files, train)

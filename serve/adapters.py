@@ -14,7 +14,8 @@ from scripts.common.machine import Machine
 from scripts.common.paths import resolve
 from scripts.common.schema import Config
 from scripts.common.stages import ADAPTER_STAGES, BASE, TRAINING_STAGES
-from scripts.dataset.rendering import render_prompt, template_sha256, tokenizer_sha256, user_turn
+from scripts.dataset.chat_format import ChatFormat, template_sha256, tokenizer_sha256
+from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.find import find_model
@@ -44,6 +45,7 @@ class Models:
 
     network: Any
     tokenizer: Any
+    chats: dict[str, ChatFormat]  # how each served model reads and writes
     shape: ModelShape
     rows: RowAdapters
     served: dict[str, Served]
@@ -71,8 +73,11 @@ def load_models(config: Config, machine: Machine) -> Models:
     for name, path in paths.items():
         network, weights[name] = _lora_weights(network, path)
     rows = stack_adapters(network, weights, machine.device, machine.dtype)
-    models = Models(network, tokenizer, shape, rows, _describe(manifests), default, source)
-    prove_adapters(models, config)
+    chats = {BASE: ChatFormat.of_base(tokenizer, config.data)}
+    chats |= {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
+    chats[BASE].check_kwargs("data.chat_template_kwargs")
+    models = Models(network, tokenizer, chats, shape, rows, _describe(manifests), default, source)
+    prove_adapters(models)
     return models
 
 
@@ -148,7 +153,8 @@ def _load_merged(config: Config, machine: Machine, folder: Path) -> Models:
     rows = RowAdapters({}, machine.device, machine.dtype)
     rows.index = {manifest.stage: 0}
     served = {manifest.stage: Served(manifest.stage, sha256=manifest.sha256)}
-    return Models(network, tokenizer, _shape_of(network, source), rows, served, manifest.stage, source)
+    chats = {manifest.stage: ChatFormat.of(tokenizer, manifest)}
+    return Models(network, tokenizer, chats, _shape_of(network, source), rows, served, manifest.stage, source)
 
 
 def _lora_weights(network: Any, path: Path) -> tuple[Any, dict[str, LoraWeights]]:
@@ -184,9 +190,9 @@ def _describe(manifests: dict[str, Manifest]) -> dict[str, Served]:
 
 
 @torch.inference_mode()
-def prove_adapters(models: Models, config: Config) -> None:
+def prove_adapters(models: Models) -> None:
     """Run one prompt through every model: an adapter that changes no logit, or breaks them, must not be served."""
-    ids = proof_prompt(models.tokenizer, config.data.system_prompt)
+    ids = proof_prompt(models)
     names = list(models.served)
     models.rows.set(names)
     logits = models.network(torch.tensor([ids] * len(names), device=models.network.device), logits_to_keep=1).logits
@@ -195,9 +201,10 @@ def prove_adapters(models: Models, config: Config) -> None:
         largest_logit_change(changed, plain, f"serve adapter `{name}`", "it would answer as the base does")
 
 
-def proof_prompt(tokenizer: Any, system_prompt: str | None) -> list[int]:
+def proof_prompt(models: Models) -> list[int]:
     """Return the tokens of a question, on which models are compared before they are served."""
-    ids = render_prompt(tokenizer, user_turn("What is the capital of France?", system_prompt))
+    chat = models.chats[models.default]
+    ids = render_prompt(chat, chat.user_turn("What is the capital of France?"))
     if not ids:
         raise UserError("the base model's chat template writes no token for a question. Use another base model.")
     return ids

@@ -126,13 +126,13 @@ def forward_cached(
 
 
 @torch.inference_mode()
-def prove_cache(models: Models, context: int, system_prompt: str | None) -> None:
+def prove_cache(models: Models, context: int) -> None:
     """Compare the logits of a prompt that is read piece by piece into the cache with those of one plain forward pass.
 
     An architecture may keep more than keys and values, ignore the mask or the positions, or take them in another form.
     Raises: UserError when the logits differ, or when the network cannot be run with the cache at all.
     """
-    ids = proof_prompt(models.tokenizer, system_prompt)[:context]
+    ids = proof_prompt(models)[:context]
     models.rows.set([next(iter(models.served))])
     device = models.network.device
     input_ids = torch.tensor([ids], device=device)

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from scripts.common.errors import is_out_of_memory
-from scripts.dataset.rendering import stop_token_ids
+from scripts.dataset.chat_format import stop_token_ids
 from serve.adapters import Models
 from serve.cache import SlotCache, forward_cached
 from serve.errors import ServingError

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.records import with_system_prompt
 from scripts.dataset.rendering import render_prompt
 from serve.jobs import Job
@@ -28,12 +29,13 @@ Kind = Literal["chat.completion", "text_completion"]
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    messages = with_system_prompt(
-        [message.model_dump() for message in body.messages], service.config.data.system_prompt
-    )
-    tokenizer = service.models.tokenizer
+    messages = [message.model_dump() for message in body.messages]
+
+    def render(chat: ChatFormat) -> list[int]:
+        return render_prompt(chat, with_system_prompt(messages, chat.system_prompt))
+
     return await _answer(
-        service, request, body, "chat.completion", lambda: render_prompt(tokenizer, messages),
+        service, request, body, "chat.completion", render,
         sum(len(message["content"]) for message in messages), body.max_completion_tokens or body.max_tokens,
     )  # fmt: skip
 
@@ -42,9 +44,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue a text; no chat template is applied."""
     service: Service = request.app.state.service
-    tokenizer = service.models.tokenizer
     return await _answer(
-        service, request, body, "text_completion", lambda: list(tokenizer.encode(body.prompt)),
+        service, request, body, "text_completion", lambda chat: list(chat.tokenizer.encode(body.prompt)),
         len(body.prompt), body.max_tokens,
     )  # fmt: skip
 
@@ -54,7 +55,7 @@ async def _answer(
     request: Request,
     body: OpenAIFields,
     kind: Kind,
-    render: Callable[[], list[int]],
+    render: Callable[[ChatFormat], list[int]],
     characters: int,
     max_tokens: int | None,
 ) -> Response:

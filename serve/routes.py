@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.chat_format import ChatFormat
+from scripts.dataset.rendering import render_prompt
 from serve.errors import ServingError
 from serve.jobs import Job
 from serve.schemas import (
@@ -31,12 +32,11 @@ async def generate(request: Request, body: GenerateRequest) -> Any:
     """Answer one prompt with one model; with `stream`, as server-sent events."""
     service: Service = request.app.state.service
     model = service.model(body.adapter, "adapter").name
-    tokenizer, system_prompt = service.models.tokenizer, service.config.data.system_prompt
 
-    def render() -> list[int]:
+    def render(chat: ChatFormat) -> list[int]:
         if body.raw:
-            return list(tokenizer.encode(body.prompt))
-        return render_prompt(tokenizer, user_turn(body.prompt, system_prompt))
+            return list(chat.tokenizer.encode(body.prompt))
+        return render_prompt(chat, chat.user_turn(body.prompt))
 
     jobs = await service.begin(request, [model], render, len(body.prompt), body, body.max_new_tokens)
     if body.stream:
@@ -60,11 +60,11 @@ async def compare(request: Request, body: CompareRequest) -> CompareAnswer:
     """Answer one prompt with several models in one batch."""
     service: Service = request.app.state.service
     names = [service.model(name, "adapters").name for name in body.adapters or service.models.served]
-    messages = user_turn(body.prompt, service.config.data.system_prompt)
-    tokenizer = service.models.tokenizer
-    jobs = await service.begin(
-        request, names, lambda: render_prompt(tokenizer, messages), len(body.prompt), body, body.max_new_tokens
-    )
+
+    def render(chat: ChatFormat) -> list[int]:
+        return render_prompt(chat, chat.user_turn(body.prompt))
+
+    jobs = await service.begin(request, names, render, len(body.prompt), body, body.max_new_tokens)
     texts = await service.texts(request, jobs)
     return CompareAnswer(answers=[_answer(job, text) for job, text in zip(jobs, texts, strict=True)])
 
@@ -75,8 +75,7 @@ async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
     service: Service = request.app.state.service
     model = service.model(body.adapter, "adapter")
     reference = model.reference or model.name
-    messages = user_turn(body.prompt, service.config.data.system_prompt)
-    jobs = await service.begin_scoring(request, [model.name, reference], messages, body.answer)
+    jobs = await service.begin_scoring(request, [model.name, reference], body.prompt, body.answer)
     await service.texts(request, jobs)
     logprob, reference_logprob = (job.logprob for job in jobs)
     return ScoreAnswer(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from fastapi import Request
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
+from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.rendering import render_completion, render_prompt
 from serve.errors import ServingError
 from serve.jobs import Job, Seat
@@ -56,7 +58,7 @@ class Service:
         log.info(
             "keys and values of %d requests x %d tokens: %.0f MB", serve.max_concurrent, self.context, needed / 1e6
         )
-        prove_cache(self.models, self.context, config.data.system_prompt)
+        prove_cache(self.models, self.context)
         self.engine = Engine(
             self.models,
             self.metrics,
@@ -112,12 +114,12 @@ class Service:
         self,
         request: Request,
         names: Sequence[str],
-        render: Callable[[], list[int]],
+        render: Callable[[ChatFormat], list[int]],
         characters: int,
         fields: SamplingFields,
         max_new_tokens: int | None,
     ) -> list[Job]:
-        """Admit a request, render its prompt, and start one job for each model.
+        """Admit a request, render its prompt as each model reads it, and start one job for each.
 
         Raises: ServingError when it is refused.
         """
@@ -127,34 +129,39 @@ class Service:
             message = f"an answer can have at most {self.context} tokens"
             raise ServingError(422, "max_new_tokens_too_large", message, "max_new_tokens")
         with self._seats(client, len(names)) as seats:
-            ids = await self._tokens(render, characters)
-            room = self.context - len(ids)
+            prompts = [await self._tokens(partial(render, self.models.chats[name]), characters) for name in names]
+            longest = max(map(len, prompts))
+            room = self.context - longest
             if room < (max_new_tokens or 1):
                 message = (
-                    f"the prompt has {len(ids)} tokens and {max_new_tokens or 1} more are asked for; "
+                    f"the prompt has {longest} tokens and {max_new_tokens or 1} more are asked for; "
                     f"the context is {self.context} tokens, which leaves room for {max(room, 0)}"
                 )
                 raise ServingError(422, "context_length_exceeded", message, "prompt")
             count = max_new_tokens or min(self.config.serve.default_max_new_tokens, room)
-            jobs = [Job(ids, name, count, fields.sampling(), fields.stops(), client, arrival=arrival) for name in names]
+            jobs = [
+                Job(ids, name, count, fields.sampling(), fields.stops(), client, arrival=arrival)
+                for ids, name in zip(prompts, names, strict=True)
+            ]
             self._submit(jobs, seats)
         return jobs
 
-    async def begin_scoring(self, request: Request, names: Sequence[str], prompt: list[Any], answer: str) -> list[Job]:
-        """Start one job for each model that measures the answer's probability."""
+    async def begin_scoring(self, request: Request, names: Sequence[str], prompt: str, answer: str) -> list[Job]:
+        """Start one job for each model that measures the answer's probability, all on the tokens of the first."""
         arrival, client = time.monotonic(), request.state.client
         self._refuse_while_draining()
-        tokenizer, scored = self.models.tokenizer, 0
+        chat, scored = self.models.chats[names[0]], 0
+        messages = chat.user_turn(prompt)
 
         def render() -> list[int]:
             nonlocal scored
-            prompt_ids = render_prompt(tokenizer, prompt)
-            answer_ids = render_completion(tokenizer, prompt, prompt_ids, answer)
+            prompt_ids = render_prompt(chat, messages)
+            answer_ids = render_completion(chat, messages, prompt_ids, answer)
             scored = len(answer_ids)
             return prompt_ids + answer_ids
 
         with self._seats(client, len(names)) as seats:
-            ids = await self._tokens(render, sum(len(message["content"]) for message in prompt) + len(answer))
+            ids = await self._tokens(render, len(prompt) + len(answer))
             if len(ids) > self.context:
                 message = f"prompt and answer have {len(ids)} tokens; the context is {self.context} tokens"
                 raise ServingError(422, "context_length_exceeded", message, "prompt")

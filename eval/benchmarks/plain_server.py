@@ -20,7 +20,8 @@ from pydantic import BaseModel
 
 from scripts.common.config import DEFAULT_CONFIG, load_config
 from scripts.common.machine import apply_machine, choose_machine, prepare_environment
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.chat_format import ChatFormat, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.find import find_model
@@ -58,7 +59,7 @@ class Plain:
 
         from scripts.model.generation import decoding_greedily
 
-        ids = torch.tensor([render_prompt(self.tokenizer, user_turn(request.prompt))])
+        ids = torch.tensor([render_prompt(ChatFormat(self.tokenizer), user_turn(request.prompt))])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         out: list[Any] = []
 

@@ -93,7 +93,7 @@ def save_random_adapter(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+    from scripts.dataset.chat_format import template_sha256, tokenizer_sha256
     from scripts.model.adapter import add_lora
     from scripts.model.base import load_tokenizer
     from scripts.model.fingerprint import base_fingerprint

@@ -174,6 +174,7 @@ class Row:
 
 def read_rows(stage: str, path: str, tokenizer: Any, max_length: int) -> list[Row]:
     """Read records or pairs and keep those that fit whole, in a fixed random order."""
+    from scripts.dataset.chat_format import ChatFormat
     from scripts.dataset.rendering import render_pair, render_record
 
     rows = []
@@ -187,10 +188,10 @@ def read_rows(stage: str, path: str, tokenizer: Any, max_length: int) -> list[Ro
             key: [{"role": "assistant", "content": text}] for key, text in answers.items()
         }
         if stage == "sft":
-            rendered: Any = render_record(tokenizer, record)
+            rendered: Any = render_record(ChatFormat(tokenizer), record)[0]
             tokens = length = len(rendered.input_ids)
         else:
-            rendered = render_pair(tokenizer, record)
+            rendered = render_pair(ChatFormat(tokenizer), record)
             length = len(rendered.prompt_ids) + rendered.trained_tokens
             tokens = length + len(rendered.prompt_ids)
         if len(rendered.input_ids) <= max_length:

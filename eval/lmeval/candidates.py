@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from eval.held_out import check_split
 from scripts.common.artifacts import MANIFEST, Manifest, read_manifest
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path
+from scripts.common.schema import Data
 from scripts.common.stages import ADAPTER_STAGES, BASE, SFT, TRAINING_STAGES
+from scripts.dataset.chat_format import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,16 @@ def find_base(group: Sequence[Candidate], config: LoadedConfig) -> tuple[str, st
     name = base.id if base else config.values.base_model_id
     revision = base.revision if base else config.values.base_model_revision
     return name, revision, find_model(name, revision)
+
+
+def formats_of(group: Sequence[Candidate], tokenizer: Any, data: Data) -> dict[str, ChatFormat]:
+    """Return how each model reads prompts: as it was trained to, and a base as the adapters beside it."""
+    first = next((each.manifest for each in group if each.manifest), None)
+    return {
+        each.label: ChatFormat.of(tokenizer, manifest) if manifest else ChatFormat.of_base(tokenizer, data)
+        for each in group
+        for manifest in [each.manifest or first]
+    }
 
 
 def unseen_by(candidates: Sequence[Candidate], config: LoadedConfig) -> list[str]:

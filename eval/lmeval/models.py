@@ -18,7 +18,9 @@ from eval.lmeval.tasks import Ids
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
-from scripts.dataset.rendering import render_prompt, stop_token_ids, user_turn
+from scripts.dataset.chat_format import ChatFormat, stop_token_ids, without_marks
+from scripts.dataset.records import with_system_prompt
+from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter, switched_to
 from scripts.model.base import load_base
 from scripts.model.batch import left_padded_batch
@@ -37,6 +39,16 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     A row is a context with its choices behind one another, each of which sees the context and itself alone.
     Answers are generated greedily up to the stops of the server, unless a task says otherwise.
     """
+
+    def __init__(self, *args: Any, chat: ChatFormat, **kwargs: Any) -> None:
+        super().__init__(*args, tokenizer=chat.tokenizer, **kwargs)
+        self.chat = chat
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Write a conversation as the model was trained to read it."""
+        if not add_generation_prompt:
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        return without_marks(self.chat.write_prompt(with_system_prompt(chat_history, self.chat.system_prompt)))
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with decoding_greedily(self.model, self.tokenizer):
@@ -171,7 +183,7 @@ class RenderedLM(SharedContextLM):
 
 
 def load_candidates(
-    candidates: Sequence[Candidate], base_folder: Path, tokenizer: Any, config: Config, machine: Machine
+    candidates: Sequence[Candidate], base_folder: Path, chats: dict[str, ChatFormat], config: Config, machine: Machine
 ) -> tuple[Any, dict[str, float]]:
     """Load the base once with every adapter beside the others, each proved to change the base's logits.
 
@@ -179,7 +191,7 @@ def load_candidates(
     """
     adapters = [candidate for candidate in candidates if candidate.is_adapter]
     for candidate in adapters:
-        check_adapter_fits(candidate.folder, base_folder, tokenizer)
+        check_adapter_fits(candidate.folder, base_folder, chats[candidate.label].tokenizer)
     model = load_base(base_folder, config, machine)
     for candidate in adapters:
         model = load_adapter(model, candidate.folder, name=adapter_name(candidate.label))
@@ -188,7 +200,7 @@ def load_candidates(
 
         speed_up(model)
     model.eval()
-    return model, {candidate.label: prove_adapter(model, candidate, tokenizer) for candidate in adapters}
+    return model, {candidate.label: prove_adapter(model, candidate, chats[candidate.label]) for candidate in adapters}
 
 
 def adapter_name(label: str) -> str:
@@ -197,12 +209,12 @@ def adapter_name(label: str) -> str:
 
 
 @torch.inference_mode()
-def prove_adapter(model: Any, candidate: Candidate, tokenizer: Any) -> float:
+def prove_adapter(model: Any, candidate: Candidate, chat: ChatFormat) -> float:
     """Return the largest change of a logit that an adapter makes.
 
     Raises: UserError when it makes none: its scores would be the base's under another name.
     """
-    prompts = [render_prompt(tokenizer, user_turn(prompt)) for prompt in PROOF_PROMPTS]
+    prompts = [render_prompt(chat, chat.user_turn(prompt)) for prompt in PROOF_PROMPTS]
     plain = _logits(model, None, prompts)
     changed = _logits(model, adapter_name(candidate.label), prompts)
     largest = largest_logit_change(changed, plain, str(candidate.folder), "its scores would be the base's")
@@ -227,7 +239,7 @@ def active(model: Any, candidate: Candidate) -> Iterator[None]:
         yield
 
 
-def wrap(model: Any, tokenizer: Any, batch_size: int, ids: Ids | None) -> HFLM:
+def wrap(model: Any, chat: ChatFormat, batch_size: int, ids: Ids | None) -> HFLM:
     """Hand a loaded model to lm-eval."""
     library = logging.getLogger("lm_eval.models.huggingface")
     library.setLevel(
@@ -235,7 +247,7 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, ids: Ids | None) -> HFLM:
     )  # it warns that a loaded model is not a path; its later warnings, about cut texts, matter
     try:
         if ids is not None:
-            return RenderedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, ids=ids)
-        return SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            return RenderedLM(pretrained=model, chat=chat, batch_size=batch_size, ids=ids)
+        return SharedContextLM(pretrained=model, chat=chat, batch_size=batch_size)
     finally:
         library.setLevel(logging.NOTSET)

@@ -21,6 +21,7 @@ from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
 from scripts.common.paths import ROOT, portable_path
 from scripts.common.schema import Check
+from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.files import BadRow, read_rows
 from scripts.dataset.rendering import render_completion, render_prompt
 
@@ -74,7 +75,7 @@ def _task_name(path: Path) -> str:
 
 
 def build_plans(
-    names: Sequence[str], config: LoadedConfig, stages: Collection[str], tokenizer: Any
+    names: Sequence[str], config: LoadedConfig, stages: Collection[str], chat: ChatFormat
 ) -> tuple[list[Plan], Any]:
     """Return every task asked for with the manager that loads them, and prove that their data are there.
 
@@ -89,7 +90,7 @@ def build_plans(
         if given:
             plans.append(_plan_file(template, Path(file)))
         elif name == DOMAIN:
-            plans += _plan_domain(config, stages, tokenizer)
+            plans += _plan_domain(config, stages, chat)
         else:
             plans.append(Plan(_task_name(Path(name)) if name.endswith((".yaml", ".yml")) else name, name))
     named = [plan.spec for plan in plans if isinstance(plan.spec, str)]
@@ -164,15 +165,15 @@ def _problem_of(row: Any) -> str | None:
     return None
 
 
-def _plan_domain(config: LoadedConfig, stages: Collection[str], tokenizer: Any) -> list[Plan]:
+def _plan_domain(config: LoadedConfig, stages: Collection[str], chat: ChatFormat) -> list[Plan]:
     """Make two tasks of the held-out records, rendered once by the function that training and serving use."""
     values = config.values
     rows: list[dict[str, Any]] = []
     ids: Ids = {}
     for question in read_held_out(config, stages).questions(values.eval.max_prompts):
-        prompt_ids = render_prompt(tokenizer, question.prompt)
-        answer_ids = render_completion(tokenizer, question.prompt, prompt_ids, question.target)
-        text = tokenizer.decode(prompt_ids)
+        prompt_ids = render_prompt(chat, question.prompt)
+        answer_ids = render_completion(chat, question.prompt, prompt_ids, question.target)
+        text = chat.tokenizer.decode(prompt_ids)
         ids[text], ids[text, question.target] = prompt_ids, answer_ids
         rows.append(
             {

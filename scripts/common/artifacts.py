@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scripts.common.errors import UserError, did_you_mean
 from scripts.common.paths import ROOT, portable_path
@@ -23,6 +23,8 @@ from scripts.common.paths import ROOT, portable_path
 MANIFEST = "manifest.json"
 SCHEMA = 1
 LOADED = (".safetensors", ".json", ".jinja")  # what libraries read on their own account
+# How an adapter reads and writes conversations, beside tokenizer and template.
+FORMAT_FACTS = ("chat_template_kwargs", "template_date", "system_prompt", "thinking")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "mlflow", "lm-eval")
 
 
@@ -87,6 +89,10 @@ class Manifest(_Facts):
     base_model: BaseModelFacts
     tokenizer_sha256: str
     chat_template_sha256: str
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    template_date: str | None = None
+    system_prompt: str | None = None
+    thinking: bool = False
     parent: Parent | None = None
     datasets: list[DatasetFacts]
     split: SplitFacts
@@ -96,6 +102,13 @@ class Manifest(_Facts):
     packages: dict[str, str] = Field(default_factory=lambda: package_versions())
     git: GitFacts = Field(default_factory=lambda: git_state())
     files: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_earlier_versions(cls, content: Any) -> Any:
+        if isinstance(content, dict) and isinstance(content.get("config"), dict) and "system_prompt" not in content:
+            return content | {"system_prompt": (content["config"].get("data") or {}).get("system_prompt")}
+        return content
 
     @property
     def sha256(self) -> str:

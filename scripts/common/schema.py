@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 
 def _as_written(path: str) -> str:
@@ -28,6 +29,10 @@ def _is_lasting(uri: str) -> str:
     if "\0" in uri or uri.strip() in ("", "sqlite://", "sqlite:///", "sqlite:///:memory:"):
         raise ValueError("a store that outlives the run: sqlite:///FILE, http(s)://… or a folder")
     return uri
+
+
+def _as_date(value: object) -> object:
+    return date.fromisoformat(value) if isinstance(value, str) else value
 
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -83,6 +88,14 @@ class Data(Section):
     system_prompt: str | None = Field(
         None,
         description="System message for conversations that have none; null leaves it to the model's template.",
+    )
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        None,
+        description="What the chat template is given, such as {enable_thinking: false}; null is what the adapter that training continues was made with, otherwise nothing.",
+    )
+    template_date: Annotated[date, BeforeValidator(_as_date)] | None = Field(
+        None,
+        description="Today's date for a chat template that prints it, as 2026-01-31; null is the day of the first training stage.",
     )
 
 

@@ -27,6 +27,11 @@ class Record:
     trained: tuple[int, ...]
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """Return the answers that carry loss."""
+        return tuple(self.messages[turn]["content"] for turn in self.trained)
+
+    @property
     def prompt(self) -> tuple[Message, ...]:
         """Return what stands before the last answer."""
         return self.messages[:-1]
@@ -50,6 +55,11 @@ class Preference:
     def messages(self) -> tuple[Message, ...]:
         """Return everything that makes the pair what it is."""
         return (*self.prompt, {"chosen": self.chosen, "rejected": self.rejected})
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Return the answers that carry loss."""
+        return (self.chosen, self.rejected)
 
     @property
     def answer(self) -> str:

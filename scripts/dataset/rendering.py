@@ -1,44 +1,17 @@
-"""Turn conversations into token ids: the one function that training, comparison and serving share."""
+"""Turn conversations into token ids: the one way that training, comparison and serving share."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, ClassVar, Self
 
-from scripts.common.errors import UserError
-from scripts.dataset.records import Message, Preference, Record, with_system_prompt
+from scripts.dataset.chat_format import ChatFormat, UnfitRow, Written, stop_token_ids
+from scripts.dataset.records import Message, Preference, Record
 
 IGNORED = -100
-
-# For base models that bring no chat template, such as gpt2. Stored with the adapter like any other template.
-BOS_FIRST = "{{ bos_token }}"
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-
-MARK = "the answer stands here"  # in place of an answer, to see what a template writes after it
-
-
-def plain_template(tokenizer: Any) -> str:
-    """Return the template for a base without one; it begins with BOS where the tokenizer puts BOS before a text.
-
-    A template is encoded without the tokenizer's own special tokens, so the base would never see the BOS it knows.
-    gpt2's tokenizer puts none there.
-    """
-    bos = tokenizer.bos_token_id
-    return (BOS_FIRST if bos is not None and tokenizer.encode("a")[:1] == [bos] else "") + PLAIN_TEMPLATE
-
-
-class UnfitRow(UserError):
-    """Say why one record cannot be trained on; others may well be."""
 
 
 @dataclass(frozen=True)
@@ -96,126 +69,110 @@ class RenderedPair:
         return Rendered.of(self.prompt_ids, answer_ids)
 
 
-def user_turn(prompt: str, system_prompt: str | None = None) -> list[Message]:
-    """Make a plain prompt the one user turn it stands for."""
-    return with_system_prompt([{"role": "user", "content": prompt}], system_prompt)
+def render_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
+    """Return the ids a model is asked to continue, up to where its answer begins."""
+    return chat.encode(chat.write_prompt(messages))
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Return the ids a model is asked to continue, up to where its answer begins.
-
-    Control tokens typed inside a message are encoded as ordinary text.
-    """
-    return _ids(tokenizer, messages, add_generation_prompt=True)
-
-
-def render_completion(tokenizer: Any, prompt: Sequence[Message], prompt_ids: Sequence[int], answer: str) -> list[int]:
+def render_completion(chat: ChatFormat, prompt: Sequence[Message], prompt_ids: Sequence[int], answer: str) -> list[int]:
     """Return the ids of an answer as they follow `prompt_ids`, ending exactly at the first stop after its content.
 
-    Raises: UserError when the template cannot be split there.
+    Raises: UnfitRow when the template has no place for it there.
     """
-    whole = _ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    stops = stop_token_ids(tokenizer)
-    if whole[: len(prompt_ids)] == list(prompt_ids):
-        ids = whole[len(prompt_ids) :]
-    else:
-        # Tokens merge across the boundary; a model continues from the prompt's own ids, so the answer starts afresh.
-        shown, full = tokenizer.decode(prompt_ids), tokenizer.decode(whole)
-        if not full.startswith(shown):
-            raise UserError(
-                "the chat template renders a prompt differently once an answer follows, so what is trained would not be "
-                f"what is served. The prompt alone ends with {shown[-40:]!r}. Use a base model with another template."
-            )
-        ids = tokenizer.encode(full[len(shown) :], add_special_tokens=False)
-    # A stop may also stand in the content, so those that the template writes are counted from the end.
+    written = chat.write_answer(prompt, answer)
+    ids = _encode_behind(chat, written, prompt_ids)
+    # Stops may also stand before the content's end, so those that the template writes after it are counted from the end.
+    stops = stop_token_ids(chat.tokenizer)
     ends = [index for index, token in enumerate(ids) if token in stops]
-    written = sum(token in stops for token in _ids_after_answer(tokenizer, prompt))
-    if not 0 < written <= len(ends):
-        return [*ids, tokenizer.eos_token_id]
-    return ids[: ends[-written] + 1]
+    in_ending = sum(token in stops for token in chat.encode(written.ending))
+    if not 0 < in_ending <= len(ends):
+        return [*ids, chat.tokenizer.eos_token_id]
+    return ids[: ends[-in_ending] + 1]
 
 
-def render_record(tokenizer: Any, record: Record) -> Rendered:
+def _encode_behind(chat: ChatFormat, written: Written, prompt_ids: Sequence[int]) -> list[int]:
+    """Encode an answer and its ending behind the prompt's own ids, from which a model continues."""
+    from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as BREAK
+
+    rest = written.answer + written.ending
+    whole = chat.encode(written.prompt + rest)
+    if whole[: len(prompt_ids)] != list(prompt_ids):  # tokens merge across the boundary, so the answer starts afresh
+        whole = chat.encode(written.prompt + BREAK + rest)
+    return whole[len(prompt_ids) :]
+
+
+def render_record(chat: ChatFormat, record: Record) -> list[Rendered]:
     """Render a record; each trained answer carries labels up to and with its end-of-turn token.
 
-    The sequence ends at the last trained token: what a template writes after it is never trained nor served.
+    Answers share a row as long as a later prompt begins with the row so far. Where the template writes earlier turns
+    otherwise than the last one, an answer begins a row of its own. A row ends at its last trained token: what a template
+    writes after it is never trained nor served.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
+    rows: list[Rendered] = []
     for turn in record.trained:
         prompt = record.messages[:turn]
-        prompt_ids = render_prompt(tokenizer, prompt)
-        if prompt_ids[: len(input_ids)] != input_ids:
-            raise UserError(
-                f"{record.source}: the chat template rewrites earlier turns, so the answers of one chat cannot be trained "
-                "together. Set data.train_on: last."
-            )
-        answer_ids = render_completion(tokenizer, prompt, prompt_ids, record.messages[turn]["content"])
-        labels += [IGNORED] * (len(prompt_ids) - len(labels)) + answer_ids
-        input_ids = prompt_ids + answer_ids
-    return Rendered(input_ids, labels)
+        prompt_ids = render_prompt(chat, prompt)
+        with _named(record.source):
+            answer_ids = render_completion(chat, prompt, prompt_ids, record.messages[turn]["content"])
+        row = Rendered.of(prompt_ids, answer_ids)
+        if rows and prompt_ids[: len(rows[-1].input_ids)] == rows[-1].input_ids:
+            before = rows.pop().labels
+            row = Rendered(row.input_ids, before + row.labels[len(before) :])
+        rows.append(row)
+    return rows
 
 
-def render_pair(tokenizer: Any, pair: Preference) -> RenderedPair:
+def render_pair(chat: ChatFormat, pair: Preference) -> RenderedPair:
     """Render a preference; both answers follow the very prompt ids that are served."""
-    prompt_ids = render_prompt(tokenizer, pair.prompt)
-    chosen, rejected = (
-        render_completion(tokenizer, pair.prompt, prompt_ids, answer) for answer in (pair.chosen, pair.rejected)
-    )
-    if chosen == rejected:
-        raise UnfitRow(
-            f"{pair.source}: chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
-        )
+    prompt_ids = render_prompt(chat, pair.prompt)
+    with _named(pair.source):
+        chosen, rejected = (render_completion(chat, pair.prompt, prompt_ids, answer) for answer in pair.answers)
+        if chosen == rejected:
+            raise UnfitRow("chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair.")
     return RenderedPair(prompt_ids, chosen, rejected)
 
 
-def stop_token_ids(tokenizer: Any) -> set[int]:
-    """Return the ids that end an answer: EOS, what the template closes an answer with, and the stops of the base."""
-    stops = {tokenizer.eos_token_id, closing_token_id(tokenizer), *getattr(tokenizer, "_stops_of_base", ())}
-    return stops - {None}
-
-
-def set_stops_of_base(tokenizer: Any, ids: Sequence[int]) -> None:
-    """Note the stops that a base names beside its tokenizer, in its generation_config.json."""
-    tokenizer._stops_of_base = tuple(ids)
-
-
-def closing_token_id(tokenizer: Any) -> int | None:
-    """Return the first added token that the template writes after an answer; None when it writes none.
-
-    It need not be marked as special. Some tokenizers hold line breaks as added tokens, which close nothing.
-    """
-    if not hasattr(tokenizer, "_closing_token_id"):
-        after = _ids_after_answer(tokenizer, user_turn("a"))
-        added = tokenizer.added_tokens_decoder
-        closing = (token for token in after if token in added and not added[token].content.isspace())
-        tokenizer._closing_token_id = next(closing, None)
-    closing_id: int | None = tokenizer._closing_token_id
-    return closing_id
-
-
-def check_rendered(tokenizer: Any, record: Record, rendered: Rendered) -> None:
+def check_rendered(chat: ChatFormat, record: Record, rows: Sequence[Rendered]) -> None:
     """Prove on one record that the trained tokens are exactly the answers and their end-of-turn tokens."""
-    trained = [label for label in rendered.labels if label != IGNORED]
-    _check_trained(tokenizer, record.source, trained, [record.messages[turn]["content"] for turn in record.trained])
+    runs = (groupby(row.labels, key=lambda label: label != IGNORED) for row in rows)
+    trained = [list(labels) for row in runs for is_trained, labels in row if is_trained]
+    with _named(record.source):
+        for ids, answer in zip_longest(trained, record.answers):
+            _check_trained(chat, ids or [], answer or "")
 
 
-def check_rendered_pair(tokenizer: Any, pair: Preference, rendered: RenderedPair) -> None:
+def check_rendered_pair(chat: ChatFormat, pair: Preference, rendered: RenderedPair) -> None:
     """Prove on one pair that the scored tokens are exactly the two answers, each with its end-of-turn token."""
-    _check_trained(tokenizer, pair.source, rendered.chosen_ids, [pair.chosen])
-    _check_trained(tokenizer, pair.source, rendered.rejected_ids, [pair.rejected])
+    with _named(pair.source):
+        _check_trained(chat, rendered.chosen_ids, pair.chosen)
+        _check_trained(chat, rendered.rejected_ids, pair.rejected)
 
 
-def _check_trained(tokenizer: Any, source: str, trained: Sequence[int], answers: Sequence[str]) -> None:
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Say in a refusal which record it is about."""
+    try:
+        yield
+    except UnfitRow as error:
+        raise UnfitRow(f"{source}: {error}") from None
+
+
+def _check_trained(chat: ChatFormat, trained: Sequence[int], answer: str) -> None:
+    tokenizer = chat.tokenizer
     stops = stop_token_ids(tokenizer)
     text = tokenizer.decode([token for token in trained if token not in stops], skip_special_tokens=False)
-    wanted = "".join(answers)
     ends = sum(token in stops for token in trained)
-    same = _normalized(tokenizer, text) == _normalized(tokenizer, wanted)
-    if not same or ends != len(answers) or trained[-1] not in stops:
+    packed = _normalized(tokenizer, text)
+    if chat.thinking:
+        reasoning, content = chat.split(answer)
+        wanted = [_normalized(tokenizer, part) for part in (reasoning or "", content)]
+        same = packed.endswith(wanted[1]) and wanted[0] in packed.removesuffix(wanted[1])
+    else:
+        same = packed == _normalized(tokenizer, answer)
+    if not same or ends != 1 or trained[-1] not in stops:
         raise UnfitRow(
-            f"{source}: the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the "
-            f"answer {wanted[:200]!r} and one. The tokenizer or its chat template cannot be used for training."
+            f"the trained tokens decode to {text[:200]!r} with {ends} end-of-turn tokens; wanted the answer "
+            f"{answer[:200]!r} and one. The tokenizer or its chat template cannot be used for training."
         )
 
 
@@ -224,42 +181,3 @@ def _normalized(tokenizer: Any, text: str) -> str:
     packed = "".join(text.split())
     normalizer = tokenizer.backend_tokenizer.normalizer
     return str(normalizer.normalize_str(packed)) if normalizer else packed
-
-
-def template_sha256(tokenizer: Any) -> str:
-    """Identify the chat template."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-
-
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Identify the vocabulary, merges and special tokens, independent of the folder they were read from."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def _ids_after_answer(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
-    """Return the ids of what the template writes after the content of an answer."""
-    text = _apply_template(tokenizer, [*prompt, {"role": "assistant", "content": MARK}], tokenize=False)
-    _, mark, after = text.rpartition(MARK)
-    return list(tokenizer.encode(after, add_special_tokens=False)) if mark else []
-
-
-def _ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
-    rendered = _apply_template(
-        tokenizer,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        sanitize_control_tokens=True,
-        return_dict=True,
-    )
-    return list(rendered["input_ids"])
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Message], **settings: bool) -> Any:
-    try:
-        return tokenizer.apply_chat_template(list(messages), **settings)
-    except Exception as error:  # a template is a program of the base model's; it can raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"the model's chat template refuses this conversation: {reason}. Its turns: "
-            f"{', '.join(message['role'] for message in messages)}; change the data (data.system_prompt), or the base model."
-        ) from None

@@ -13,7 +13,8 @@ import numpy
 import torch
 
 from scripts.common.errors import UserError
-from scripts.dataset.rendering import closing_token_id, render_prompt, stop_token_ids, user_turn
+from scripts.dataset.chat_format import ChatFormat, closing_token_id, stop_token_ids, user_turn
+from scripts.dataset.rendering import render_prompt
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def add_further_stops(writer: Any, tokenizer: Any) -> None:
 def adds_bos(tokenizer: Any) -> bool:
     """Say whether a reader has to put BOS before a prompt: only if the prompts of training began with one."""
     first = tokenizer("a")["input_ids"][0]
-    return bool(first == tokenizer.bos_token_id == render_prompt(tokenizer, user_turn("a"))[0])
+    return bool(first == tokenizer.bos_token_id == render_prompt(ChatFormat(tokenizer), user_turn("a"))[0])
 
 
 def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]]) -> None:

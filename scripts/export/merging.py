@@ -15,7 +15,7 @@ from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Quantization
-from scripts.dataset.rendering import stop_token_ids
+from scripts.dataset.chat_format import stop_token_ids
 from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base
 from scripts.model.memory import parameter_count

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
-
-from scripts.dataset.rendering import stop_token_ids
+from scripts.common.errors import UserError
+from scripts.dataset.chat_format import ChatFormat, stop_token_ids, without_marks
 
 log = logging.getLogger(__name__)
 
 # The spaces at both ends reveal a template that strips messages, which Ollama's language cannot express.
 MARKS = {"system": " §0 ", "user": " §1 ", "assistant": " §2 "}
-CONVERSATIONS = ("u", "su", "ua", "uau", "suau", "suaua", "uauau")
+CONVERSATIONS = ("u", "su", "uau", "suau", "uauau", "suauau")
 
 
-def write_modelfile(tokenizer: Any, folder: Path, weights: str, *, adds_bos: bool) -> None:
+def write_modelfile(chat: ChatFormat, folder: Path, weights: str, *, adds_bos: bool) -> None:
     """Write the file from which Ollama makes a model, with the chat template where its language can express it."""
-    template = go_template(tokenizer, tokenizer.bos_token if adds_bos else "")
+    tokenizer = chat.tokenizer
+    template = go_template(chat, tokenizer.bos_token if adds_bos else "")
     lines = [f"FROM ./{weights}"]
     if template is None:
         lines.append(
@@ -36,45 +36,52 @@ def write_modelfile(tokenizer: Any, folder: Path, weights: str, *, adds_bos: boo
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def go_template(tokenizer: Any, bos: str = "") -> str | None:
+def go_template(chat: ChatFormat, bos: str = "") -> str | None:
     """Translate a chat template into Go's template language; None when it does more than put text around each message.
 
-    The texts are read off from renderings and then checked against other conversations. `bos` is what a GGUF reader puts
-    before every prompt by itself.
+    The texts are read off from prompts as they are served, and then checked against other prompts. `bos` is what a GGUF
+    reader puts before every prompt by itself.
     """
     names = {role[0]: role for role in MARKS}
 
-    def render(roles: str, *, prompt: bool = False) -> str:
-        messages = [{"role": names[role], "content": MARKS[names[role]]} for role in roles]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    def messages(roles: str) -> list[dict[str, str]]:
+        return [{"role": names[role], "content": MARKS[names[role]]} for role in roles]
 
     try:
-        shown = {roles: render(roles) for roles in CONVERSATIONS}
-        question = render("u", prompt=True)[len(shown["u"]) :]
-    except (TemplateError, ValueError):  # a template that refuses a system message, say
+        shown = {roles: without_marks(chat.write_prompt(messages(roles))) for roles in CONVERSATIONS}
+        user_alone = without_marks(chat.write(messages("u")))
+    except UserError:  # a template that refuses a system message, say
         return None
-    user = shown["suau"][len(render("sua")) :]
+    question = shown["u"].removeprefix(user_alone)
+    before_user, _, after_user = user_alone.partition(MARKS["user"])
+    opening, system, behind_system = shown["su"].partition(MARKS["user"])[0].partition(MARKS["system"])
+    turns, assistant, behind_assistant = shown["uau"].removeprefix(user_alone).partition(MARKS["assistant"])
+    behind_assistant = behind_assistant.partition(MARKS["user"])[0]
+    # What precedes every user message belongs to it; the rest of it to what stands before.
+    own = os.path.commonprefix([text[::-1] for text in (before_user, behind_system, behind_assistant)])[::-1]  # noqa: RUF071
     around = {
-        "user": user.partition(MARKS["user"]),
-        "assistant": render("sua")[len(shown["su"]) :].partition(MARKS["assistant"]),
-        "system": shown["su"].removesuffix(user).partition(MARKS["system"]),
+        "user": (own, after_user),
+        "assistant": (turns, behind_assistant.removesuffix(own)),
+        "system": (opening, behind_system.removesuffix(own)),
     }
-    default = shown["u"].removesuffix(user)
+    default = before_user.removesuffix(own)
 
     def translated(roles: str) -> str:
-        return ("" if roles[0] == "s" else default) + "".join("".join(around[names[role]]) for role in roles)
+        written = (
+            "" if roles[0] == "s" else default,
+            *(MARKS[names[role]].join(around[names[role]]) for role in roles),
+        )
+        return "".join(written) + question
 
-    texts = [default, question, *(text for before, _, after in around.values() for text in (before, after))]
-    if not all(mark for _, mark, _ in around.values()):
+    texts = [default, question, *(text for pair in around.values() for text in pair)]
+    if not system or not assistant or any(translated(roles) != text for roles, text in shown.items()):
         return None  # it changes the text of messages
-    if any(translated(roles) != text for roles, text in shown.items()) or any(
-        "{{" in text or '"""' in text for text in texts
-    ):
+    if any("{{" in text or '"""' in text for text in texts):
         return None
-    opening, default = around["system"][0].removeprefix(bos), default.removeprefix(bos)
+    opening, default = opening.removeprefix(bos), default.removeprefix(bos)
     cases = " else ".join(
         f'if eq .Role "{role}" }}}}{opening if role == "system" else before}{{{{ .Content }}}}{after}{{{{'
-        for role, (before, _, after) in around.items()
+        for role, (before, after) in around.items()
     )
     start = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{default}{{{{ end }}}}' if default else ""
     return f"{start}{{{{ range .Messages }}}}{{{{ {cases} end }}}}{{{{ end }}}}{question}"

@@ -15,8 +15,9 @@ from scripts.common.errors import UserError
 from scripts.common.paths import resolve
 from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.records import PARSERS, Message, load_datasets
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.dataset.split import is_validation
 from scripts.model.generation import generate_answers
 
@@ -80,12 +81,14 @@ def held_out_prompts(manifest: Manifest) -> list[Sequence[Message]]:
     return prompts
 
 
-def build_probes(model: Any, tokenizer: Any, user_prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+def build_probes(model: Any, chat: ChatFormat, user_prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Render the prompts and append base + adapter's own answers, so that the positions compared are those it would visit."""
-    own = (render_prompt(tokenizer, prompt) for prompt in user_prompts)
+    own = (render_prompt(chat, prompt) for prompt in user_prompts)
     fitting = [ids for ids in own if len(ids) <= LONGEST_PROMPT_TOKENS][:USER_PROMPTS]
-    prompts = [render_prompt(tokenizer, user_turn(prompt)) for prompt in FIXED_PROMPTS] + fitting
-    answers = generate_answers(model, tokenizer, prompts, ANSWER_TOKENS, batch_size=4)  # a small cache beside the model
+    prompts = [render_prompt(chat, chat.user_turn(prompt)) for prompt in FIXED_PROMPTS] + fitting
+    answers = generate_answers(
+        model, chat.tokenizer, prompts, ANSWER_TOKENS, batch_size=4
+    )  # a small cache beside the model
     return [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)]
 
 

@@ -11,6 +11,7 @@ from scripts.common.artifacts import Manifest, read_manifest
 from scripts.common.run import Run
 from scripts.common.schema import Quantization
 from scripts.common.stages import ADAPTER_STAGES
+from scripts.dataset.chat_format import ChatFormat
 from scripts.export.merging import check_vocabulary, stored_dtype
 from scripts.model.adapter import check_adapter_fits
 from scripts.model.base import load_tokenizer
@@ -26,9 +27,13 @@ class Parts:
     base_id: str
     revision: str | None
     base_folder: Path
-    tokenizer: Any
+    chat: ChatFormat
     gguf: bool
     dtype: str
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
 
     @property
     def quantization(self) -> Quantization:
@@ -55,4 +60,4 @@ def find_parts(run: Run, arguments: argparse.Namespace) -> Parts:
     dtype = arguments.dtype or ("auto" if gguf else run.values.export.dtype)
     if dtype == "auto":
         dtype = "f16" if gguf else stored_dtype(base_folder)
-    return Parts(adapter, manifest, base_id, revision, base_folder, tokenizer, gguf, dtype)
+    return Parts(adapter, manifest, base_id, revision, base_folder, ChatFormat.of(tokenizer, manifest), gguf, dtype)

@@ -46,7 +46,7 @@ def merge_and_save(parts: Parts, folder: Path, logits: Path) -> Proof:
     model = load_adapter(load_full_precision(parts.base_folder), parts.adapter)
     if parts.gguf:
         gguf_file.check_supported(model.get_base_model().config, parts.tokenizer)
-    probes = parity.build_probes(model, parts.tokenizer, parity.held_out_prompts(parts.manifest))
+    probes = parity.build_probes(model, parts.chat, parity.held_out_prompts(parts.manifest))
     before_merge = parity.Stored(parity.scored_logits(model, probes), logits)
     with switched_to(model, None):
         effect = parity.compare(parity.scored_logits(model, probes), before_merge)
@@ -68,7 +68,7 @@ def save(parts: Parts, model: Any, folder: Path) -> None:
     """Write the merged model in the form that was asked for, and the licence of its base."""
     if parts.gguf:
         file = gguf_file.write_gguf(model, parts.tokenizer, folder, parts.dtype, Path(parts.base_id).name)
-        ollama.write_modelfile(parts.tokenizer, folder, file.name, adds_bos=gguf_file.adds_bos(parts.tokenizer))
+        ollama.write_modelfile(parts.chat, folder, file.name, adds_bos=gguf_file.adds_bos(parts.tokenizer))
     else:
         merging.save_merged(model, parts.tokenizer, parts.dtype, folder)
     merging.copy_licence(parts.base_folder, folder)

@@ -15,7 +15,7 @@ from scripts.common.distributed import is_main_process
 from scripts.common.errors import UserError
 from scripts.common.schema import Lora
 from scripts.common.stages import ADAPTER_STAGES
-from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+from scripts.dataset.chat_format import template_sha256, tokenizer_sha256
 from scripts.model.fingerprint import base_fingerprint
 
 if TYPE_CHECKING:

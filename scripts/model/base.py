@@ -12,7 +12,7 @@ from typing import Any
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
-from scripts.dataset.rendering import plain_template, set_stops_of_base
+from scripts.dataset.chat_format import plain_template, set_stops_of_base
 from scripts.model.find import blamed_on, gguf_file
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from scripts.dataset.rendering import stop_token_ids
+from scripts.dataset.chat_format import stop_token_ids
 from scripts.model.batch import left_padded_batch
 
 NGRAM = 4

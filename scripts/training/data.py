@@ -13,8 +13,17 @@ from scripts.common.distributed import is_main_process
 from scripts.common.errors import UserError, listing
 from scripts.common.paths import portable_path
 from scripts.common.run import Run
-from scripts.dataset.records import DatasetFile, Parser, count_duplicates, load_datasets, write_rejects
-from scripts.dataset.rendering import Rendered, RenderedPair, UnfitRow
+from scripts.dataset.chat_format import ChatFormat, UnfitRow
+from scripts.dataset.records import (
+    DatasetFile,
+    Parser,
+    Preference,
+    Record,
+    count_duplicates,
+    load_datasets,
+    write_rejects,
+)
+from scripts.dataset.rendering import Rendered, RenderedPair
 from scripts.dataset.split import Split, shared_answers, split_records
 from scripts.training.start import Start
 
@@ -29,6 +38,11 @@ class TrainingData:
 
     files: list[DatasetFile]
     split: Split
+
+    @property
+    def records(self) -> list[Record | Preference]:
+        """Return the records of both sides."""
+        return [*self.split.train, *self.split.validation]
 
     @property
     def facts(self) -> list[DatasetFacts]:
@@ -77,14 +91,14 @@ def render_rows(
     run: Run,
     start: Start,
     split: Split,
-    render: Callable[[Any, Any], Row],
-    check: Callable[[Any, Any, Row], None],
+    render: Callable[[ChatFormat, Any], list[Row] | Row],
+    check: Callable[[ChatFormat, Any, Any], None],
 ) -> tuple[list[Row], list[Row]]:
     """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut.
 
-    `render` takes tokenizer and record; `check` proves that exactly the answers and their ends are trained.
+    `render` makes one row of a record, or several; `check` proves that exactly the answers and their ends are trained.
     """
-    sides = _rendered(run, start.tokenizer, split, render, check)
+    sides = _rendered(run, start.chat, split, render, check)
     longest = max((len(row.input_ids) for side in sides for _, row in side), default=0)
     limit, reason, fix = _longest_record(run, start, longest)
     too_long = [(record, len(row.input_ids)) for side in sides for record, row in side if len(row.input_ids) > limit]
@@ -102,10 +116,10 @@ def render_rows(
 
 def _rendered(
     run: Run,
-    tokenizer: Any,
+    chat: ChatFormat,
     split: Split,
-    render: Callable[[Any, Any], Row],
-    check: Callable[[Any, Any, Row], None],
+    render: Callable[[ChatFormat, Any], list[Row] | Row],
+    check: Callable[[ChatFormat, Any, Any], None],
 ) -> list[list[tuple[Any, Row]]]:
     """Render both sides; a record that does not survive the tokenizer is refused or set aside."""
     sides: list[list[tuple[Any, Row]]] = [[], []]
@@ -113,11 +127,12 @@ def _rendered(
     for side, records in zip(sides, (split.train, split.validation), strict=True):
         for record in records:
             try:
-                row = render(tokenizer, record)
-                check(tokenizer, record, row)
-                side.append((record, row))
+                rows = render(chat, record)
+                check(chat, record, rows)
             except UnfitRow as error:
                 unfit.append(str(error))
+            else:
+                side.extend((record, row) for row in (rows if isinstance(rows, list) else [rows]))
     head = f"{len(unfit)} of {len(split.train) + len(split.validation)} records cannot be trained on"
     if unfit and (run.values.data.on_bad_row != "skip" or not sides[0]):
         raise UserError(listing(head, unfit, "Change them, or set data.on_bad_row: skip to leave them out."))

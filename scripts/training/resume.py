@@ -85,8 +85,10 @@ def _changes(before: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     changes: list[str] = []
     for part in HASHES:
         if before[part] != wanted[part]:
-            named = _differences(before.get("settings", {}), wanted["settings"]) if part == "config" else []
-            changes += named or [f"{part}: was {before[part][:16]}…, is {wanted[part][:16]}…"]
+            if part == "config" and "settings" in before:  # keys that are new since then do not make it another run
+                changes += _differences(before["settings"], wanted["settings"])
+            else:
+                changes.append(f"{part}: was {before[part][:16]}…, is {wanted[part][:16]}…")
     return changes + _differences(before.get("performance", {}), wanted["performance"], "performance.")
 
 
@@ -155,7 +157,12 @@ def find_resumption(run_dir: Path, wanted: dict[str, Any], resume: bool, process
 
 
 def write_state(
-    run_dir: Path, wanted: dict[str, Any], mlflow_run_id: str | None, loss_before: float | None, processes: int = 1
+    run_dir: Path,
+    wanted: dict[str, Any],
+    mlflow_run_id: str | None,
+    loss_before: float | None,
+    processes: int = 1,
+    template_date: str | None = None,
 ) -> None:
     """Note what a later --resume needs to know."""
     state = {
@@ -163,5 +170,6 @@ def write_state(
         "mlflow_run_id": mlflow_run_id,
         "loss_before": loss_before,
         "processes": processes,
+        "template_date": template_date,
     }
     write_text_durably(run_dir / "state.json", json.dumps(state, indent=1) + "\n")

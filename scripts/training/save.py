@@ -13,7 +13,6 @@ from scripts.common.deid_report import report_path
 from scripts.common.run import Run
 from scripts.common.stages import TRAINING_STAGES
 from scripts.common.tracking import Tracker
-from scripts.dataset.rendering import template_sha256, tokenizer_sha256
 from scripts.model.adapter import merge_initialisation
 from scripts.training.start import Start
 
@@ -96,8 +95,7 @@ def save_adapter(
             base_model=BaseModelFacts(
                 id=values.base_model_id, revision=values.base_model_revision, fingerprint=start.fingerprint
             ),
-            tokenizer_sha256=tokenizer_sha256(start.tokenizer),
-            chat_template_sha256=template_sha256(start.tokenizer),
+            **start.chat.facts(),
             parent=start.parent,
             datasets=list(datasets),
             split=SplitFacts(seed=values.data.split_seed, ratio=values.data.validation_ratio),

@@ -59,7 +59,10 @@ class Session:
             loss_before = trainer.evaluate()["eval_loss"]
         run.stop.deferred = True  # from here on a request to stop waits for the end of a step and its checkpoint
         if is_main_process():
-            write_state(run.run_dir, self.identity, self.tracker.run_id, loss_before, world_size())
+            write_state(
+                run.run_dir, self.identity, self.tracker.run_id, loss_before, world_size(),
+                self.start.chat.facts()["template_date"],
+            )  # fmt: skip
         trainer.train(resume_from_checkpoint=resumption.checkpoint)
         if run.stop.exit_code:
             log.warning("stopped at step %d; --resume continues from there", trainer.state.global_step)

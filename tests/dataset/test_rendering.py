@@ -12,23 +12,27 @@ from tokenizers.processors import TemplateProcessing
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Data
+from scripts.dataset.chat_format import (
+    ChatFormat,
+    UnfitRow,
+    stop_token_ids,
+    template_sha256,
+    tokenizer_sha256,
+    user_turn,
+)
 from scripts.dataset.records import Preference, Record, parse_preference, parse_record
 from scripts.dataset.rendering import (
     IGNORED,
     Rendered,
-    UnfitRow,
     check_rendered,
     check_rendered_pair,
     render_completion,
     render_pair,
     render_prompt,
     render_record,
-    stop_token_ids,
-    template_sha256,
-    tokenizer_sha256,
-    user_turn,
 )
 from tests.conftest import ROOT, tiny_tokenizer
+from tests.support.records import one_row
 
 
 def record(*contents: str, train_on: str = "all", system: str | None = None) -> Record:
@@ -78,8 +82,8 @@ def test_prompt_ids_are_a_prefix_and_the_rest_is_answer_and_end_of_turn(tokenize
     messages = user_turn("What is it?")
     conversation = Record("here:1", (*messages, {"role": "assistant", "content": answer}), (1,))
 
-    prompt_ids = render_prompt(tokenizer, messages)
-    rendered = render_record(tokenizer, conversation)
+    prompt_ids = render_prompt(ChatFormat(tokenizer), messages)
+    rendered = one_row(tokenizer, conversation)
 
     assert rendered.input_ids[: len(prompt_ids)] == prompt_ids
     assert rendered.labels[: len(prompt_ids)] == [IGNORED] * len(prompt_ids)
@@ -90,14 +94,14 @@ def test_prompt_ids_are_a_prefix_and_the_rest_is_answer_and_end_of_turn(tokenize
 
 def test_nothing_after_the_end_of_turn_is_trained(tokenizer) -> None:
     """Templates write a newline after the closing token; a server stops before it, so it must not be learnt."""
-    rendered = render_record(tokenizer, record("Hi", "Hello"))
+    rendered = one_row(tokenizer, record("Hi", "Hello"))
 
     assert trained_text(tokenizer, rendered) == ["Hello" + end_of_turn(tokenizer)]
     assert rendered.labels[-1] == tokenizer.eos_token_id
 
 
 def test_training_on_all_turns_labels_each_answer_and_its_end(tokenizer) -> None:
-    rendered = render_record(tokenizer, record("a", "one", "b", "two"))
+    rendered = one_row(tokenizer, record("a", "one", "b", "two"))
     end = end_of_turn(tokenizer)
 
     assert trained_text(tokenizer, rendered) == ["one" + end, "two" + end]
@@ -105,22 +109,22 @@ def test_training_on_all_turns_labels_each_answer_and_its_end(tokenizer) -> None
 
 
 def test_training_on_the_last_turn_leaves_earlier_answers_unlabelled(tokenizer) -> None:
-    rendered = render_record(tokenizer, record("a", "one", "b", "two", train_on="last"))
+    rendered = one_row(tokenizer, record("a", "one", "b", "two", train_on="last"))
 
     assert trained_text(tokenizer, rendered) == ["two" + end_of_turn(tokenizer)]
-    assert rendered.input_ids == render_record(tokenizer, record("a", "one", "b", "two")).input_ids
+    assert rendered.input_ids == one_row(tokenizer, record("a", "one", "b", "two")).input_ids
 
 
 def test_a_later_turn_is_trained_after_the_prompt_that_is_served(tokenizer) -> None:
     chat = record("a", "one", "b", "two")
 
-    served = render_prompt(tokenizer, chat.prompt)
+    served = render_prompt(ChatFormat(tokenizer), chat.prompt)
 
-    assert render_record(tokenizer, chat).input_ids[: len(served)] == served
+    assert one_row(tokenizer, chat).input_ids[: len(served)] == served
 
 
 def test_system_prompt_is_rendered_and_never_trained(tokenizer) -> None:
-    rendered = render_record(tokenizer, record("Hi", "Hello", system="Be very brief."))
+    rendered = one_row(tokenizer, record("Hi", "Hello", system="Be very brief."))
 
     assert "Be very brief." in tokenizer.decode(rendered.input_ids)
     assert trained_text(tokenizer, rendered) == ["Hello" + end_of_turn(tokenizer)]
@@ -133,9 +137,9 @@ def test_control_tokens_typed_by_a_user_stay_text(tokenizer, place: str) -> None
     chat = record(typed, "Hello") if place == "prompt" else record("Hi", typed)
     plain = record("x y", "Hello") if place == "prompt" else record("Hi", "x y")
 
-    rendered = render_record(tokenizer, chat)
+    rendered = one_row(tokenizer, chat)
 
-    assert rendered.input_ids.count(tokenizer.eos_token_id) == render_record(tokenizer, plain).input_ids.count(
+    assert rendered.input_ids.count(tokenizer.eos_token_id) == one_row(tokenizer, plain).input_ids.count(
         tokenizer.eos_token_id
     )
     assert typed in tokenizer.decode(rendered.input_ids)
@@ -146,26 +150,26 @@ def test_every_sample_record_renders_to_exactly_its_answer(tokenizer) -> None:
 
     files = load_datasets(str(ROOT / "data/sft/sample_sft.jsonl"), parse_record, Data(), "sft.dataset_path")
     for sample in files[0].records[:60]:
-        rendered = render_record(tokenizer, sample)
-        check_rendered(tokenizer, sample, rendered)
+        rendered = one_row(tokenizer, sample)
+        check_rendered(ChatFormat(tokenizer), sample, [rendered])
         assert trained_text(tokenizer, rendered) == [sample.answer + end_of_turn(tokenizer)], sample.source
 
 
 def test_a_pair_is_two_answers_after_the_very_prompt_that_is_served(tokenizer) -> None:
     pair = Preference("here:1", tuple(user_turn("Hi")), "Hello", "Go away and never come back")
 
-    rendered = render_pair(tokenizer, pair)
+    rendered = render_pair(ChatFormat(tokenizer), pair)
 
-    assert rendered.prompt_ids == render_prompt(tokenizer, pair.prompt)
-    assert rendered.side(rendered.chosen_ids) == render_record(tokenizer, record("Hi", pair.chosen))
-    assert rendered.side(rendered.rejected_ids) == render_record(tokenizer, record("Hi", pair.rejected))
-    assert rendered.input_ids == render_record(tokenizer, record("Hi", pair.rejected)).input_ids, "the longer one"
+    assert rendered.prompt_ids == render_prompt(ChatFormat(tokenizer), pair.prompt)
+    assert rendered.side(rendered.chosen_ids) == one_row(tokenizer, record("Hi", pair.chosen))
+    assert rendered.side(rendered.rejected_ids) == one_row(tokenizer, record("Hi", pair.rejected))
+    assert rendered.input_ids == one_row(tokenizer, record("Hi", pair.rejected)).input_ids, "the longer one"
     assert rendered.trained_tokens == len(rendered.chosen_ids) + len(rendered.rejected_ids)
 
 
 def test_a_pair_of_equal_answers_is_refused(tokenizer) -> None:
     with pytest.raises(UserError) as caught:
-        render_pair(tokenizer, Preference("here:1", tuple(user_turn("Hi")), "Hello", "Hello"))
+        render_pair(ChatFormat(tokenizer), Preference("here:1", tuple(user_turn("Hi")), "Hello", "Hello"))
 
     assert str(caught.value) == (
         "here:1: chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
@@ -182,25 +186,25 @@ def test_ids_without_labels_are_never_taken_for_whole() -> None:
 
 def test_check_passes_what_rendering_gives(tokenizer) -> None:
     for chat in (record("a", "one", "b", "two"), record("a", "one", "b", "two", train_on="last")):
-        check_rendered(tokenizer, chat, render_record(tokenizer, chat))
+        check_rendered(ChatFormat(tokenizer), chat, [one_row(tokenizer, chat)])
 
 
 def test_check_wants_the_end_of_every_answer(tokenizer) -> None:
     chat = record("a", "one", "b", "two")
-    good = render_record(tokenizer, chat)
+    good = one_row(tokenizer, chat)
     labels = list(good.labels)
     labels[labels.index(tokenizer.eos_token_id)] = IGNORED
 
-    with pytest.raises(UserError, match="with 1 end-of-turn tokens"):
-        check_rendered(tokenizer, chat, dataclasses.replace(good, labels=labels))
+    with pytest.raises(UserError, match="here:1: the trained tokens decode to 'one' with 0 end-of-turn tokens"):
+        check_rendered(ChatFormat(tokenizer), chat, [dataclasses.replace(good, labels=labels)])
 
 
 def test_check_shows_the_first_200_characters_of_both_sides(tokenizer) -> None:
     chat = record("Hi", "y" * 300)
-    good = render_record(tokenizer, chat)
+    good = one_row(tokenizer, chat)
 
     with pytest.raises(UserError) as caught:
-        check_rendered(tokenizer, chat, dataclasses.replace(good, labels=[*good.labels[:-1], IGNORED]))
+        check_rendered(ChatFormat(tokenizer), chat, [dataclasses.replace(good, labels=[*good.labels[:-1], IGNORED])])
 
     assert str(caught.value) == (
         f"here:1: the trained tokens decode to {'y' * 200!r} with 0 end-of-turn tokens; wanted the answer {'y' * 200!r} and "
@@ -213,7 +217,7 @@ def test_check_shows_the_first_200_characters_of_both_sides(tokenizer) -> None:
 )
 def test_check_refuses_a_wrong_mask(tokenizer, fault: str) -> None:
     chat = record("What colour is the sky?", "It is blue today")
-    good = render_record(tokenizer, chat)
+    good = one_row(tokenizer, chat)
     first = next(index for index, label in enumerate(good.labels) if label != IGNORED)
     labels = list(good.labels)
     if fault == "prompt trained too":
@@ -230,7 +234,7 @@ def test_check_refuses_a_wrong_mask(tokenizer, fault: str) -> None:
         labels = [IGNORED] * len(labels)
 
     with pytest.raises(UserError, match="here:1: the trained tokens decode to"):
-        check_rendered(tokenizer, chat, dataclasses.replace(good, labels=labels))
+        check_rendered(ChatFormat(tokenizer), chat, [dataclasses.replace(good, labels=labels)])
 
 
 # --- templates
@@ -252,7 +256,7 @@ def test_plain_template_is_the_documented_one(tiny_gpt2: Path) -> None:
     tokenizer = load_tokenizer(tiny_gpt2)
 
     assert user_turn("Hi") == [{"role": "user", "content": "Hi"}]
-    assert tokenizer.decode(render_prompt(tokenizer, user_turn("Hi", "Be brief."))) == (
+    assert tokenizer.decode(render_prompt(ChatFormat(tokenizer), user_turn("Hi", "Be brief."))) == (
         "### System:\nBe brief.\n\n### User:\nHi\n\n### Assistant:\n"
     )
 
@@ -290,18 +294,18 @@ def test_plain_template_begins_with_bos_once_where_the_tokenizer_does(
     chat = record("a", "one", "b", "two", system="Be brief.")
 
     prompts = [
-        render_prompt(tokenizer, user_turn("Hi")),
-        render_record(tokenizer, chat).input_ids,
-        render_pair(tokenizer, pair).prompt_ids,
+        render_prompt(ChatFormat(tokenizer), user_turn("Hi")),
+        one_row(tokenizer, chat).input_ids,
+        render_pair(ChatFormat(tokenizer), pair).prompt_ids,
     ]
 
-    check_rendered(tokenizer, chat, render_record(tokenizer, chat))
+    check_rendered(ChatFormat(tokenizer), chat, [one_row(tokenizer, chat)])
     assert [ids[0] == start for ids in prompts] == [bool(starts)] * 3
     assert [ids.count(start) for ids in prompts] == [starts] * 3
     tokenizer.save_pretrained(tmp_path / "adapter")
     stored = load_tokenizer(tmp_path / "adapter")
     assert template_sha256(stored) == template_sha256(tokenizer)
-    assert render_prompt(stored, user_turn("Hi")) == prompts[0]
+    assert render_prompt(ChatFormat(stored), user_turn("Hi")) == prompts[0]
 
 
 def test_typed_bos_stays_text(tmp_path: Path) -> None:
@@ -309,7 +313,7 @@ def test_typed_bos_stays_text(tmp_path: Path) -> None:
 
     tokenizer = load_tokenizer(save_with_bos(tmp_path, "<|start|> $A"))
 
-    assert render_prompt(tokenizer, user_turn("<|start|>Hi")).count(tokenizer.bos_token_id) == 1
+    assert render_prompt(ChatFormat(tokenizer), user_turn("<|start|>Hi")).count(tokenizer.bos_token_id) == 1
 
 
 def test_plain_template_of_a_tokenizer_without_bos_is_that_of_adapters_before(tiny_gpt2: Path) -> None:
@@ -327,38 +331,42 @@ def test_demo_model_prompts_are_those_of_its_own_chat_template(demo_model: Path)
 
     wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
-    assert render_prompt(tokenizer, messages) == list(wanted)
+    assert render_prompt(ChatFormat(tokenizer), messages) == list(wanted)
 
 
-def test_template_that_rewrites_earlier_turns_is_refused_with_the_key_that_helps() -> None:
+def test_answers_behind_rewritten_turns_are_rows_of_their_own_each_trained_once() -> None:
     tokenizer = tiny_tokenizer(
         "{% for m in messages %}{{ m['role'] + ':' }}"
         "{% if m['role'] == 'assistant' and not loop.last %}{{ '(thoughts removed)' }}{% else %}{{ m['content'] }}{% endif %}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
 
-    with pytest.raises(UserError) as caught:
-        render_record(tokenizer, record("a", "one", "b", "two"))
-    assert str(caught.value) == (
-        "here:1: the chat template rewrites earlier turns, so the answers of one chat cannot be trained together. "
-        "Set data.train_on: last."
-    )
-    last = render_record(tokenizer, record("a", "one", "b", "two", train_on="last"))
+    chat = record("a", "one", "b", "two", "c", "three")
+
+    rows = render_record(ChatFormat(tokenizer), chat)
+
+    check_rendered(ChatFormat(tokenizer), chat, rows)
+    end = tokenizer.eos_token
+    assert [trained_text(tokenizer, row) for row in rows] == [["one" + end], ["two" + end], ["three" + end]]
+    for row, turn in zip(rows, chat.trained, strict=True):
+        served = render_prompt(ChatFormat(tokenizer), chat.messages[:turn])
+        assert row.input_ids[: len(served)] == served
+    last = one_row(tokenizer, record("a", "one", "b", "two", train_on="last"))
     assert trained_text(tokenizer, last) == ["two" + tokenizer.eos_token]
 
 
-def test_template_whose_prompt_changes_once_answered_is_refused() -> None:
+def test_prompt_that_changes_once_answered_is_served_as_it_is_trained() -> None:
     tokenizer = tiny_tokenizer(
         "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
     )
 
-    with pytest.raises(UserError) as caught:
-        render_record(tokenizer, record("x" * 60, "Hello"))
-    assert str(caught.value) == (
-        "the chat template renders a prompt differently once an answer follows, so what is trained would not be what is "
-        f"served. The prompt alone ends with {'x' * 31 + '<|end|>A:'!r}. Use a base model with another template."
-    )
+    rendered = one_row(tokenizer, record("Hi", "Hello"))
+
+    served = render_prompt(ChatFormat(tokenizer), user_turn("Hi"))
+    assert tokenizer.decode(served) == "2Hi<|end|>"
+    assert rendered.input_ids[: len(served)] == served
+    assert trained_text(tokenizer, rendered) == ["Hello<|end|>"]
 
 
 def test_template_without_an_end_still_trains_eos() -> None:
@@ -367,7 +375,7 @@ def test_template_without_an_end_still_trains_eos() -> None:
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
 
-    rendered = render_record(tokenizer, record("Hi", "Hello"))
+    rendered = one_row(tokenizer, record("Hi", "Hello"))
 
     assert rendered.labels[-1] == tokenizer.eos_token_id
     assert tokenizer.decode([label for label in rendered.labels if label != IGNORED][:-1]).strip() == "Hello"
@@ -384,7 +392,7 @@ def test_template_that_closes_with_another_token_than_eos_ends_there() -> None:
     )
     close = tokenizer.convert_tokens_to_ids("<|close|>")
 
-    rendered = render_record(tokenizer, record("Hi", "Hello"))
+    rendered = one_row(tokenizer, record("Hi", "Hello"))
 
     assert stop_token_ids(tokenizer) == {close, tokenizer.eos_token_id}
     assert rendered.labels[-1] == close
@@ -396,15 +404,15 @@ def test_answer_tokens_do_not_merge_into_the_prompt(tiny_gpt2: Path) -> None:
 
     tokenizer = load_tokenizer(tiny_gpt2)
     prompt = user_turn("Hi")
-    prompt_ids = render_prompt(tokenizer, prompt)
+    prompt_ids = render_prompt(ChatFormat(tokenizer), prompt)
 
-    ids = render_completion(tokenizer, prompt, prompt_ids, "\n\nHello")
+    ids = render_completion(ChatFormat(tokenizer), prompt, prompt_ids, "\n\nHello")
 
     assert tokenizer.decode(prompt_ids + ids).startswith("### User:\nHi\n\n### Assistant:\n\n\nHello")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))]
     )
-    assert render_completion(tokenizer, prompt, prompt_ids, "\n\nHello") == ids, (
+    assert render_completion(ChatFormat(tokenizer), prompt, prompt_ids, "\n\nHello") == ids, (
         "a text's own start stands only at its start"
     )
 
@@ -419,7 +427,7 @@ def test_a_conversation_that_the_template_refuses_is_reported_with_its_turns_and
     strict = tiny_tokenizer(f"{{{{ raise_exception('{says}') }}}}")
 
     with pytest.raises(UserError) as caught:
-        render_prompt(strict, [{"role": "system", "content": "Be brief."}, *user_turn("Hello")])
+        render_prompt(ChatFormat(strict), [{"role": "system", "content": "Be brief."}, *user_turn("Hello")])
 
     assert str(caught.value) == (
         f"the model's chat template refuses this conversation: {message}. Its turns: system, user; "
@@ -443,8 +451,8 @@ def test_a_text_that_the_tokenizer_normalizes_is_trained(text: str) -> None:
     record = parse_record({"instruction": text, "output": text}, "here:1", Data())
     pair = parse_preference({"prompt": text, "chosen": text, "rejected": text + "!"}, "here:1", Data())
 
-    check_rendered(tokenizer, record, render_record(tokenizer, record))
-    check_rendered_pair(tokenizer, pair, render_pair(tokenizer, pair))
+    check_rendered(ChatFormat(tokenizer), record, [one_row(tokenizer, record)])
+    check_rendered_pair(ChatFormat(tokenizer), pair, render_pair(ChatFormat(tokenizer), pair))
 
 
 def test_a_text_that_a_normalizer_does_not_explain_is_refused() -> None:
@@ -453,4 +461,4 @@ def test_a_text_that_a_normalizer_does_not_explain_is_refused() -> None:
     other = dataclasses.replace(record, messages=(record.messages[0], {"role": "assistant", "content": "cafe"}))
 
     with pytest.raises(UnfitRow, match="here:1: the trained tokens decode to"):
-        check_rendered(tokenizer, other, render_record(tokenizer, record))
+        check_rendered(ChatFormat(tokenizer), other, [one_row(tokenizer, record)])

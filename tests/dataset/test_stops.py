@@ -8,21 +8,19 @@ import pytest
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Data
+from scripts.dataset.chat_format import ChatFormat, closing_token_id, stop_token_ids, user_turn
 from scripts.dataset.records import Preference, parse_record
 from scripts.dataset.rendering import (
     RenderedPair,
     check_rendered,
     check_rendered_pair,
-    closing_token_id,
     render_completion,
     render_pair,
     render_prompt,
-    render_record,
-    stop_token_ids,
-    user_turn,
 )
 from scripts.model.base import load_tokenizer
 from tests.conftest import tiny_tokenizer
+from tests.support.records import one_row
 from tests.support.stops import FAMILIES, Family, change_generation_config, family_tokenizer, save_family_model
 from tests.support.tokenizers import real_tokenizer
 
@@ -77,17 +75,17 @@ def test_answer_is_trained_up_to_its_first_stop(family: Family) -> None:
     chat = parse_record(
         {"messages": [*user_turn("Hi"), {"role": "assistant", "content": "Hello there."}]}, "here:1", Data()
     )
-    prompt_ids = render_prompt(tokenizer, chat.prompt)
+    prompt_ids = render_prompt(ChatFormat(tokenizer), chat.prompt)
 
-    ids = render_completion(tokenizer, chat.prompt, prompt_ids, "Hello there.")
+    ids = render_completion(ChatFormat(tokenizer), chat.prompt, prompt_ids, "Hello there.")
 
     assert tokenizer.decode(ids) == f"Hello there.{family.closing}"
     whole = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
     assert tokenizer.decode(prompt_ids + ids) + family.after_closing == whole, "the case is the family's"
-    rendered = render_record(tokenizer, chat)
-    check_rendered(tokenizer, chat, rendered)
+    rendered = one_row(tokenizer, chat)
+    check_rendered(ChatFormat(tokenizer), chat, [rendered])
     assert rendered.input_ids == prompt_ids + ids
-    check_rendered_pair(tokenizer, PAIR, render_pair(tokenizer, PAIR))
+    check_rendered_pair(ChatFormat(tokenizer), PAIR, render_pair(ChatFormat(tokenizer), PAIR))
 
 
 def test_answers_of_several_turns_are_trained_up_to_their_first_stops(family: Family) -> None:
@@ -95,9 +93,9 @@ def test_answers_of_several_turns_are_trained_up_to_their_first_stops(family: Fa
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("abcd")]
     chat = parse_record({"messages": turns}, "here:1", Data())
 
-    rendered = render_record(tokenizer, chat)
+    rendered = one_row(tokenizer, chat)
 
-    check_rendered(tokenizer, chat, rendered)
+    check_rendered(ChatFormat(tokenizer), chat, [rendered])
     trained = [tokenizer.decode(ids) for trained, ids in rendered.runs() if trained]
     assert trained == [f"b{family.closing}", f"d{family.closing}"]
 
@@ -108,7 +106,7 @@ def test_stop_typed_in_an_answer_stays_text(family: Family, where: str) -> None:
     for typed in (family.closing, family.eos):
         answer = where.format(typed)
         prompt = user_turn("Hi")
-        ids = render_completion(tokenizer, prompt, render_prompt(tokenizer, prompt), answer)
+        ids = render_completion(ChatFormat(tokenizer), prompt, render_prompt(ChatFormat(tokenizer), prompt), answer)
 
         assert sum(token in stop_token_ids(tokenizer) for token in ids) == 1
         assert ids[-1] == tokenizer.convert_tokens_to_ids(family.closing)
@@ -116,7 +114,7 @@ def test_stop_typed_in_an_answer_stays_text(family: Family, where: str) -> None:
 
 
 def test_stop_in_an_answer_that_only_the_generation_config_names_is_not_its_end(tmp_path: Path) -> None:
-    """Such a token is not sanitised, so it is found inside the answer; the answer must not be cut there."""
+    """It would end a served answer there, so in a trained one it is text."""
     tokenizer = family_tokenizer(FAMILIES["phi3"])
     tokenizer.add_tokens(["<price>"])
     tokenizer.save_pretrained(tmp_path)
@@ -126,11 +124,11 @@ def test_stop_in_an_answer_that_only_the_generation_config_names_is_not_its_end(
     tokenizer = load_tokenizer(tmp_path)
     pair = Preference("here:1", tuple(user_turn("Hi")), "It is <price> today", "Go away")
 
-    rendered = render_pair(tokenizer, pair)
+    rendered = render_pair(ChatFormat(tokenizer), pair)
 
     assert tokenizer.decode(rendered.chosen_ids) == "It is <price> today<|end|>"
-    with pytest.raises(UserError, match="with 2 end-of-turn tokens"):
-        check_rendered_pair(tokenizer, pair, rendered)
+    assert tokenizer.convert_tokens_to_ids("<price>") not in rendered.chosen_ids
+    check_rendered_pair(ChatFormat(tokenizer), pair, rendered)
 
 
 def test_template_that_closes_nothing_ends_with_eos_although_a_stop_is_typed() -> None:
@@ -140,7 +138,7 @@ def test_template_that_closes_nothing_ends_with_eos_although_a_stop_is_typed() -
     )
     prompt = user_turn("Hi")
 
-    ids = render_completion(tokenizer, prompt, render_prompt(tokenizer, prompt), "Hello")
+    ids = render_completion(ChatFormat(tokenizer), prompt, render_prompt(ChatFormat(tokenizer), prompt), "Hello")
 
     assert closing_token_id(tokenizer) is None
     assert tokenizer.decode(ids) == "Hello<|end|>"
@@ -168,11 +166,11 @@ def test_first_token_of_the_vocabulary_may_close_an_answer() -> None:
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_pair_whose_answer_trains_more_than_its_end_is_refused(side: str) -> None:
     tokenizer = family_tokenizer(FAMILIES["phi3"])
-    sides = vars(render_pair(tokenizer, PAIR)).copy()
+    sides = vars(render_pair(ChatFormat(tokenizer), PAIR)).copy()
     sides[f"{side}_ids"] = sides[f"{side}_ids"] + [tokenizer.eos_token_id]
 
     with pytest.raises(UserError, match=r"here:1: the trained tokens decode to .* with 2 end-of-turn tokens"):
-        check_rendered_pair(tokenizer, PAIR, RenderedPair(**sides))
+        check_rendered_pair(ChatFormat(tokenizer), PAIR, RenderedPair(**sides))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from eval.verdict import decide
 from scripts import train_dpo, train_sft
 from scripts.common.config import load_config
 from scripts.common.schema import Data
+from scripts.dataset.chat_format import user_turn
 from scripts.dataset.records import parse_record
-from scripts.dataset.rendering import user_turn
 from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from tests.support.chain import manifest, write_chain

@@ -21,7 +21,8 @@ from scripts.common.artifacts import Manifest, read_manifest, write_manifest
 from scripts.common.config import load_config
 from scripts.common.machine import Machine
 from scripts.common.schema import Config, Lora
-from scripts.dataset.rendering import render_prompt, template_sha256, tokenizer_sha256
+from scripts.dataset.chat_format import ChatFormat, template_sha256, tokenizer_sha256
+from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import add_lora, load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.fingerprint import base_fingerprint
@@ -234,7 +235,7 @@ def test_domain_answers_are_those_of_greedy_generation(place: Path, together: Pa
 
     config, tokenizer = load_config(place / "config.yaml"), load_tokenizer(place / "model")
     questions = read_held_out(config, ("sft", "dpo")).questions(None)
-    prompts = [render_prompt(tokenizer, question.prompt) for question in questions]
+    prompts = [render_prompt(ChatFormat(tokenizer), question.prompt) for question in questions]
     model = load_adapter(load_base(place / "model", Config(), CPU), place / "sft_adapter").eval()
     expected = [answer.text for answer in generate_answers(model, tokenizer, prompts, 8)]
     lines = [json.loads(line) for line in (together / "samples.jsonl").read_text(encoding="utf-8").split("\n") if line]
@@ -274,7 +275,7 @@ def test_control_tokens_in_a_record_stay_text(place: Path, tmp_path: Path) -> No
     lines = [
         json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text(encoding="utf-8").split("\n") if line
     ]
-    ids = render_prompt(tokenizer, [{"role": "user", "content": rows[0]["instruction"]}])
+    ids = render_prompt(ChatFormat(tokenizer), [{"role": "user", "content": rows[0]["instruction"]}])
     assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) != ids, "the case is a hard one"
     assert {line["task"] for line in lines} == {"domain_reference", "domain_answers"}
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTr
 
 from scripts.common.errors import UserError
 from scripts.common.paths import ROOT
-from scripts.dataset.rendering import PLAIN_TEMPLATE, plain_template
+from scripts.dataset.chat_format import PLAIN_TEMPLATE, ChatFormat, plain_template
 from scripts.export import gguf_file
 from scripts.export.ollama import go_template, write_modelfile
 from scripts.export_lora import main
@@ -283,7 +283,7 @@ def test_bos_is_added_by_readers_only_where_training_had_it() -> None:
 
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     assert gguf_file.adds_bos(tokenizer)
-    template = go_template(tokenizer, tokenizer.bos_token)
+    template = go_template(ChatFormat(tokenizer), tokenizer.bos_token)
     assert template is not None
     assert "<|bos|>" not in template
 
@@ -318,7 +318,7 @@ def test_modelfile_renders_prompts_as_training_did(template: str | None, roles) 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
 
-    translated = go_template(tokenizer)
+    translated = go_template(ChatFormat(tokenizer))
 
     assert translated is not None
     expected = tokenizer.apply_chat_template(turns(*roles), tokenize=False, add_generation_prompt=True)
@@ -333,7 +333,7 @@ def test_modelfile_leaves_bos_to_the_reader_that_adds_it() -> None:
     )
     tokenizer.chat_template = plain_template(tokenizer)
 
-    translated = go_template(tokenizer, tokenizer.bos_token)
+    translated = go_template(ChatFormat(tokenizer), tokenizer.bos_token)
 
     assert gguf_file.adds_bos(tokenizer)
     assert translated is not None
@@ -356,8 +356,8 @@ def test_template_that_does_more_is_not_said_and_the_modelfile_says_so(template:
     tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
     tokenizer.chat_template = template
 
-    assert go_template(tokenizer) is None
-    write_modelfile(tokenizer, tmp_path, "model-f16.gguf", adds_bos=False)
+    assert go_template(ChatFormat(tokenizer)) is None
+    write_modelfile(ChatFormat(tokenizer), tmp_path, "model-f16.gguf", adds_bos=False)
 
     written = (tmp_path / "Modelfile").read_text()
     assert "TEMPLATE" not in written

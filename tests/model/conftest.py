@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripts.common.schema import Lora
-from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+from scripts.dataset.chat_format import template_sha256, tokenizer_sha256
 from scripts.model.adapter import add_lora
 from scripts.model.base import load_tokenizer
 from scripts.model.fingerprint import base_fingerprint

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from scripts.common.schema import Lora
-from scripts.dataset.rendering import render_prompt, stop_token_ids, user_turn
+from scripts.dataset.chat_format import ChatFormat, stop_token_ids, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import add_lora
 from scripts.model.base import load_tokenizer
 from scripts.model.generation import Answer, decoding_greedily, generate_answers, health, repetition
@@ -24,7 +25,7 @@ def test_answers_do_not_depend_on_the_batch(model_fixture: str, request: pytest.
 
     folder: Path = request.getfixturevalue(model_fixture)
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
-    prompts = [render_prompt(tokenizer, user_turn("go " * count)) for count in (1, 9, 4, 2, 7)]
+    prompts = [render_prompt(ChatFormat(tokenizer), user_turn("go " * count)) for count in (1, 9, 4, 2, 7)]
     together = generate_answers(model, tokenizer, prompts, 8, batch_size=5)
     alone = generate_answers(model, tokenizer, prompts, 8, batch_size=1)
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
@@ -42,7 +43,7 @@ def test_an_answer_is_cut_at_its_end_token(tiny_llama: Path) -> None:
         model.model.norm.weight.fill_(0)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
     model.lm_head.bias.data[tokenizer.eos_token_id] = 1
-    answer = generate_answers(model, tokenizer, [render_prompt(tokenizer, user_turn("hello"))], 8)[0]
+    answer = generate_answers(model, tokenizer, [render_prompt(ChatFormat(tokenizer), user_turn("hello"))], 8)[0]
     assert (answer.token_ids, answer.text, answer.ended) == ([], "", True)
     assert tokenizer.eos_token_id in stop_token_ids(tokenizer)
 
@@ -53,7 +54,9 @@ def test_model_that_always_says_a_stop_ends_every_answer_at_once(name: str, tmp_
     for stop in sorted(family.stops):
         folder = save_family_model(tmp_path / stop.strip("<|>"), family, stop)
         tokenizer = load_tokenizer(folder)
-        answer = generate_answers(load(folder), tokenizer, [render_prompt(tokenizer, user_turn("hello"))], 8)[0]
+        answer = generate_answers(
+            load(folder), tokenizer, [render_prompt(ChatFormat(tokenizer), user_turn("hello"))], 8
+        )[0]
         assert answer == Answer([], "", True), stop
 
 
@@ -86,7 +89,7 @@ def test_nothing_that_the_base_recommends_changes_an_answer(key: str, peft: bool
     change_generation_config(folder, **{key: value})
     model = load(folder)
     model.lm_head.weight.data[tokenizer.convert_tokens_to_ids(ALMOST)] = 0.99
-    prompt = render_prompt(tokenizer, user_turn("hello"))
+    prompt = render_prompt(ChatFormat(tokenizer), user_turn("hello"))
     recommended = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :]
     network = model
     if peft:
@@ -116,7 +119,7 @@ def test_minimum_length_of_the_base_lengthens_no_answer(tmp_path: Path) -> None:
     change_generation_config(folder, min_length=99, min_new_tokens=5)
     tokenizer = load_tokenizer(folder)
 
-    answer = generate_answers(load(folder), tokenizer, [render_prompt(tokenizer, user_turn("hello"))], 8)[0]
+    answer = generate_answers(load(folder), tokenizer, [render_prompt(ChatFormat(tokenizer), user_turn("hello"))], 8)[0]
 
     assert answer.token_ids == []
 

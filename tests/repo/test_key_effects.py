@@ -146,7 +146,7 @@ def test_revision_chooses_among_cached_ones(tiny_llama: Path, tmp_path: Path, mo
             "dpo.reference=base",
         ]
         loaded = load_config(config, chosen)
-        found.append(find_start(run_of("dpo", loaded, tmp_path), loaded.values.dpo.init_from).base_folder.name)
+        found.append(find_start(run_of("dpo", loaded, tmp_path), (), loaded.values.dpo.init_from).base_folder.name)
 
     assert found == ["a" * 40, "b" * 40, "b" * 40]
 

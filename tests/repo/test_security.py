@@ -21,7 +21,8 @@ from scripts.common.artifacts import read_manifest, write_manifest
 from scripts.common.config import load_config
 from scripts.common.errors import UserError
 from scripts.common.machine import choose_machine
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.chat_format import ChatFormat, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.find import find_model
@@ -270,7 +271,7 @@ def test_a_template_runs_in_a_sandbox_and_ends_in_one_message(tiny_llama: Path, 
     tokenizer = load_tokenizer(base)
 
     with pytest.raises(UserError, match=r"chat template refuses this conversation: access to attribute .* is unsafe"):
-        render_prompt(tokenizer, user_turn("hello"))
+        render_prompt(ChatFormat(tokenizer), user_turn("hello"))
 
 
 # --- secrets in the wrong place

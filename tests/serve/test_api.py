@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from scripts.common.schema import Data
+from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.records import parse_preference
-from scripts.dataset.rendering import render_completion, render_prompt, user_turn
+from scripts.dataset.rendering import render_completion, render_prompt
 from scripts.model.base import load_tokenizer
 from tests.support.serving import Running, running_server, save_adapter
 
@@ -82,7 +83,7 @@ def events(response: httpx.Response) -> list:
 
 def test_generate_answers_as_peft_does(server, tiny_llama, adapters):
     tokenizer = load_tokenizer(tiny_llama)
-    ids = render_prompt(tokenizer, user_turn(PROMPT))
+    ids = render_prompt(ChatFormat(tokenizer), user_turn(PROMPT))
     texts = {}
     for name in ("base", "sft", "dpo"):
         answer = server.post("/v1/generate", {"prompt": PROMPT, "adapter": name, "max_new_tokens": 12}).json()
@@ -157,8 +158,8 @@ def test_score_is_the_log_probability_of_the_answer(server, tiny_llama, adapters
 
     answer = "Apples, pears and plums."
     tokenizer = load_tokenizer(tiny_llama)
-    prompt_ids = render_prompt(tokenizer, user_turn(PROMPT))
-    ids = prompt_ids + render_completion(tokenizer, user_turn(PROMPT), prompt_ids, answer)
+    prompt_ids = render_prompt(ChatFormat(tokenizer), user_turn(PROMPT))
+    ids = prompt_ids + render_completion(ChatFormat(tokenizer), user_turn(PROMPT), prompt_ids, answer)
     logprobs = {}
     for name, path in adapters.items():
         model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)

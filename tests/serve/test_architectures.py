@@ -14,7 +14,8 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from scripts.common.errors import UserError
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.chat_format import ChatFormat, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
 from scripts.model.shape import ModelShape
 from serve.cache import context_limit, prove_cache
@@ -71,7 +72,7 @@ def test_a_server_on_a_nested_base_answers_as_peft_does(nested, tmp_path, server
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
         assert all(".language_model." in key for key in tensors.keys()), "the vision tower has q_proj, too"  # noqa: SIM118
     tokenizer = load_tokenizer(nested)
-    ids = render_prompt(tokenizer, user_turn("Name three fruits."))
+    ids = render_prompt(ChatFormat(tokenizer), user_turn("Name three fruits."))
     with running_server(server_config(nested, adapter_path=str(adapter))) as server:
         for name, path in (("base", None), ("sft", adapter)):
             answer = server.post(

@@ -15,7 +15,8 @@ import torch
 
 from scripts.common.config import load_config
 from scripts.common.machine import choose_machine
-from scripts.dataset.rendering import render_prompt, user_turn
+from scripts.dataset.chat_format import ChatFormat, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
 from serve import engine as engine_module
 from serve.adapters import Models, load_models
@@ -137,7 +138,7 @@ def test_model_that_always_says_a_stop_ends_after_one_token(name, merged, tmp_pa
             models = models_of(base, {}, write_config, adapter_path=save_merged_model(folder / "merged", base, adapter))
         else:
             models = models_of(base, {"sft": adapter}, write_config)
-        ids = render_prompt(models.tokenizer, user_turn("hello"))
+        ids = render_prompt(ChatFormat(models.tokenizer), user_turn("hello"))
         jobs = [Job(ids, served, 8) for served in models.served]
         assert asyncio.run(run_jobs(new_engine(models), jobs)) == [""] * len(jobs)
         assert [job.out for job in jobs] == [[models.tokenizer.convert_tokens_to_ids(stop)]] * len(jobs)

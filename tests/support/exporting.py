@@ -19,7 +19,7 @@ from scripts.common.artifacts import (
     write_manifest,
 )
 from scripts.common.schema import Config, Lora
-from scripts.dataset.rendering import template_sha256, tokenizer_sha256
+from scripts.dataset.chat_format import template_sha256, tokenizer_sha256
 from scripts.model.adapter import add_lora
 from scripts.model.base import load_full_precision, load_tokenizer
 from scripts.model.fingerprint import base_fingerprint

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Data
-from scripts.dataset.records import (
-    Record,
-    load_datasets,
-    parse_record,
-)
+from scripts.dataset.chat_format import ChatFormat
+from scripts.dataset.records import Record, load_datasets, parse_record
+from scripts.dataset.rendering import Rendered, render_record
 
 PLAIN = Data()
 
@@ -40,3 +39,9 @@ def talk(*contents: str) -> list[dict[str, str]]:
 def instruction(number: int, **more: str) -> dict[str, str]:
     """Make a good row."""
     return {"instruction": f"question {number}", "output": f"answer {number}", **more}
+
+
+def one_row(tokenizer: Any, record: Record) -> Rendered:
+    """Render a record whose answers share a row."""
+    [row] = render_record(ChatFormat(tokenizer), record)
+    return row

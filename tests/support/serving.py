@@ -20,7 +20,8 @@ import httpx
 from eval.benchmarks.serving import save_random_adapter
 from scripts.common.artifacts import Parent, read_manifest, write_manifest
 from scripts.common.schema import Lora
-from scripts.dataset.rendering import render_completion, render_prompt, user_turn
+from scripts.dataset.chat_format import ChatFormat, user_turn
+from scripts.dataset.rendering import render_completion, render_prompt
 from scripts.model.base import load_tokenizer
 from tests.conftest import ROOT, save_tiny_model, tiny_tokenizer
 
@@ -83,8 +84,8 @@ def teach(folder: Path, base: Path, answer: str, prompts: tuple[str, ...], stage
     tokenizer = load_tokenizer(base)
     rows = []
     for prompt in prompts:
-        ids = render_prompt(tokenizer, user_turn(prompt))
-        completion = render_completion(tokenizer, user_turn(prompt), ids, answer)
+        ids = render_prompt(ChatFormat(tokenizer), user_turn(prompt))
+        completion = render_completion(ChatFormat(tokenizer), user_turn(prompt), ids, answer)
         rows.append((torch.tensor([ids + completion]), torch.tensor([[-100] * len(ids) + completion])))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)

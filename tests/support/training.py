@@ -30,9 +30,11 @@ def build_trainer(stage: str, config: Path, run_dir: Path, overrides: Sequence[s
     run = run_of(stage, load_config(config, overrides), run_dir)
     machine = choose_machine(run.values)
     if stage == "sft":
-        data, start = read_data(run, parse_record, None), find_start(run)
+        data = read_data(run, parse_record, None)
+        start = find_start(run, data.records)
         rows = render_rows(run, start, data.split, render_record, check_rendered)
         return train_sft.build_trainer(run, machine, start, *rows)
-    data, start = read_data(run, parse_preference, None), find_start(run, run.values.dpo.init_from)
+    data = read_data(run, parse_preference, None)
+    start = find_start(run, data.records, run.values.dpo.init_from)
     pairs = render_rows(run, start, data.split, render_pair, check_rendered_pair)
     return train_dpo.build_trainer(run, machine, start, *pairs)

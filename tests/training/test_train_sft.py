@@ -24,13 +24,15 @@ from scripts.common.artifacts import (
     sha256_file,
 )
 from scripts.common.config import load_config
-from scripts.dataset.rendering import render_prompt, template_sha256, tokenizer_sha256, user_turn
+from scripts.dataset.chat_format import ChatFormat, template_sha256, tokenizer_sha256, user_turn
+from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
 from scripts.model.fingerprint import base_fingerprint
 from scripts.train_sft import main
 from scripts.training import save, session
 from tests.conftest import write_jsonl
 from tests.support.chain import start_stage, wait_for
+from tests.support.records import one_row
 
 WORDS = ["red", "green", "blue", "amber", "violet", "black", "white", "grey"]
 
@@ -154,14 +156,14 @@ def test_adapter_loads_on_the_plain_base_with_plain_peft_and_changes_the_answer(
 
     _, base, _ = in_finished
     tokenizer = AutoTokenizer.from_pretrained("outputs/sft_adapter")
-    ids = torch.tensor([render_prompt(tokenizer, user_turn("Note 99: red"))])
+    ids = torch.tensor([render_prompt(ChatFormat(tokenizer), user_turn("Note 99: red"))])
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     with torch.no_grad():
         before = plain(ids).logits
         adapted = PeftModel.from_pretrained(plain, "outputs/sft_adapter").eval()
         after = adapted(ids).logits
 
-    assert ids.tolist()[0] == render_prompt(load_tokenizer(base), user_turn("Note 99: red"))
+    assert ids.tolist()[0] == render_prompt(ChatFormat(load_tokenizer(base)), user_turn("Note 99: red"))
     assert (after - before).abs().max() > 0.05
     first = tokenizer.encode("ON", add_special_tokens=False)[0]
     gain = torch.log_softmax(after[0, -1], -1)[first] - torch.log_softmax(before[0, -1], -1)[first]
@@ -173,7 +175,6 @@ def test_saved_adapter_scores_the_held_out_loss_that_was_reported(in_finished) -
     from scripts.common.machine import Machine
     from scripts.common.schema import Config, Data
     from scripts.dataset.records import load_datasets, parse_record
-    from scripts.dataset.rendering import render_record
     from scripts.dataset.split import is_validation
     from scripts.model.adapter import load_adapter
     from scripts.model.base import load_base
@@ -183,7 +184,7 @@ def test_saved_adapter_scores_the_held_out_loss_that_was_reported(in_finished) -
     data = Data(validation_ratio=0.2)
     tokenizer = load_tokenizer(base)
     records = load_datasets("data.jsonl", parse_record, data, "sft.dataset_path")[0].records
-    held_out = [render_record(tokenizer, record) for record in records if is_validation(record.prompt, data)]
+    held_out = [one_row(tokenizer, record) for record in records if is_validation(record.prompt, data)]
     plain = load_base(base, Config(), Machine("cpu", torch.float32, 1, 1, ()))
     before = mean_loss(score_answers(plain, held_out, 0))
     after = mean_loss(score_answers(load_adapter(plain, "outputs/sft_adapter"), held_out, 0))
