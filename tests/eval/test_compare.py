@@ -17,7 +17,7 @@ from eval.verdict import decide
 from scripts import train_dpo, train_sft
 from scripts.common.config import load_config
 from scripts.common.schema import Data
-from scripts.dataset.chat_format import user_turn
+from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.records import parse_record
 from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base, load_tokenizer
@@ -96,10 +96,10 @@ def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> 
     tokenizer = load_tokenizer(compared / "model")
     held_out = compare.read_held_out(load_config(compared / "config.yaml"), {"sft": None})
     prepared = Prepared(tokenizer, held_out, values)
-    model = compare.load_models(
+    model, chats = compare.load_models(
         load_config(compared / "config.yaml"), {"sft": compared / "out/sft_adapter"}, compared / "model", tokenizer
     )
-    result = measure_models(model, {"base": None, "sft": "sft"}, prepared, with_answers=False)
+    result = measure_models(model, {"base": None, "sft": "sft"}, prepared, chats, with_answers=False)
     metrics = manifest(compared / "out/sft_adapter")["metrics"]
     for name, key in (("base", "held_out_loss_before"), ("sft", "held_out_loss")):
         scores = result[name].targets
@@ -121,7 +121,9 @@ def test_model_that_always_says_a_stop_is_measured_as_ending_at_once(name: str, 
         prompt = user_turn("hello")
         record = parse_record({"messages": [*prompt, {"role": "assistant", "content": "a"}]}, "x:1", Data())
         held_out = HeldOut((record,))
-        measured = measure_models(model, {"base": None, "sft": "sft"}, Prepared(tokenizer, held_out, config))
+        chats = dict.fromkeys(("base", "sft"), ChatFormat(tokenizer))
+        arms: dict[str, str | None] = {"base": None, "sft": "sft"}
+        measured = measure_models(model, arms, Prepared(tokenizer, held_out, config), chats)
         assert [each.health.eos_rate for each in measured.values()] == [1, 1], stop
         assert [answer.token_ids for each in measured.values() for answer in each.answers] == [[], []]
 
@@ -133,8 +135,8 @@ def test_the_same_adapter_twice_gives_exactly_zero(compared: Path, tmp_path: Pat
     manifests = {adapter.name: adapter.manifest for adapter in compare.find_adapters(loaded)}
     twin = {"sft": compared / "out/sft_adapter", "dpo": compared / "out/sft_adapter"}
     prepared = Prepared(tokenizer, compare.read_held_out(loaded, manifests), loaded.values)
-    model = compare.load_models(loaded, twin, compared / "model", tokenizer)
-    measured = measure_models(model, {"base": None, "sft": "sft", "dpo": "dpo"}, prepared)
+    model, chats = compare.load_models(loaded, twin, compared / "model", tokenizer)
+    measured = measure_models(model, {"base": None, "sft": "sft", "dpo": "dpo"}, prepared, chats)
     metrics = build_metrics(measured, prepared, manifests)
     for metric in metrics:
         for difference in metric.differences:
@@ -182,11 +184,11 @@ def test_answers_are_given_in_batches_of_the_size_asked_for(compared: Path) -> N
     adapters = {"sft": compared / "out/sft_adapter"}
     tokenizer = load_tokenizer(compared / "model")
     prepared = Prepared(tokenizer, compare.read_held_out(loaded, adapters), loaded.values)
-    model = compare.load_models(loaded, adapters, compared / "model", tokenizer)
+    model, chats = compare.load_models(loaded, adapters, compared / "model", tokenizer)
     rows: list[int] = []
     generate = model.generate
     model.generate = lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs)
-    measure_models(model, {"sft": "sft"}, prepared)
+    measure_models(model, {"sft": "sft"}, prepared, chats)
     assert max(rows) == 2
 
 

@@ -179,7 +179,7 @@ def test_contexts_read_once_score_as_lm_eval_scores_them(architecture: str, long
     contexts = [ids(count) for count in (3, 17, 1, 17, longest)]
     requests = [(("", ""), context, ids(count)) for context in contexts for count in (1, 9, 4, 2, 9, 9)]
     requests.append((("", ""), contexts[1], ids(2)))
-    ours = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
+    ours = SharedContextLM(pretrained=model, chat=ChatFormat(tokenizer), batch_size=2, max_length=512)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
     found, expected = (each._loglikelihood_tokens(requests, disable_tqdm=True) for each in (ours, theirs))
     assert [logps for logps, _ in found] == pytest.approx([logps for logps, _ in expected], rel=1e-4)
@@ -190,7 +190,7 @@ def test_a_context_is_read_once_for_its_choices(place: Path) -> None:
     model = load_base(place / "model", Config(), CPU).eval()
     read = []
     model.register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
-    lm = SharedContextLM(pretrained=model, tokenizer=load_tokenizer(place / "model"), batch_size=16)
+    lm = SharedContextLM(pretrained=model, chat=ChatFormat(load_tokenizer(place / "model")), batch_size=16)
     lm._loglikelihood_tokens([(("", ""), [5] * 30, [6, 7, 8 + i]) for i in range(4)], disable_tqdm=True)
     assert read[-1] == (1, 30 + 4 * 2)
 
@@ -223,7 +223,7 @@ def test_domain_loss_is_that_of_the_comparison(place: Path, together: Path) -> N
     config, tokenizer = load_config(place / "config.yaml"), load_tokenizer(place / "model")
     prepared = Prepared(tokenizer, read_held_out(config, ("sft", "dpo")), config.values)
     base = load_base(place / "model", Config(), CPU).eval()
-    expected = mean_loss(score_answers(base, prepared.targets, tokenizer.pad_token_id))
+    expected = mean_loss(score_answers(base, prepared.items(ChatFormat(tokenizer)).targets, tokenizer.pad_token_id))
     assert math.log(values(together)["domain_reference", "base", "perplexity"]) == pytest.approx(expected, abs=1e-5)
     entry = next(e for e in results(together)["entries"] if e["task"] == "domain_answers")
     assert entry["n"] == len(prepared.questions)
@@ -254,7 +254,7 @@ def test_generated_answers_end_at_a_stop_and_obey_no_recommendation(name: str, t
         base = save_family_model(tmp_path / says.strip("<|>"), family, says)
         change_generation_config(base, repetition_penalty=1.5, no_repeat_ngram_size=1, min_new_tokens=2)
         model, tokenizer = load_base(base, Config(), CPU).eval(), load_tokenizer(base)
-        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+        lm = SharedContextLM(pretrained=model, chat=ChatFormat(tokenizer), batch_size=2)
         requests = [
             Instance("generate_until", {}, (text, {"until": [], "do_sample": False, "max_gen_toks": 4}), index)
             for index, text in enumerate(("hello", "how are you"))

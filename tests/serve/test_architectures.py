@@ -57,7 +57,7 @@ def test_mixed_batches_give_the_tokens_of_plain_peft(architecture, tmp_path, wri
         "dpo": save_adapter(tmp_path / "dpo", base, "dpo", seed=2, r=7, target_modules=["q_proj", "down_proj"]),
     }
     models = models_of(base, adapters, write_config)
-    prove_cache(models, 128, None)
+    prove_cache(models, 128)
     names = ["sft", "base", "dpo", "sft", "dpo"]
     jobs = [Job(ids, name, 12) for ids, name in zip(random_prompts(names, len(models.tokenizer)), names, strict=True)]
     asyncio.run(run_jobs(new_engine(models), jobs))
@@ -115,4 +115,4 @@ def test_a_base_that_ignores_the_mask_is_refused(tiny_llama, write_config):
 
     models.network.register_forward_pre_hook(ignoring_the_mask, with_kwargs=True)
     with pytest.raises(UserError, match=r"base_model_id: .*tiny-llama: this server cannot run it: .* differ by \d+"):
-        prove_cache(models, 128, None)
+        prove_cache(models, 128)

@@ -239,7 +239,7 @@ def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_co
         request: Any = SimpleNamespace(state=SimpleNamespace(client="a"))
         engine.start()
         try:
-            [job] = await service.begin(request, ["base"], lambda: [1, 2], 2, GenerateRequest(prompt="x"), None)
+            [job] = await service.begin(request, ["base"], lambda chat: [1, 2], 2, GenerateRequest(prompt="x"), None)
             await job.text()
         finally:
             await asyncio.to_thread(engine.stop)
