@@ -1,6 +1,7 @@
 """Write what is derived from code: configs/schema.json, configs/config.yaml and the generated parts of the READMEs.
 
-Reads scripts/common/schema.py, the first sentence of every module's docstring and eval/benchmarks/demo.json.
+Reads scripts/common/schema.py, the first sentence of every module's docstring, eval/benchmarks/demo.json and what the
+template test finds (tests/support/templates.py).
 Needs requirements.txt.
 
     python -m scripts.make_docs
@@ -105,6 +106,7 @@ def documents() -> dict[Path, str]:
         ROOT / "README.md": ("measured", measured_tables()),
         ROOT / "configs" / "README.md": ("keys", key_table()),
         MAP_FOLDER / "README.md": ("tree", tree()),
+        MAP_FOLDER / "dataset" / "README.md": ("templates", template_table()),
     }
     whole = {SCHEMA_FILE: schema_json(), CONFIG_FILE: config_yaml(STATED)}
     return whole | {path: with_part(path, name, content) for path, (name, content) in parts.items()}
@@ -121,6 +123,13 @@ def with_part(path: Path, name: str, content: str) -> str:
     if not (opened and closed):
         raise UserError(f"{path}: the generated part stands between `{start}` and `{end}`, but a marker is missing.")
     return f"{head}{start}\n{content}\n{end}{tail}"
+
+
+def template_table() -> str:
+    """Render which chat templates are right: the code of the test decides, so that the table claims nothing else."""
+    from tests.support.templates import table
+
+    return str(table())
 
 
 def tree() -> str:

@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 from tests.repo.test_no_dead_keys import keys
 
 GENERATED = (
-    "configs/schema.json", "configs/config.yaml", "configs/README.md", "scripts/README.md", "README.md",
+    "configs/schema.json", "configs/config.yaml", "configs/README.md", "scripts/README.md", "scripts/dataset/README.md",
+    "README.md",
 )  # fmt: skip
 
 

@@ -25,9 +25,16 @@ from tokenizers import AddedToken
 from transformers.utils import chat_template_utils
 
 from scripts.common.errors import UserError
-from scripts.dataset.chat_format import ChatFormat
-from scripts.dataset.records import Message, Record
-from scripts.dataset.rendering import Rendered, check_rendered, render_prompt, render_record
+from scripts.dataset.chat_format import ChatFormat, stop_token_ids
+from scripts.dataset.records import Message, Preference, Record
+from scripts.dataset.rendering import (
+    Rendered,
+    check_rendered,
+    check_rendered_pair,
+    render_pair,
+    render_prompt,
+    render_record,
+)
 from tests.conftest import tiny_tokenizer
 
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -323,8 +330,8 @@ class _OneDay(datetime.datetime):
     """What a template that prints the date takes for now."""
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime.datetime:
-        return datetime.datetime.combine(DAY, datetime.time())
+    def now(cls, tz: Any = None) -> Any:
+        return cls(DAY.year, DAY.month, DAY.day)
 
 
 def _split_behind(text: str, part: str) -> tuple[str, str]:
@@ -391,6 +398,12 @@ def compare(tokenizer: Any, case: Case) -> None:
         else:  # tokens merge across the boundary, so the answer stands for itself
             assert ids == tokenizer.encode(trained, add_special_tokens=False)
     check_rendered(chat, record, rows)
+    worse = _joined("I am lost.", "I do not know.") if case.thinking else "I do not know."
+    pair = Preference("here:1", record.prompt, record.answer, worse)
+    rendered = render_pair(chat, pair)
+    assert (rendered.prompt_ids, rendered.chosen_ids) == found[-1], "DPO renders otherwise than SFT"
+    check_rendered_pair(chat, pair, rendered)
+    assert rendered.chosen_ids[-1] in stop_token_ids(tokenizer)
 
 
 def _read_back(tokenizer: Any, text: str) -> str:
