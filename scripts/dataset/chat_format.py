@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Self
 from scripts.common.artifacts import Manifest
 from scripts.common.errors import UserError, listing
 from scripts.common.schema import Data
-from scripts.dataset.records import Message, with_system_prompt
+from scripts.dataset.records import END_THINK, REASONING_KEYS, THINK, Message, with_system_prompt
 
 # For base models that bring no chat template, such as gpt2. Stored with the adapter like any other template.
 BOS_FIRST = "{{ bos_token }}"
@@ -29,10 +29,7 @@ PLAIN_TEMPLATE = (
 
 # In place of texts, to see what a template writes around them.
 ASKED, REASONED, ANSWERED = "the question stands here", "the reasoning stands here", "the answer stands here"
-THINK, END_THINK = "<think>", "</think>"
 REASONING_FIRST = re.compile(rf"\s*{THINK}(?P<reasoning>.*?){END_THINK}(?P<content>.*)", re.DOTALL)
-# Where templates look for reasoning: Qwen3 and most others, gpt-oss, Gemma 4.
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 KNOWS_REASONING = re.compile(r"reasoning_content|\.thinking\b|\.reasoning\b|['\"](thinking|reasoning)['\"]")
 
 
@@ -149,7 +146,7 @@ class ChatFormat:
             return "field"
         if self.opens_thinking:
             return "prompt"
-        return "nowhere" if KNOWS_REASONING.search(self.tokenizer.chat_template) else "text"
+        return "nowhere" if KNOWS_REASONING.search(self._template) else "text"
 
     @cached_property
     def opens_thinking(self) -> bool:
@@ -170,7 +167,7 @@ class ChatFormat:
         from transformers.utils.chat_template_utils import _get_template_variables
 
         given_by_us = {"messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception"}
-        own = set(_get_template_variables(self.tokenizer.chat_template)) - given_by_us
+        own = set(_get_template_variables(self._template)) - given_by_us
         known = sorted(own - set(self.tokenizer.special_tokens_map))
         if unknown := [name for name in self.template_kwargs if name not in known]:
             names = ", ".join(known) or "none"
@@ -181,6 +178,12 @@ class ChatFormat:
                     "Correct the name, or remove it.",
                 )
             )
+
+    def added_tokens_in(self, ids: Iterable[int]) -> list[str]:
+        """Name the added tokens among the ids of an answer that stand for themselves, such as `<tool_call>`."""
+        added = self.tokenizer.added_tokens_decoder
+        texts = (added[token].content for token in ids if token in added)
+        return [text for text in texts if not text.isspace() and text not in self._building_turns]
 
     def _frame(self, prompt: Sequence[Message]) -> tuple[str, str]:
         """Return what stands before an answer to this prompt and what the template writes after its content."""
@@ -194,21 +197,22 @@ class ChatFormat:
 
     def _check_place(self, before: str) -> None:
         problem = None
-        if before.rstrip().endswith(END_THINK):
+        if not self.thinking and self.place_of_reasoning in ("field", "prompt"):
+            problem = "this is the format of an adapter that was trained without reasoning"
+        elif before.rstrip().endswith(END_THINK):
             problem = (
                 "the prompt closes the thinking block before it; see data.chat_template_kwargs (enable_thinking: false?) "
                 "and the system prompt"
             )
         elif self.place_of_reasoning == "nowhere":
             problem = "the chat template drops the reasoning of a last answer; use a base with another version of it"
-        elif not self.thinking and self.place_of_reasoning != "text":
-            problem = "this format is that of an adapter trained without reasoning"
         if problem:
             raise UnfitRow(f"the answer begins with reasoning, but {problem}.")
 
-    def write(self, messages: Sequence[Message], **settings: bool) -> str:
+    def write(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Write a conversation; control tokens that someone typed are marked."""
-        return self._apply([self._prepared(message) for message in messages], **settings)
+        prepared = [self._prepared(message) for message in messages]
+        return self._apply(prepared, add_generation_prompt=add_generation_prompt)
 
     def _prepared(self, message: Message) -> dict[str, str]:
         """Mark what is text though it looks like a control token, and hand reasoning over where the template takes it."""
@@ -235,7 +239,7 @@ class ChatFormat:
     def _never_typed(self) -> re.Pattern[str]:
         """Match what is text when a user or a system prompt says it: all special tokens and those in the template."""
         tokenizer = self.tokenizer
-        return _any_of({*tokenizer._get_control_tokens(tokenizer.chat_template), *self._building_turns})
+        return _any_of({*tokenizer._get_control_tokens(self._template), *self._building_turns})
 
     @cached_property
     def _never_in_answers(self) -> re.Pattern[str]:
@@ -252,7 +256,11 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder
         return {added[token].content for token in ids if token in added and not added[token].content.isspace()}
 
-    def _probe(self, *answer: dict[str, str], **settings: bool) -> str:
+    @property
+    def _template(self) -> str:
+        return str(self.tokenizer.get_chat_template())
+
+    def _probe(self, *answer: dict[str, str], add_generation_prompt: bool = False) -> str:
         """Write a question, with an answer or without; nothing where the template refuses it with a system prompt too.
 
         Then the conversation at hand will be refused, for the reason that holds for it.
@@ -260,18 +268,26 @@ class ChatFormat:
         system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": ASKED}
         for before in ([], [system]):
             with suppress(UserError):
-                return self._apply([*before, asked, *answer], **settings)
+                return self._apply([*before, asked, *answer], add_generation_prompt=add_generation_prompt)
         return ""
 
-    def _apply(self, messages: Sequence[Mapping[str, str]], **settings: bool) -> str:
-        today = {"strftime_now": datetime.combine(self.date, time()).strftime} if self.date else {}
+    def _apply(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+        """Run the template. The library's own method would hand it no function, and so no other date than today's."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        def strftime_now(form: str) -> str:
+            return (datetime.combine(self.date, time()) if self.date else datetime.now()).strftime(form)
+
+        given = {**self.tokenizer.special_tokens_map, **self.template_kwargs, "strftime_now": strftime_now}
         try:
-            written = self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                **{"add_generation_prompt": False} | settings,
-                **self.template_kwargs,
-                **today,
+            return str(
+                _compile_jinja_template(self._template).render(
+                    messages=list(messages),
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **given,
+                )
             )
         except Exception as error:  # a template is a program of the base model's; it can raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -279,7 +295,6 @@ class ChatFormat:
                 f"the model's chat template refuses this conversation: {reason}. Its turns: "
                 f"{', '.join(message['role'] for message in messages)}; change the data (data.system_prompt), or the base model."
             ) from None
-        return str(written)
 
 
 def _answered(reasoning: str | None = None) -> dict[str, str]:

@@ -16,6 +16,9 @@ from scripts.dataset.files import BadRow, _hub_rows, find_file, read_rows
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+# How the reasoning of an answer stands in its text, and the keys under which data and templates hold it apart.
+THINK, END_THINK = "<think>", "</think>"
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -263,8 +266,22 @@ def _turns(value: Any, name: str, role: str) -> list[Message]:
         if message["role"] not in ROLES:
             raise RowError(f"{at}.role", f"found {message['role']!r}, wanted one of {', '.join(ROLES)}")
         content = _text({f"{at}.content": message["content"]}, f"{at}.content", empty=message["role"] == "system")
+        if message["role"] == "assistant":
+            content = _with_reasoning(message, content, at)
         turns.append({"role": message["role"], "content": content})
     return turns
+
+
+def _with_reasoning(message: dict[str, Any], content: str, at: str) -> str:
+    """Put the reasoning that a message holds apart before its content, where rendering looks for it."""
+    given = [key for key in REASONING_KEYS if message.get(key)]
+    if not given:
+        return content
+    if len(given) > 1 or content.lstrip().startswith(THINK):
+        places = [*given, "content"] if len(given) == 1 else given
+        raise RowError(at, f"holds reasoning in {' and in '.join(places)}; keep one of them")
+    reasoning = _text({f"{at}.{given[0]}": message[given[0]]}, f"{at}.{given[0]}").strip("\n")
+    return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{content}"
 
 
 def takes_turns(roles: Sequence[str], last: str) -> bool:

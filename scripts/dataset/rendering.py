@@ -128,7 +128,9 @@ def render_pair(chat: ChatFormat, pair: Preference) -> RenderedPair:
     with _named(pair.source):
         chosen, rejected = (render_completion(chat, pair.prompt, prompt_ids, answer) for answer in pair.answers)
         if chosen == rejected:
-            raise UnfitRow("chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair.")
+            raise UnfitRow(
+                "chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
+            )
     return RenderedPair(prompt_ids, chosen, rejected)
 
 

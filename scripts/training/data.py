@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -111,6 +112,10 @@ def render_rows(
     train, validation = ([row for _, row in side if len(row.input_ids) <= limit] for side in sides)
     if not train:
         raise UserError(f"{run.stage}.max_length: no training record fits into {limit} tokens. {fix}.")
+    counts = Counter(token for row in train for token in set(start.chat.added_tokens_in(row.in_one_row().labels)))
+    if counts:
+        named = ", ".join(f"{token} in {count}" for token, count in counts.most_common(10))
+        log.info("answers hold added tokens of the tokenizer, each trained as one token: %s of %d", named, len(train))
     return train, validation
 
 
