@@ -87,6 +87,13 @@ OTHERS: dict[str, tuple[str, str | None, str]] = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
         "<|endoftext|>", "<|endoftext|>",
     ),
+    # The first templates of Phi-3 know no system message and say nothing of it.
+    "phi3_first": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '<|user|>\\n' ~ m.content ~ '<|end|>\\n<|assistant|>\\n' }}"
+        "{% elif m.role == 'assistant' %}{{ m.content ~ '<|end|>\\n' }}{% endif %}{% endfor %}",
+        "<s>", "<|endoftext|>",
+    ),
     "phi4": (
         "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '<|im_sep|>' ~ m.content ~ '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
@@ -279,8 +286,8 @@ class Oracle:
         """Return the prompt of an answer and what is trained behind it."""
         content, question = self.case.turns[turn][-1], self.case.turns[turn - 1][-1]
         asked = self._apply(turn, asks=True)
-        if missing := [texts[-1] for _, *texts in self.case.turns[:turn] if texts[-1] not in asked]:
-            raise Refused(f"the template leaves out {missing}")
+        if self.case.turns[0][0] == "system" and self.case.turns[0][1] not in asked:
+            raise Refused("the model's chat template leaves out the system message")
         before, found, after = self.written(turn).rpartition(content)
         if not found:
             raise Refused("the template does not write the answer")
