@@ -8,18 +8,15 @@ from typing import Any
 import pytest
 
 from scripts.dataset.rendering import render_record
+from tests.support.families import OTHERS, REFUSED, TRL_TEMPLATES, text_templates
 from tests.support.templates import (
     BY_NAME,
     CASES,
-    OTHERS,
-    REFUSED,
-    TRL_TEMPLATES,
     Case,
     Oracle,
     compare,
     family_tokenizer,
     table,
-    text_templates,
     trl_masks,
     verdict,
     with_template,
