@@ -138,10 +138,11 @@ def test_trl_trains_the_same_answers(name: str, case: str) -> None:
         assert after.strip() in ("", tokenizer.eos_token)
 
 
-def test_table_has_a_row_for_each_template_and_marks_what_a_template_does_not_know() -> None:
+def test_table_has_a_row_for_each_template_and_marks_what_does_not_concern_it() -> None:
     lines = table().splitlines()
 
     assert len(lines) == 2 + len(text_templates()) + len(OTHERS)
     assert "| `llama3` | right | right | right | – | – |" in lines
     assert "| `gemma` | right | right | System role not supported | – | – |" in lines
+    assert "| `deepseek_r1_distill` | right | right | right | – | right |" in lines
     assert "| `qwen3` | right | right | right | right | right |" in lines

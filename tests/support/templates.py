@@ -99,11 +99,6 @@ class Case:
         return [index for index, turn in enumerate(self.turns) if turn[0] == "assistant"]
 
     @property
-    def knows_thinking(self) -> bool:
-        """Tell whether thinking is what the case is about."""
-        return self.thinking or bool(self.kwargs)
-
-    @property
     def record(self) -> Record:
         """Return the conversation as a record of a dataset, each answer trained."""
         messages = [{"role": role, "content": _joined(*texts)} for role, *texts in self.turns]
@@ -345,10 +340,14 @@ def table() -> str:
     rows = [f"| template | {' | '.join(COLUMNS)} |", f"|---{'|---' * len(COLUMNS)}|"]
     for name in (*text_templates(), *OTHERS):
         tokenizer = family_tokenizer(name)
-        thinks = KNOWS_THINKING.search(tokenizer.chat_template)
-        cells = [
-            verdict(tokenizer, BY_NAME[column]) if thinks or not BY_NAME[column].knows_thinking else "–"
-            for column in COLUMNS
-        ]
+        cells = [verdict(tokenizer, BY_NAME[name]) if _concerns(tokenizer, name) else "–" for name in COLUMNS]
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _concerns(tokenizer: Any, column: str) -> bool:
+    """Tell whether a template has the switch that turns thinking off, or knows thinking at all."""
+    template = tokenizer.chat_template
+    if column == "thinking off":
+        return "enable_thinking" in template
+    return column != "thinking on" or "</think>" in template or bool(KNOWS_THINKING.search(template))
