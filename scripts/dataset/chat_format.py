@@ -28,9 +28,10 @@ PLAIN_TEMPLATE = (
 )
 
 # In place of texts, to see what a template writes around them.
-ASKED, REASONED, ANSWERED = "the question stands here", "the reasoning stands here", "the answer stands here"
+ASKED, REASONED, ANSWERED = "\ue000question\ue001", "\ue000reasoning\ue001", "\ue000answer\ue001"
 REASONING_FIRST = re.compile(rf"\s*{THINK}(?P<reasoning>.*?){END_THINK}(?P<content>.*)", re.DOTALL)
-KNOWS_REASONING = re.compile(r"reasoning_content|\.thinking\b|\.reasoning\b|['\"](thinking|reasoning)['\"]")
+TAKES_REASONING = re.compile(r"reasoning_content|\.thinking\b|\.reasoning\b|['\"](thinking|reasoning)['\"]")
+KNOWS_THINKING = re.compile(r"enable_thinking|\bthinking\b")
 
 
 class UnfitRow(UserError):
@@ -38,14 +39,29 @@ class UnfitRow(UserError):
 
 
 class Written(NamedTuple):
-    """A prompt, the answer behind it and what ends the answer, as the template writes them.
+    """An answer and what ends it, as the template writes them behind a prompt.
 
     Control tokens that someone typed are marked, so that `ChatFormat.encode` takes them as text.
     """
 
-    prompt: str
     answer: str
     ending: str
+
+
+class _Frame(NamedTuple):
+    """What a template writes around an answer, which depends on the roles before it only."""
+
+    opening: str  # between the last question and where the model begins, as in a prompt
+    before: str  # between the last question and an answer's content
+    ending: str  # after the content
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether a prompt leads right to the content, but for white space.
+
+        That stays with the content: " Paris" behind [/INST] may begin with a single token.
+        """
+        return self.before.startswith(self.opening) and not self.before[len(self.opening) :].strip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,28 +113,44 @@ class ChatFormat:
 
     def write_prompt(self, messages: Sequence[Message]) -> str:
         """Write what a model is asked to continue."""
-        return self._frame(messages)[0]
+        prompt = self.write(messages, add_generation_prompt=True)
+        first = self._prepared(messages[0])
+        if first["role"] == "system" and first["content"].strip() not in prompt:
+            raise UserError(
+                "the model's chat template leaves out the system message. Put its text into the first user turn, and set "
+                "data.system_prompt: null."
+            )
+        frame = self._frame(messages)
+        if self.thinking or frame.is_plain:
+            return prompt
+        if not prompt.endswith(frame.opening):
+            raise UnfitRow(
+                f"the chat template writes {prompt[-40:]!r} behind this prompt, and {frame.opening[-40:]!r} behind others, "
+                "so where the answer begins is not known."
+            )
+        return prompt[: len(prompt) - len(frame.opening)] + frame.before
 
     def write_answer(self, prompt: Sequence[Message], text: str) -> Written:
         """Write an answer behind its prompt.
 
         Raises: UnfitRow when the template has no place for it there.
         """
-        before, ending = self._frame(prompt)
+        frame = self._frame(prompt)
+        opening = frame.opening if self.thinking or frame.is_plain else frame.before
         reasoning, content = self.split(text)
         if reasoning is not None:
-            self._check_place(before)
+            self._check_place(opening)
         if self.thinking and self.place_of_reasoning == "prompt":
             marked = [self._marked(part, self._never_in_answers) for part in (reasoning or "", content)]
-            return Written(before, f"\n{END_THINK}\n\n".join(marked), ending)
-        whole = self.write([*prompt, {"role": "assistant", "content": text}])
-        if not whole.startswith(before) or not whole.endswith(ending):
+            return Written(f"\n{END_THINK}\n\n".join(marked), frame.ending)
+        written = self._behind_question(prompt, self._prepared({"role": "assistant", "content": text}))
+        if not written.startswith(opening) or not written.endswith(frame.ending):
             raise UnfitRow(
                 "the chat template writes something else before or after this answer than around others, so what is "
-                f"trained would not be what is served. The prompt alone ends with {before[-40:]!r}, and with the answer "
-                f"the template writes {whole[_common_start(before, whole) :][:40]!r} in its place."
+                f"trained would not be what is served: behind the question stands {written[:60]!r}, and the prompt that "
+                f"is served ends with {opening[-60:]!r}."
             )
-        return Written(before, whole[len(before) : len(whole) - len(ending)], ending)
+        return Written(written[len(opening) : len(written) - len(frame.ending)], frame.ending)
 
     def split(self, text: str) -> tuple[str | None, str]:
         """Return the reasoning of an answer, None where it has none, and its content."""
@@ -139,14 +171,15 @@ class ChatFormat:
         """Say where the reasoning of a last answer goes.
 
         `field`: the template takes it apart from the content. `prompt`: the template drops it, but its prompt opens the
-        thinking block that the answer continues. `text`: the template knows nothing of it. `nowhere`: the template knows
-        it and drops it.
+        thinking block that the answer continues. `text`: in the content, as the template takes it nowhere else.
+        `nowhere`: the template knows thinking, but writes no reasoning of a last answer.
         """
         if REASONED in self._probe(_answered(REASONED)):
             return "field"
         if self.opens_thinking:
             return "prompt"
-        return "nowhere" if KNOWS_REASONING.search(self._template) else "text"
+        has_tags_of_its_own = KNOWS_THINKING.search(self._template) and THINK not in self._template
+        return "nowhere" if has_tags_of_its_own or TAKES_REASONING.search(self._template) else "text"
 
     @cached_property
     def opens_thinking(self) -> bool:
@@ -185,21 +218,37 @@ class ChatFormat:
         texts = (added[token].content for token in ids if token in added)
         return [text for text in texts if not text.isspace() and text not in self._building_turns]
 
-    def _frame(self, prompt: Sequence[Message]) -> tuple[str, str]:
-        """Return what stands before an answer to this prompt and what the template writes after its content."""
-        generation_prompt = self.write(prompt, add_generation_prompt=True)
-        before, mark, ending = self.write([*prompt, {"role": "assistant", "content": ANSWERED}]).rpartition(ANSWERED)
-        if not mark:
-            raise UserError("the chat template does not write the content of an answer. Use another base model.")
-        # Mere white space before the content stays with it: " Paris" behind [/INST] may begin with a single token.
-        same = before.startswith(generation_prompt) and not before[len(generation_prompt) :].strip()
-        return (generation_prompt if self.thinking or same else before), ending
+    def _frame(self, prompt: Sequence[Message]) -> _Frame:
+        roles = tuple(message["role"] for message in prompt)
+        if roles not in self._frames:
+            before, mark, ending = self._behind_question(prompt, _answered()).partition(ANSWERED)
+            if not mark:
+                raise UserError("the chat template does not write the content of an answer. Use another base model.")
+            self._frames[roles] = _Frame(self._behind_question(prompt), before, ending)
+        return self._frames[roles]
 
-    def _check_place(self, before: str) -> None:
+    def _behind_question(self, prompt: Sequence[Message], *answer: dict[str, str]) -> str:
+        """Return what the template writes behind the last question; of a prompt, or of an answer to it.
+
+        What it writes before that is what is served: some templates put the system message before the last question, and
+        write none once an answer follows.
+        """
+        turns = [{"role": message["role"], "content": "text"} for message in prompt[:-1]]
+        turns += [{"role": prompt[-1]["role"], "content": ASKED}, *answer]
+        _, mark, behind = self._apply(turns, add_generation_prompt=not answer).partition(ASKED)
+        if not mark:
+            raise UserError("the chat template does not write the content of a question. Use another base model.")
+        return behind
+
+    @cached_property
+    def _frames(self) -> dict[tuple[str, ...], _Frame]:
+        return {}
+
+    def _check_place(self, opening: str) -> None:
         problem = None
         if not self.thinking and self.place_of_reasoning in ("field", "prompt"):
             problem = "this is the format of an adapter that was trained without reasoning"
-        elif before.rstrip().endswith(END_THINK):
+        elif opening.rstrip().endswith(END_THINK):
             problem = (
                 "the prompt closes the thinking block before it; see data.chat_template_kwargs (enable_thinking: false?) "
                 "and the system prompt"
@@ -334,9 +383,9 @@ def closing_token_id(tokenizer: Any) -> int | None:
     It need not be marked as special. Some tokenizers hold line breaks as added tokens, which close nothing.
     """
     if not hasattr(tokenizer, "_closing_token_id"):
-        after = ChatFormat(tokenizer)._probe(_answered()).rpartition(ANSWERED)
-        ids = tokenizer.encode(after[2], add_special_tokens=False) if after[1] else []
+        after = ChatFormat(tokenizer)._probe(_answered()).partition(ANSWERED)[2]
         added = tokenizer.added_tokens_decoder
+        ids = tokenizer.encode(after, add_special_tokens=False)
         closing = (token for token in ids if token in added and not added[token].content.isspace())
         tokenizer._closing_token_id = next(closing, None)
     closing_id: int | None = tokenizer._closing_token_id
@@ -363,7 +412,3 @@ def without_marks(text: str) -> str:
 def _any_of(texts: set[str]) -> re.Pattern[str]:
     """Match any of these texts, a longer one before those that it contains."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-def _common_start(left: str, right: str) -> int:
-    return next((place for place, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), len(left))

@@ -80,24 +80,26 @@ def render_completion(chat: ChatFormat, prompt: Sequence[Message], prompt_ids: S
     Raises: UnfitRow when the template has no place for it there.
     """
     written = chat.write_answer(prompt, answer)
-    ids = _encode_behind(chat, written, prompt_ids)
-    # Stops may also stand before the content's end, so those that the template writes after it are counted from the end.
+    ids = _encode_behind(chat, chat.write_prompt(prompt), written, prompt_ids)
     stops = stop_token_ids(chat.tokenizer)
     ends = [index for index, token in enumerate(ids) if token in stops]
     in_ending = sum(token in stops for token in chat.encode(written.ending))
-    if not 0 < in_ending <= len(ends):
-        return [*ids, chat.tokenizer.eos_token_id]
-    return ids[: ends[-in_ending] + 1]
+    if len(ends) > in_ending:
+        raise UnfitRow(
+            f"the chat template itself writes {chat.tokenizer.decode(ids[ends[0]])!r}, which ends answers, before the end "
+            "of this one, so the server would end there. Use a base with another template."
+        )
+    return ids[: ends[0] + 1] if ends else [*ids, chat.tokenizer.eos_token_id]
 
 
-def _encode_behind(chat: ChatFormat, written: Written, prompt_ids: Sequence[int]) -> list[int]:
+def _encode_behind(chat: ChatFormat, prompt_text: str, written: Written, prompt_ids: Sequence[int]) -> list[int]:
     """Encode an answer and its ending behind the prompt's own ids, from which a model continues."""
     from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as BREAK
 
     rest = written.answer + written.ending
-    whole = chat.encode(written.prompt + rest)
+    whole = chat.encode(prompt_text + rest)
     if whole[: len(prompt_ids)] != list(prompt_ids):  # tokens merge across the boundary, so the answer starts afresh
-        whole = chat.encode(written.prompt + BREAK + rest)
+        whole = chat.encode(prompt_text + BREAK + rest)
     return whole[len(prompt_ids) :]
 
 
@@ -167,7 +169,8 @@ def _check_trained(chat: ChatFormat, trained: Sequence[int], answer: str) -> Non
     packed = _normalized(tokenizer, text)
     if chat.thinking:
         reasoning, content = chat.split(answer)
-        wanted = [_normalized(tokenizer, part) for part in (reasoning or "", content)]
+        # Some tokenizers put a space before every text, so before each part too.
+        wanted = [_normalized(tokenizer, part).removeprefix("▁") for part in (reasoning or "", content)]
         same = packed.endswith(wanted[1]) and wanted[0] in packed.removesuffix(wanted[1])
     else:
         same = packed == _normalized(tokenizer, answer)

@@ -245,6 +245,81 @@ def test_reasoning_in_two_places_or_of_another_kind_is_refused() -> None:
     assert parse(reasoning=None, thinking="").answer == "2"
 
 
+def test_token_that_ends_both_reasoning_and_answer_is_refused_with_reasoning() -> None:
+    """Otherwise the server would end within the answer, between its two parts."""
+    tokenizer = tiny_tokenizer(
+        "{% for m in messages %}{{ m['role'] + ':' }}{% if m.reasoning_content %}{{ m.reasoning_content + '<<end>>' }}{% endif %}"
+        "{{ m['content'] + '<<end>>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.add_tokens(["<<end>>"])
+    chat = ChatFormat(tokenizer, thinking=True)
+    record = chat_of("1+1?", REASONED)
+
+    with pytest.raises(UnfitRow, match="here:1: the chat template itself writes '<<end>>', which ends answers"):
+        render_record(chat, record)
+    plain = chat_of("1+1?", "2")
+    [row] = render_record(ChatFormat(tokenizer), plain)
+    assert tokenizer.decode([label for label in row.labels if label >= 0]) == "2<<end>>"
+
+
+def test_thinking_with_tags_of_its_own_is_not_trained_as_text() -> None:
+    tokenizer = tiny_tokenizer("{% if enable_thinking %}{{ '<|think|>' }}{% endif %}" + tiny_tokenizer().chat_template)
+
+    with pytest.raises(UnfitRow, match="the chat template drops the reasoning of a last answer"):
+        render_record(ChatFormat(tokenizer), chat_of("1+1?", REASONED))
+
+
+def test_reasoning_is_proven_with_a_tokenizer_that_puts_a_space_before_every_text() -> None:
+    from tokenizers import decoders, normalizers
+
+    tokenizer = chatml()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace("\u2581", " ")])
+    chat, record = ChatFormat(tokenizer, thinking=True), chat_of("1+1?", REASONED)
+
+    check_rendered(chat, record, render_record(chat, record))
+    with pytest.raises(UnfitRow, match="the trained tokens decode to"):
+        check_rendered(chat, record, render_record(chat, chat_of("1+1?", REASONED.replace("add", "take"))))
+
+
+# --- system messages
+
+
+HOISTED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}"
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_system_message_that_stands_before_the_last_question_is_trained_where_it_is_served() -> None:
+    """Mistral's newer templates: once an answer follows, the question is not the last turn any more."""
+    tokenizer = tiny_tokenizer(HOISTED)
+    chat = ChatFormat(tokenizer)
+    record = parse_record(
+        {"messages": [{"role": "system", "content": "Sys"}, *chat_of("a", "b", "c", "d").messages]}, "here:1", Data()
+    )
+
+    rows = render_record(chat, record)
+
+    check_rendered(chat, record, rows)
+    end = tokenizer.eos_token
+    assert [tokenizer.decode(row.input_ids) for row in rows] == [
+        f"[INST]Sys\n\na[/INST] b{end}",
+        f"[INST]a[/INST] b{end}[INST]Sys\n\nc[/INST] d{end}",
+    ]
+    assert [tokenizer.decode([label for label in row.labels if label >= 0]) for row in rows] == [f" b{end}", f" d{end}"]
+
+
+def test_template_that_leaves_out_the_system_message_is_refused_with_what_to_do() -> None:
+    tokenizer = tiny_tokenizer(HOISTED.replace("messages[0]['role'] == 'system'", "false"))
+
+    with pytest.raises(UserError, match=r"leaves out the system message.*data\.system_prompt: null"):
+        render_prompt(ChatFormat(tokenizer), user_turn("a", "Sys"))
+    assert tokenizer.decode(render_prompt(ChatFormat(tokenizer), user_turn("a"))) == "[INST]a[/INST]"
+
+
 # --- what a template is given
 
 

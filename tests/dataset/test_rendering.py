@@ -364,7 +364,7 @@ def test_prompt_that_changes_once_answered_is_served_as_it_is_trained() -> None:
     rendered = one_row(tokenizer, record("Hi", "Hello"))
 
     served = render_prompt(ChatFormat(tokenizer), user_turn("Hi"))
-    assert tokenizer.decode(served) == "2Hi<|end|>"
+    assert tokenizer.decode(served) == "1Hi<|end|>"
     assert rendered.input_ids[: len(served)] == served
     assert trained_text(tokenizer, rendered) == ["Hello<|end|>"]
 
