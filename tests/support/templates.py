@@ -210,24 +210,13 @@ class Oracle:
         raise Refused("the chat template drops the reasoning of a last answer")
 
     def _up_to_first_stop(self, after: str) -> str:
-        """Cut what a template writes after an answer behind the first added token that ends it; EOS where none does."""
-        reasoned = Oracle(self.tokenizer, BY_NAME["thinking on"], "reasoning_content")
-        inside = reasoned.between_reasoning_and_content()
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content not in inside]
+        """Cut what a template writes after an answer behind its first added token; EOS where it writes none."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         ends = [(after.index(token), -len(token)) for token in added if token in after and not token.isspace()]
         if not ends:
             return after + str(self.tokenizer.eos_token)
         place, length = min(ends)
         return after[: place - length]
-
-    def between_reasoning_and_content(self) -> str:
-        """Return what stands there: a token that also ends the reasoning does not end the answer."""
-        index = self.case.answered[0]
-        try:
-            _, found, rest = self.written(index).partition(self.case.turns[index][1])
-        except Refused:
-            return ""
-        return rest.partition(self.case.turns[index][2])[0] if found else ""
 
     def _apply(self, count: int, *, asks: bool) -> str:
         messages = [self.message(index) for index in range(count)]
