@@ -24,7 +24,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """Return what a user wrote or a system prompt says, without earlier answers."""
+        """Return what a user wrote or the record's own system message says, without earlier answers."""
         return "\n".join(message["content"] for message in self.prompt if message["role"] != "assistant")
 
 
@@ -51,18 +51,20 @@ class HeldOut:
 def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
     """Read the validation side of the datasets that these stages train on.
 
+    Without the configured system message: each model reads the one that it was trained with.
     Raises: UserError when nothing is held out.
     """
     values = config.values
+    data = values.data.model_copy(update={"system_prompt": None})
     held_out = tuple(
         record
         for stage in TRAINING_STAGES.values()
         if stage.name in stages
         for file in load_datasets(
-            getattr(values, stage.name).dataset_path, PARSERS[stage.records], values.data, f"{stage.name}.dataset_path"
+            getattr(values, stage.name).dataset_path, PARSERS[stage.records], data, f"{stage.name}.dataset_path"
         )
         for record in file.records
-        if is_validation(record.prompt, values.data)
+        if is_validation(record.prompt, data)
     )
     if not held_out:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from scripts.common.artifacts import sha256_json
 from scripts.common.schema import Check, Config
 from scripts.common.stages import BASE, TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat
-from scripts.dataset.records import Preference
+from scripts.dataset.records import Preference, with_system_prompt
 from scripts.dataset.rendering import Rendered, render_completion, render_pair, render_prompt
 from scripts.model.adapter import switched_to
 from scripts.model.generation import Answer, Health, generate_answers, health
@@ -57,12 +57,16 @@ class Items:
     """The held-out items as the token ids that one model reads."""
 
     def __init__(self, chat: ChatFormat, questions: Sequence[Question], preferences: Sequence[Preference]) -> None:
-        self.prompts = [render_prompt(chat, question.prompt) for question in questions]
+        asked = [with_system_prompt(question.prompt, chat.system_prompt) for question in questions]
+        self.prompts = [render_prompt(chat, prompt) for prompt in asked]
         self.targets = [
-            Rendered.of(ids, render_completion(chat, question.prompt, ids, question.target))
-            for ids, question in zip(self.prompts, questions, strict=True)
+            Rendered.of(ids, render_completion(chat, prompt, ids, question.target))
+            for ids, prompt, question in zip(self.prompts, asked, questions, strict=True)
         ]
-        pairs = [render_pair(chat, pair) for pair in preferences]
+        pairs = [
+            render_pair(chat, replace(pair, prompt=tuple(with_system_prompt(pair.prompt, chat.system_prompt))))
+            for pair in preferences
+        ]
         self.chosen = [pair.side(pair.chosen_ids) for pair in pairs]
         self.rejected = [pair.side(pair.rejected_ids) for pair in pairs]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from scripts.model.base import load_base, load_tokenizer
 from scripts.model.find import find_model
 from scripts.model.shape import ModelShape
 from serve.stacking import LoraWeights, RowAdapters, stack_adapters
+
+log = logging.getLogger(__name__)
 
 MERGE_INSTEAD = (
     "which cannot share a batch. Merge it with `python -m scripts.export_lora` and set serve.adapter_path to the merged "
@@ -76,6 +79,9 @@ def load_models(config: Config, machine: Machine) -> Models:
     chats = {BASE: ChatFormat.of_base(tokenizer, config.data)}
     chats |= {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
     chats[BASE].check_kwargs("data.chat_template_kwargs")
+    for name, chat in chats.items():
+        if chat.system_prompt != config.data.system_prompt:
+            log.info("%s: reads prompts with the system prompt it was trained with, not data.system_prompt", name)
     models = Models(network, tokenizer, chats, shape, rows, _describe(manifests), default, source)
     prove_adapters(models)
     return models

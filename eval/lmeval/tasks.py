@@ -23,6 +23,7 @@ from scripts.common.paths import ROOT, portable_path
 from scripts.common.schema import Check
 from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.files import BadRow, read_rows
+from scripts.dataset.records import with_system_prompt
 from scripts.dataset.rendering import render_completion, render_prompt
 
 log = logging.getLogger(__name__)
@@ -171,8 +172,9 @@ def _plan_domain(config: LoadedConfig, stages: Collection[str], chat: ChatFormat
     rows: list[dict[str, Any]] = []
     ids: Ids = {}
     for question in read_held_out(config, stages).questions(values.eval.max_prompts):
-        prompt_ids = render_prompt(chat, question.prompt)
-        answer_ids = render_completion(chat, question.prompt, prompt_ids, question.target)
+        prompt = with_system_prompt(question.prompt, chat.system_prompt)
+        prompt_ids = render_prompt(chat, prompt)
+        answer_ids = render_completion(chat, prompt, prompt_ids, question.target)
         text = chat.tokenizer.decode(prompt_ids)
         ids[text], ids[text, question.target] = prompt_ids, answer_ids
         rows.append(

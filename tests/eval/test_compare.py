@@ -23,6 +23,7 @@ from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from tests.support.chain import manifest, write_chain
 from tests.support.exporting import save_adapter
+from tests.support.manifests import change_manifest
 from tests.support.models import CPU
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
@@ -145,6 +146,31 @@ def test_the_same_adapter_twice_gives_exactly_zero(compared: Path, tmp_path: Pat
                 assert difference.p_value == 1
     assert measured["dpo"].kl["sft"] == 0
     assert decide(metrics, ["base", "sft", "dpo"], None)[0].outcome == "no_difference"
+
+
+def test_arms_that_read_prompts_differently_are_measured_each_in_its_way_and_marked(
+    compared: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "dpo_adapter"
+    shutil.copytree(compared / "out/dpo_adapter", other)
+    change_manifest(other, system_prompt="Be brief.", template_date="2026-01-31")
+    settings = [f"dpo.output_dir={other}", f"eval.output_dir={tmp_path}/comparison", "eval.max_prompts=2"]
+    config = ["--config", str(compared / "config.yaml"), *(part for item in settings for part in ("--set", item))]
+
+    assert compare.main(config) == 0
+
+    [note] = [note for note in read_report(tmp_path / "comparison").notes if "read the same prompt differently" in note]
+    assert "sft and dpo" in note
+    assert "system_prompt: None and 'Be brief.'" in note
+    assert "template_date: None and '2026-01-31'" in note
+    loaded = load_config(compared / "config.yaml")
+    tokenizer = load_tokenizer(compared / "model")
+    prepared = Prepared(tokenizer, compare.read_held_out(loaded, {"sft": None}), loaded.values)
+    folders = {"sft": compared / "out/sft_adapter", "dpo": other}
+    _, chats = compare.load_models(loaded, folders, compared / "model", tokenizer)
+    plain, brief = (prepared.items(chats[name]) for name in ("sft", "dpo"))
+    assert prepared.items(chats["base"]) is plain
+    assert ["Be brief." in tokenizer.decode(items.prompts[0]) for items in (plain, brief)] == [False, True]
 
 
 def test_refuses_adapters_of_another_split(compared: Path, capsys: pytest.CaptureFixture) -> None:

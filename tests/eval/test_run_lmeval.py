@@ -29,6 +29,7 @@ from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.repo.test_library_traps import write_gguf
 from tests.support.chain import manifest, write_chain
+from tests.support.manifests import change_manifest
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
 CPU = Machine("cpu", torch.float32, 1, 1, ())
@@ -242,6 +243,23 @@ def test_domain_answers_are_those_of_greedy_generation(place: Path, together: Pa
     own = [line for line in lines if line["task"] == "domain_answers" and line["model"].endswith("sft_adapter")]
     assert [line["responses"][0].strip() for line in own] == expected
     assert values(together)["domain_answers", "sft", "check_2"] == 1
+
+
+def test_adapters_that_read_prompts_differently_are_scored_each_in_its_way_and_marked(
+    place: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "dpo_adapter"
+    shutil.copytree(place / "dpo_adapter", other)
+    change_manifest(other, system_prompt="Be brief.", chat_template_kwargs={"tone": "warm"})
+    paths = ["base", str(place / "sft_adapter"), str(other)]
+
+    assert call(place, tmp_path / "out", "--model_path", *paths, "--task", "domain", "--limit", "2") == 0
+
+    templates = {entry["label"]: entry["settings"]["chat_template"] for entry in results(tmp_path / "out")["entries"]}
+    assert templates["base"] == templates["sft"], "the base reads what the first adapter reads"
+    assert "system_prompt Be brief." in templates["dpo"]
+    assert "chat_template_kwargs {'tone': 'warm'}" in templates["dpo"]
+    assert any("chat_template" in warning for warning in results(tmp_path / "out")["warnings"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
