@@ -21,7 +21,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.checks import check_rules
-from eval.held_out import check_split, read_held_out
+from eval.held_out import check_split, leave_out_unfit, read_held_out
 from scripts.common.artifacts import FORMAT_FACTS, Manifest, RunFacts, read_manifest
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
@@ -127,12 +127,16 @@ def find_adapters(config: LoadedConfig) -> list[Adapter]:
 def prepare(config: LoadedConfig, adapters: list[Adapter]) -> Comparison:
     """Find the base, read what was held out, and turn it into token ids."""
     from eval.measuring import Prepared
+    from scripts.dataset.chat_format import ChatFormat
     from scripts.model.base import load_tokenizer
     from scripts.model.find import find_model
+    from scripts.model.shape import position_table
 
     held_out = read_held_out(config, [adapter.name for adapter in adapters])
     base_folder = find_model(config.values.base_model_id, config.values.base_model_revision)
-    prepared = Prepared(load_tokenizer(base_folder), held_out, config.values)
+    chat = ChatFormat.of(load_tokenizer(base_folder), adapters[0].manifest)
+    held_out = leave_out_unfit(held_out, chat, position_table(base_folder), config.values.data)
+    prepared = Prepared(chat.tokenizer, held_out, config.values)
     log.info("%d held-out prompts and %d pairs", len(prepared.questions), len(prepared.pairs))
     return Comparison(config, adapters, base_folder, prepared)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.common.artifacts import Manifest
 from scripts.common.config import LoadedConfig
-from scripts.common.errors import UserError
+from scripts.common.errors import UserError, listing
+from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.chat_format import ChatFormat, UnfitRow
 from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets
+from scripts.dataset.rendering import check_rendered, check_rendered_pair, render_pair, render_record
 from scripts.dataset.split import is_validation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,41 @@ def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
             "data.validation_ratio: nothing is held out, so nothing can be compared. Raise it and train again."
         )
     return HeldOut(held_out)
+
+
+def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, data: Data) -> HeldOut:
+    """Return the records that a model can read and answer; training set the others aside, too.
+
+    `positions` is the length of a model's table of them. Raises: UserError unless `data.on_bad_row` is `skip`.
+    """
+    fit: list[Record | Preference] = []
+    unfit: list[str] = []
+    for record in held_out.records:
+        try:
+            longest = max(len(ids) for ids in _checked_rows(chat, record))
+        except UnfitRow as error:
+            unfit.append(str(error))
+            continue
+        if positions and longest > positions:
+            unfit.append(f"{record.source}: {longest} tokens, and the base has {positions} positions")
+        else:
+            fit.append(record)
+    if unfit:
+        head = f"{len(unfit)} of {len(held_out.records)} held-out records cannot be measured"
+        if data.on_bad_row != "skip" or not fit:
+            raise UserError(listing(head, unfit, "Change them, or set data.on_bad_row: skip to leave them out."))
+        log.warning("%s", listing(head, unfit, "They are left out."))
+    return HeldOut(tuple(fit))
+
+
+def _checked_rows(chat: ChatFormat, record: Record | Preference) -> list[list[int]]:
+    if isinstance(record, Preference):
+        pair = render_pair(chat, record)
+        check_rendered_pair(chat, record, pair)
+        return [pair.input_ids]
+    rows = render_record(chat, record)
+    check_rendered(chat, record, rows)
+    return [row.input_ids for row in rows]
 
 
 def check_split(folder: Path, manifest: Manifest, config: LoadedConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from eval.checks import passes
-from eval.held_out import read_held_out
+from eval.held_out import leave_out_unfit, read_held_out
 from scripts.common.artifacts import DatasetFacts, sha256_file, sha256_json
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
@@ -171,7 +171,8 @@ def _plan_domain(config: LoadedConfig, stages: Collection[str], chat: ChatFormat
     values = config.values
     rows: list[dict[str, Any]] = []
     ids: Ids = {}
-    for question in read_held_out(config, stages).questions(values.eval.max_prompts):
+    held_out = leave_out_unfit(read_held_out(config, stages), chat, None, values.data)
+    for question in held_out.questions(values.eval.max_prompts):
         prompt = with_system_prompt(question.prompt, chat.system_prompt)
         prompt_ids = render_prompt(chat, prompt)
         answer_ids = render_completion(chat, prompt, prompt_ids, question.target)

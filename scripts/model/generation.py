@@ -11,6 +11,7 @@ import torch
 
 from scripts.dataset.chat_format import stop_token_ids
 from scripts.model.batch import left_padded_batch
+from scripts.model.shape import positions_of
 
 NGRAM = 4
 
@@ -66,12 +67,16 @@ def generate_answers(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Answer]:
-    """Continue each prompt greedily, in the order given; prompts of similar length share a batch."""
+    """Continue each prompt greedily, in the order given; prompts of similar length share a batch.
+
+    Where the model has a table of positions, an answer ends with it at the latest.
+    """
     stops = stop_token_ids(tokenizer)
     answers: dict[int, Answer] = {}
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    positions = positions_of(model)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with decoding_greedily(model, tokenizer):
         for start in range(0, len(order), batch_size):
@@ -80,7 +85,7 @@ def generate_answers(
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, positions - input_ids.shape[1]) if positions else max_new_tokens,
             )
             for row, index in enumerate(indices):
                 answers[index] = _cut(tokenizer, output[row, input_ids.shape[1] :].tolist(), stops)

@@ -73,8 +73,13 @@ def position_table(folder: Path) -> int | None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):  # neither memory nor weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).get_decoder()  # without its eyes
+    return positions_of(model)
+
+
+def positions_of(model: Any) -> int | None:
+    """Return how many positions a model has a table for; None where it computes them."""
     tables = (name for name, _ in (*model.named_parameters(), *model.named_buffers()) if POSITION_TABLE.search(name))
-    return ModelShape.of(config).positions if any(tables) else None
+    return ModelShape.of(model.config).positions if any(tables) else None
 
 
 def siblings(names: Iterable[str]) -> list[list[str]]:

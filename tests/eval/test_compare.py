@@ -21,6 +21,7 @@ from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.records import parse_record
 from scripts.model.adapter import load_adapter
 from scripts.model.base import load_base, load_tokenizer
+from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import manifest, write_chain
 from tests.support.exporting import save_adapter
 from tests.support.manifests import change_manifest
@@ -171,6 +172,24 @@ def test_arms_that_read_prompts_differently_are_measured_each_in_its_way_and_mar
     plain, brief = (prepared.items(chats[name]) for name in ("sft", "dpo"))
     assert prepared.items(chats["base"]) is plain
     assert ["Be brief." in tokenizer.decode(items.prompts[0]) for items in (plain, brief)] == [False, True]
+
+
+def test_held_out_records_that_training_set_aside_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a base with a table of positions: one record is longer than it, others leave no room for a whole answer."""
+    save_tiny_model(tmp_path / "model", "gpt2", n_positions=128)
+    config = write_chain(tmp_path)
+    rows = [{"instruction": f"say {n} " + "la " * (120 if n % 5 == 3 else 30), "output": "yes"} for n in range(24)]
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    settings = ["sft.trainer.max_steps=2", "data.validation_ratio=0.7", "eval.max_new_tokens=90"]
+    common = ["--config", str(config), *(part for item in settings for part in ("--set", item))]
+    assert train_sft.main([*common, "--set", "data.on_bad_row=skip"]) == 0
+
+    assert compare.main(common) == 2
+    assert "tokens, and the base has 128 positions" in capsys.readouterr().err
+    assert compare.main([*common, "--set", "data.on_bad_row=skip"]) == 0
+    report = read_report(tmp_path / "out/comparison")
+    assert 0 < len(report.samples) < 24
+    assert all(health["mean_tokens"] <= 90 for health in report.health.values())
 
 
 def test_refuses_adapters_of_another_split(compared: Path, capsys: pytest.CaptureFixture) -> None:

@@ -106,6 +106,8 @@ PROOFS = {
     "data.on_bad_row": SFT + "test_bad_rows_are_written_to_the_run_folder_when_skipped",
     "data.train_on": "dataset/test_records.py::test_train_on_decides_which_answers_carry_the_loss",
     "data.system_prompt": "dataset/test_records.py::test_system_prompt_goes_only_before_conversations_that_bring_none",
+    "data.chat_template_kwargs": "training/test_start.py::test_an_argument_that_the_template_does_not_know_is_refused",
+    "data.template_date": "training/test_start.py::test_a_configured_day_is_taken_and_must_be_the_parents",
     "sft.dataset_path": SFT + "test_weights_of_datasets_reach_training",
     "sft.output_dir": SFT + "test_same_seed_gives_the_same_adapter_and_another_seed_another",
     "sft.max_length": SFT + "test_answer_longer_than_max_length_is_refused_with_its_line_and_the_fix",
