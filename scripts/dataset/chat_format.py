@@ -34,6 +34,9 @@ TAKES_REASONING = re.compile(r"reasoning_content|\.thinking\b|\.reasoning\b|['\"
 KNOWS_THINKING = re.compile(r"enable_thinking|\bthinking\b")
 
 
+MOST_FRAMES = 256  # to keep, as clients of the server write system messages of their own
+
+
 class UnfitRow(UserError):
     """Say why one record cannot be trained on; others may well be."""
 
@@ -49,7 +52,7 @@ class Written(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """What a template writes around an answer, which depends on the roles before it only."""
+    """What a template writes around an answer, which depends on the roles before it and on a system message only."""
 
     opening: str  # between the last question and where the model begins, as in a prompt
     before: str  # between the last question and an answer's content
@@ -114,8 +117,7 @@ class ChatFormat:
     def write_prompt(self, messages: Sequence[Message]) -> str:
         """Write what a model is asked to continue."""
         prompt = self.write(messages, add_generation_prompt=True)
-        first = self._prepared(messages[0])
-        if first["role"] == "system" and first["content"].strip() not in prompt:
+        if messages[0]["role"] == "system" and self.leaves_out_system_messages:
             raise UserError(
                 "the model's chat template leaves out the system message. Put its text into the first user turn, and set "
                 "data.system_prompt: null."
@@ -186,6 +188,14 @@ class ChatFormat:
         """Tell whether the template's prompt ends within a thinking block."""
         return self._probe(add_generation_prompt=True).rstrip().endswith(THINK)
 
+    @cached_property
+    def leaves_out_system_messages(self) -> bool:
+        """Tell whether the template writes nothing of a system message, without refusing it."""
+        turns = [{"role": "system", "content": REASONED}, {"role": "user", "content": ASKED}]
+        with suppress(UserError):
+            return REASONED not in self._apply(turns, add_generation_prompt=True)
+        return False
+
     def prints_date(self) -> bool:
         """Tell whether what the template writes depends on the day."""
         days = (date(2001, 2, 3), date(2014, 11, 25))
@@ -219,13 +229,16 @@ class ChatFormat:
         return [text for text in texts if not text.isspace() and text not in self._building_turns]
 
     def _frame(self, prompt: Sequence[Message]) -> _Frame:
-        roles = tuple(message["role"] for message in prompt)
-        if roles not in self._frames:
+        # A system message may say `/no_think`, which some templates read.
+        key = (*(message["role"] for message in prompt), prompt[0]["content"] if prompt[0]["role"] == "system" else "")
+        if key not in self._frames:
             before, mark, ending = self._behind_question(prompt, _answered()).partition(ANSWERED)
             if not mark:
                 raise UserError("the chat template does not write the content of an answer. Use another base model.")
-            self._frames[roles] = _Frame(self._behind_question(prompt), before, ending)
-        return self._frames[roles]
+            if len(self._frames) >= MOST_FRAMES:
+                self._frames.clear()
+            self._frames[key] = _Frame(self._behind_question(prompt), before, ending)
+        return self._frames[key]
 
     def _behind_question(self, prompt: Sequence[Message], *answer: dict[str, str]) -> str:
         """Return what the template writes behind the last question; of a prompt, or of an answer to it.
@@ -233,7 +246,10 @@ class ChatFormat:
         What it writes before that is what is served: some templates put the system message before the last question, and
         write none once an answer follows.
         """
-        turns = [{"role": message["role"], "content": "text"} for message in prompt[:-1]]
+        turns = [
+            message if message["role"] == "system" else {"role": message["role"], "content": "text"}
+            for message in prompt[:-1]
+        ]
         turns += [{"role": prompt[-1]["role"], "content": ASKED}, *answer]
         _, mark, behind = self._apply(turns, add_generation_prompt=not answer).partition(ASKED)
         if not mark:
@@ -272,10 +288,10 @@ class ChatFormat:
         if reasoning is None:
             return {**message, "content": self._marked(text, self._never_in_answers)}
         if self.place_of_reasoning == "text":
-            first, tag, rest = text.partition(END_THINK)
-            first = first.replace(THINK, "", 1)
-            marked = [self._marked(part, self._never_in_answers) for part in (first, rest)]
-            return {**message, "content": THINK + marked[0] + tag + marked[1]}
+            start, opened, rest = text.partition(THINK)
+            inside, closed, behind = rest.partition(END_THINK)
+            marked = [self._marked(part, self._never_in_answers) for part in (inside, behind)]
+            return {**message, "content": start + opened + marked[0] + closed + marked[1]}
         marked_reasoning, marked_content = (self._marked(part, self._never_in_answers) for part in (reasoning, content))
         return {**message, "content": marked_content, **dict.fromkeys(REASONING_KEYS, marked_reasoning)}
 

@@ -320,6 +320,30 @@ def test_template_that_leaves_out_the_system_message_is_refused_with_what_to_do(
     assert tokenizer.decode(render_prompt(ChatFormat(tokenizer), user_turn("a"))) == "[INST]a[/INST]"
 
 
+def test_switch_in_a_system_message_that_the_template_reads_is_obeyed() -> None:
+    """SmolLM3's template takes `/no_think` out of the system message and closes the thinking block."""
+    tokenizer = tiny_tokenizer(
+        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+        "{% set off = '/no_think' in system %}{% set empty = '<think>\n\n</think>\n' if off else '' %}"
+        "{{ system.replace('/no_think', '') + eos_token }}{% for m in messages %}{% if m['role'] != 'system' %}"
+        "{{ m['role'] + ':' + (empty if m['role'] == 'assistant' else '') + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' + empty }}{% endif %}"
+    )
+    chat = ChatFormat(tokenizer)
+    system = {"role": "system", "content": "/no_think"}
+    plain = parse_record({"messages": [system, *chat_of("1+1?", "2").messages]}, "here:1", Data())
+    reasoned = parse_record({"messages": [system, *chat_of("1+1?", REASONED).messages]}, "here:2", Data())
+
+    [row] = render_record(chat, plain)
+
+    check_rendered(chat, plain, [row])
+    assert tokenizer.decode(row.input_ids) == "<|end|>user:1+1?<|end|>assistant:<think>\n\n</think>\n2<|end|>"
+    with pytest.raises(UnfitRow, match=r"here:2: .* closes the thinking block before it; .* and the system prompt"):
+        render_record(chat, reasoned)
+    [row] = render_record(chat, chat_of("1+1?", REASONED))
+    assert tokenizer.decode([label for label in row.labels if label >= 0]) == REASONED + "<|end|>"
+
+
 # --- what a template is given
 
 
