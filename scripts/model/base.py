@@ -39,7 +39,9 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.chat_template is None:
         log.info("the base brings no chat template; using the project's plain one, which is stored with the adapter")
         tokenizer.chat_template = plain_template(tokenizer)
-    set_stops_of_base(tokenizer, _stops_in(folder / "generation_config.json"))
+    set_stops_of_base(
+        tokenizer, _stops_in_gguf(folder / inside) if inside else _stops_in(folder / "generation_config.json")
+    )
     return tokenizer
 
 
@@ -53,6 +55,16 @@ def _stops_in(file: Path) -> list[int]:
     if not all(type(token) is int for token in ids):
         raise UserError(f"{file}: eos_token_id: found {stops!r}, wanted an id or a list of ids. Fetch the model again.")
     return ids
+
+
+def _stops_in_gguf(file: Path) -> list[int]:
+    """Return the ids that a GGUF file names for the end of a text, of a turn and of a message."""
+    from gguf import GGUFReader, Keys
+
+    with blamed_on(file):
+        reader = GGUFReader(file)
+        names = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+        return [int(field.contents()) for name in names if (field := reader.get_field(name))]
 
 
 def load_base(folder: Path, config: Config, machine: Machine) -> Any:

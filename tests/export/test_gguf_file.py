@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTr
 from scripts.common.errors import UserError
 from scripts.common.paths import ROOT
 from scripts.dataset.chat_format import PLAIN_TEMPLATE, ChatFormat, plain_template
+from scripts.dataset.rendering import render_prompt
 from scripts.export import gguf_file
 from scripts.export.ollama import go_template, write_modelfile
 from scripts.export_lora import main
@@ -323,6 +325,20 @@ def test_modelfile_renders_prompts_as_training_did(template: str | None, roles) 
     assert translated is not None
     expected = tokenizer.apply_chat_template(turns(*roles), tokenize=False, add_generation_prompt=True)
     assert render_go(translated, turns(*roles)) == expected
+
+
+@pytest.mark.parametrize("roles", [("user",), ("system", "user"), ("system", "user", "assistant", "user")])
+def test_modelfile_begins_an_answer_where_the_adapter_was_trained_to(roles) -> None:
+    """Qwen3 writes an empty thinking block before an answer without reasoning, and none before earlier ones."""
+    tokenizer = tiny_tokenizer((Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text(encoding="utf-8"))
+    empty = "<think>\n\n</think>\n\n"
+
+    for chat, begun in ((ChatFormat(tokenizer), empty), (ChatFormat(tokenizer, thinking=True), "")):
+        translated = go_template(chat)
+        assert translated is not None
+        prompt = render_go(translated, turns(*roles))
+        assert prompt == tokenizer.decode(render_prompt(chat, turns(*roles)))
+        assert prompt.endswith("<|im_start|>assistant\n" + begun)
 
 
 def test_modelfile_leaves_bos_to_the_reader_that_adds_it() -> None:
