@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,10 @@ from scripts.common.schema import Lora
 from scripts.common.stages import ADAPTER_STAGES
 from scripts.dataset.rendering import template_sha256, tokenizer_sha256
 from scripts.model.fingerprint import base_fingerprint
+from scripts.model.targets import choose_targets, linear_layers
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
 
@@ -45,52 +43,28 @@ ADAPTER_KEYS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def linear_layers(model: Any) -> list[str]:
-    """Name the linear layers of the decoder blocks: what `lora.target_modules: auto` stands for."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.get_decoder().named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and re.search(r"(^|\.)\d+\.", name)
-    }
-    if not names:
-        raise UserError("lora.target_modules: auto found no linear layer in this architecture; name the modules.")
-    return sorted(names)
-
-
-def in_decoder(model: Any, names: Sequence[str]) -> list[str]:
-    """Return names that PEFT finds in the decoder alone: a vision tower beside it, say, may have layers of the same name."""
-    decoder = model.get_decoder()
-    within = set(decoder.modules())
-    matching = {
-        path: module for path, module in model.named_modules() if any(f".{path}".endswith(f".{name}") for name in names)
-    }
-    if all(module in within for module in matching.values()):
-        return list(names)
-    return [path for path, module in matching.items() if module in within]
-
-
 def add_lora(model: Any, lora: Lora, base_id: str) -> Any:
-    """Wrap a base with a fresh adapter whose weights stay fp32, and name the modules it adapts."""
+    """Wrap a base with a fresh adapter whose weights stay fp32."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
-    names = linear_layers(model) if lora.target_modules == "auto" else lora.target_modules
-    log.info("adapter on %s", ", ".join(names))
-    targets = in_decoder(model, names)
+    targets = choose_targets(model, lora.target_modules)
     initial: Any = True if lora.init == "default" else lora.init
     try:
         wrapped = get_peft_model(
             model,
             LoraConfig(
-                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, use_rslora=lora.use_rslora,
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets.names, use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora, init_lora_weights=initial, task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
     except ValueError as error:
         known = ", ".join(linear_layers(model))
         raise UserError(f"lora: PEFT refuses this adapter: {error}\nLinear layers of this model: {known}.") from None
+    base = wrapped.get_base_model()
+    elsewhere = {path for path, module in base.named_modules() if isinstance(module, LoraLayer)} ^ set(targets.modules)
+    if elsewhere:
+        raise UserError(f"lora.target_modules: PEFT adapts otherwise than asked, the first is {min(elsewhere)}.")
     wrapped.peft_config["default"].base_model_name_or_path = base_id
     return wrapped
 

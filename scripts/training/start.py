@@ -54,15 +54,17 @@ def settle_machine(run: Run) -> Machine:
 
 
 def find_start(run: Run, init_from: str | None = None) -> Start:
-    """Find the base, and prove that the adapter to continue was made on it."""
+    """Find the base, and prove that the adapter to continue was made on it, or that a fresh one can be put on it."""
     from scripts.model.adapter import check_adapter_fits
     from scripts.model.base import load_tokenizer
     from scripts.model.find import find_model
     from scripts.model.fingerprint import base_fingerprint
+    from scripts.model.targets import targets_of_folder
 
     base_folder = find_model(run.values.base_model_id, run.values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     if init_from is None:
+        log.info("%s", targets_of_folder(base_folder, run.values.lora.target_modules))
         return Start(base_folder, tokenizer, base_fingerprint(base_folder))
     manifest = check_adapter_fits(init_from, base_folder, tokenizer)
     return Start(
