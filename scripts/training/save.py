@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.common.artifacts import MANIFEST, BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts
 from scripts.common.deid_report import report_path
+from scripts.common.errors import UserError
 from scripts.common.run import Run
 from scripts.common.stages import TRAINING_STAGES
 from scripts.common.tracking import Tracker
@@ -83,6 +84,8 @@ def save_adapter(
         save_embedding_layers=False,
         **merge_initialisation(model, run.run_dir),
     )
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    check_saved(part / "adapter_model.safetensors", trained, weights)
     (part / "README.md").unlink(missing_ok=True)  # PEFT's stub of a card says nothing true
     trainer.processing_class.save_pretrained(part)
     before = metrics["held_out_loss_before"]
@@ -113,6 +116,33 @@ def save_adapter(
     tracker.log_artifact(run.output_dir / MANIFEST)
     if values.tracking.log_adapter:
         tracker.log_artifact(run.output_dir, "adapter")
+
+
+def check_saved(file: Path, trained: Iterable[str], weights: dict[str, Any]) -> None:
+    """Prove that an adapter's file holds every tensor that trained, in its shape and with its values.
+
+    Raises: UserError naming the first that it does not hold.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(file)
+    for name in trained:
+        key = name.replace(".default", "")
+        if "lora_magnitude_vector" in key:
+            key = key.removesuffix(".weight")
+        found, value = saved.get(key), weights.get(name)
+        if found is not None and value is not None:
+            # What moves a part of the base into the adapter (PiSSA, OLoRA) is saved with its start behind it: at rank 2r.
+            rank = 0 if "lora_A" in key else 1
+            doubled = tuple(size * (2 if axis == rank else 1) for axis, size in enumerate(value.shape))
+            if found.shape in (value.shape, doubled) and torch.equal(found[tuple(map(slice, value.shape))], value):
+                continue
+        what = "is missing" if found is None else "differs from it"
+        raise UserError(
+            f"{file}: {key} was trained, but what was saved {what}. Nothing was put into place; the checkpoints are kept. "
+            "Adapt other modules (lora.target_modules)."
+        )
 
 
 def print_summary(run: Run, metrics: dict[str, Any]) -> None:

@@ -45,12 +45,10 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         weight = num_items_in_batch / (records * self.answer_tokens)
         # The loss of a mixture's routers is no sum over answer tokens, so its gradient keeps the size that TRL gives it.
         coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, self.router_aux_loss_coef / weight
-        try:
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            self.router_aux_loss_coef = coefficient
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.router_aux_loss_coef = coefficient
         loss, *outputs = found if return_outputs else (found,)
-        # What is logged stays the mean of the batch.
+        # What is logged stays the mean of the batch, the routers' part aside.
         weighted = loss.detach() + (loss - loss.detach()) * weight
         return (weighted, *outputs) if return_outputs else weighted
 
