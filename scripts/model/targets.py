@@ -148,12 +148,11 @@ def _named_modules(model: Any, names: list[str], experts: Mapping[str, int]) -> 
 
     modules, for_text = dict(model.named_modules()), _for_text(model)
     found = {name: _matching(modules, [name]) for name in names}
-    fused = _taken_for_experts(model, names) if experts else []
-    fused += [name for name, paths in found.items() if not paths and _matching(experts, [name])]
+    taken = _taken_for_experts(model, names) if experts else []
+    fused = [name for name, paths in found.items() if name in taken or not paths and _matching(experts, [name])]
     if fused:
-        raise _cannot_adapt(
-            model, fused, "the experts of this model lie in one tensor per layer, of which an adapter is loaded by nobody"
-        )
+        reason = "the experts of a layer lie in one tensor, and no adapter on them or on their router could be loaded again"
+        raise _cannot_adapt(model, fused, reason)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = [
         name
