@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ def write_mixture(folder: Path, family: str, **changes: Any) -> Path:
 
 def gradients(trainer: Any, compute_loss: Any, rows: list[Any], *more: Any) -> dict[str, torch.Tensor]:
     """Return the gradient of one batch."""
+    trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop sets it
     trainer.model.train()
     trainer.model.zero_grad()
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -69,7 +69,7 @@ def test_sft_weights_answers_alone_and_leaves_the_routers_gradient_as_it_is(tmp_
 
     def share_of_routers(compute_loss: Any) -> dict[str, torch.Tensor]:
         found = []
-        for coefficient in (LOUD, 0):
+        for coefficient in (LOUD, 0.0):
             run = tmp_path / f"{compute_loss.__qualname__}{coefficient}"
             trainer = build_trainer("sft", config, run, [f"sft.trainer.router_aux_loss_coef={coefficient}"])
             for name, value in trainer.model.named_parameters():
@@ -85,9 +85,8 @@ def test_sft_weights_answers_alone_and_leaves_the_routers_gradient_as_it_is(tmp_
     assert_alike(share_of_routers(AnswerLossTrainer.compute_loss), share_of_routers(SFTTrainer.compute_loss))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_a_mixture_goes_through_both_stages(tmp_path: Path, family: str, caplog) -> None:
-    config = str(write_mixture(tmp_path, family))
+def test_a_mixture_goes_through_both_stages(tmp_path: Path) -> None:
+    config = str(write_mixture(tmp_path, "deepseek_v3"))
 
     assert train_sft.main(["--config", config]) == 0
     assert train_dpo.main(["--config", config]) == 0
@@ -101,21 +100,22 @@ def test_a_mixture_goes_through_both_stages(tmp_path: Path, family: str, caplog)
         assert metrics["held_out_loss"] < metrics["held_out_loss_before"]
 
 
-def test_dry_run_says_what_is_adapted_and_what_stays_untouched(tmp_path: Path, caplog) -> None:
+def test_dry_run_says_what_is_adapted_and_what_stays_untouched(tmp_path: Path, capsys) -> None:
     config = str(write_mixture(tmp_path, "qwen3_moe"))
 
-    with caplog.at_level(logging.INFO):
-        assert train_sft.main(["--config", config, "--dry-run"]) == 0
+    assert train_sft.main(["--config", config, "--dry-run"]) == 0
 
-    assert "adapter on k_proj, o_proj, q_proj, v_proj; experts stay untouched: 12,288 parameters" in caplog.text
+    said = capsys.readouterr().err
+    assert "adapter on k_proj, o_proj, q_proj, v_proj; experts stay untouched: 12,288 parameters" in said
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "down_proj"])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_targets_that_would_be_lost_are_refused_before_the_base_is_loaded(tmp_path, capsys, name, dry) -> None:
+def test_targets_that_would_be_lost_are_refused_at_start(tmp_path, capsys, name, dry) -> None:
     config = str(write_mixture(tmp_path, "qwen3_moe"))
     asked = ["--set", f"lora.target_modules=[q_proj,{name}]"]
-    (tmp_path / "model/model.safetensors").write_bytes(b"")
 
     assert train_sft.main(["--config", config, *asked, *dry]) == 2
-    assert f"error: lora.target_modules: {name}: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"error: lora.target_modules: {name}: " in said
+    assert "gradient checkpointing" not in said, "the run must end before it plans its memory"
