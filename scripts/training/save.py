@@ -76,13 +76,14 @@ def save_adapter(
     """Write adapter, tokenizer, curves and manifest, put them in place of the old folder, and tell the tracker."""
     part = run.empty_folder()
     model = trainer.accelerator.unwrap_model(trainer.model)
+    # PEFT cannot take another state than the model's own when it has to subtract the start of PiSSA or OLoRA.
+    state = merge_initialisation(model, run.run_dir) or {"state_dict": weights}
     # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
     model.save_pretrained(
         part,
-        state_dict=weights,
         selected_adapters=["default"],
         save_embedding_layers=False,
-        **merge_initialisation(model, run.run_dir),
+        **state,
     )
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     check_saved(part / "adapter_model.safetensors", trained, weights)
