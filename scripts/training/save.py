@@ -76,14 +76,16 @@ def save_adapter(
     """Write adapter, tokenizer, curves and manifest, put them in place of the old folder, and tell the tracker."""
     part = run.empty_folder()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # PEFT cannot take another state than the model's own when it has to subtract the start of PiSSA or OLoRA.
-    state = merge_initialisation(model, run.run_dir) or {"state_dict": weights}
+    initialisation = merge_initialisation(model, run.run_dir)
+    if initialisation:
+        weights = weights | initial_weights(run.run_dir / "initial_adapter")
     # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
     model.save_pretrained(
         part,
+        state_dict=weights,
         selected_adapters=["default"],
         save_embedding_layers=False,
-        **state,
+        **initialisation,
     )
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     check_saved(part / "adapter_model.safetensors", trained, weights)
@@ -144,6 +146,17 @@ def check_saved(file: Path, trained: Iterable[str], weights: dict[str, Any]) -> 
             f"{file}: {key} was trained, but what was saved {what}. Nothing was put into place; the checkpoints are kept. "
             "Adapt other modules (lora.target_modules)."
         )
+
+
+def initial_weights(folder: Path) -> dict[str, Any]:
+    """Return a starting adapter under the names by which PEFT looks for it among the weights it is given to save."""
+    from safetensors.torch import load_file
+
+    found = load_file(folder / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.").replace(".weight", f".{folder.name}.weight"): value
+        for name, value in found.items()
+    }
 
 
 def print_summary(run: Run, metrics: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from scripts import train_sft
 from scripts.common.errors import UserError
 from scripts.common.schema import Lora
 from scripts.model.adapter import add_lora, load_adapter, merge_initialisation, save_initialisation, whole_weights
-from scripts.training.save import check_saved, draw_curves, flatten
+from scripts.training.save import check_saved, draw_curves, flatten, initial_weights
 from tests.support.chain import write_chain
 from tests.support.models import load, take_steps
 
@@ -45,10 +45,10 @@ def save(base: Path, folder: Path, **lora) -> tuple[Path, list[str], dict[str, t
     save_initialisation(model, folder)
     take_steps(model)
     weights = whole_weights(model, "default")
-    state = merge_initialisation(model, folder) or {"state_dict": weights}
-    model.save_pretrained(
-        folder / "adapter", selected_adapters=["default"], save_embedding_layers=False, **state
-    )
+    initialisation = merge_initialisation(model, folder)
+    state = weights | (initial_weights(folder / "initial_adapter") if initialisation else {})
+    kwargs = {"selected_adapters": ["default"], "save_embedding_layers": False, **initialisation}
+    model.save_pretrained(folder / "adapter", state_dict=state, **kwargs)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return folder / "adapter/adapter_model.safetensors", trained, weights
 
