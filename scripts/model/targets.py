@@ -94,9 +94,7 @@ def _for_text(model: Any) -> dict[str, Any]:
     """Return what a text passes through below the embeddings: a vision tower, say, may have layers of the same names."""
     decoder = set(model.get_decoder().modules())
     return {
-        path: module
-        for path, module in model.named_modules()
-        if module in decoder and not NOT_FOR_TEXT.search(path)
+        path: module for path, module in model.named_modules() if module in decoder and not NOT_FOR_TEXT.search(path)
     }
 
 
@@ -149,9 +147,11 @@ def _named_modules(model: Any, names: list[str], experts: Mapping[str, int]) -> 
     modules, for_text = dict(model.named_modules()), _for_text(model)
     found = {name: _matching(modules, [name]) for name in names}
     taken = _taken_for_experts(model, names) if experts else []
-    fused = [name for name, paths in found.items() if name in taken or not paths and _matching(experts, [name])]
+    fused = [name for name, paths in found.items() if name in taken or (not paths and _matching(experts, [name]))]
     if fused:
-        reason = "the experts of a layer lie in one tensor, and no adapter on them or on their router could be loaded again"
+        reason = (
+            "the experts of a layer lie in one tensor, and no adapter on them or on their router could be loaded again"
+        )
         raise _cannot_adapt(model, fused, reason)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = [

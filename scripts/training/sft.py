@@ -23,6 +23,7 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         """Take, beside TRL's arguments, the mean number of answer tokens per training record."""
         self.group_by_length, self.held_out, self.answer_tokens = group_by_length, held_out, answer_tokens
         self.control: Any
+        self.router_aux_loss_coef: Any
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
 

@@ -88,7 +88,9 @@ def test_experts_and_routers_asked_for_are_refused_before_weights_are_read(tmp_p
     folder = save_tiny_mixture(tmp_path / family, family)
     (folder / "model.safetensors").unlink()
 
-    with pytest.raises(UserError, match=rf"^lora.target_modules: {refused}: (.|\n)*Linear layers of this model: .*_proj"):
+    with pytest.raises(
+        UserError, match=rf"^lora.target_modules: {refused}: (.|\n)*Linear layers of this model: .*_proj"
+    ):
         targets_of_folder(folder, modules)
 
 

@@ -39,9 +39,7 @@ def save_tiny_mixture(folder: Path, family: str, **changes: Any) -> Path:
 
     tokenizer = tiny_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = AutoConfig.for_model(
-        family, vocab_size=len(tokenizer), **ids, **{**SHAPE, **FAMILIES[family], **changes}
-    )
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **{**SHAPE, **FAMILIES[family], **changes})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

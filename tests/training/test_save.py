@@ -84,7 +84,9 @@ def test_saved_file_that_lacks_a_tensor_stops_the_run(tiny_llama: Path, tmp_path
         tensors[name] = changed[fault]
     save_file(tensors, file)
 
-    with pytest.raises(UserError, match=r"was trained, but what was saved (is missing|differs from it)\. Nothing was put"):
+    with pytest.raises(
+        UserError, match=r"was trained, but what was saved (is missing|differs from it)\. Nothing was put"
+    ):
         check_saved(file, trained, weights)
 
 
@@ -92,5 +94,5 @@ def test_weights_that_trained_but_were_never_collected_stop_the_run(tiny_llama: 
     """An adapter on embeddings keeps its matrices under names of another form."""
     file, trained, weights = save(tiny_llama, tmp_path)
 
-    with pytest.raises(UserError, match="embed_tokens.lora_embedding_A was trained, but what was saved is missing"):
+    with pytest.raises(UserError, match=r"embed_tokens\.lora_embedding_A was trained, but what was saved is missing"):
         check_saved(file, [*trained, "base_model.model.model.embed_tokens.lora_embedding_A.default"], weights)
