@@ -86,16 +86,25 @@ def save_initialisation(model: Any, scratch: Path) -> None:
         model.save_pretrained(scratch / "initial_adapter", save_embedding_layers=False)
 
 
-def _check_adapter_config(path: Path, weights: Path) -> None:
-    """Refuse an adapter whose configuration asks PEFT for more than a LoRA on named modules.
+def adapted_modules(adapter: str | Path) -> list[str]:
+    """Return the names of the modules that a finished adapter is put on."""
+    names: list[str] = _check_adapter_config(Path(adapter))["target_modules"]
+    return names
+
+
+def _check_adapter_config(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's configuration, unless it asks PEFT for more than a LoRA on named modules.
 
     PEFT matches patterns of it against every module, imports modules it names, and reserves memory for any rank.
     """
     from peft import LoraConfig
     from safetensors import SafetensorError, safe_open
 
+    path, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         plain = LoraConfig(task_type="CAUSAL_LM").to_dict()
         unknown = {
             name: value for name, value in found.items() if value != plain.get(name) and name not in ADAPTER_KEYS
@@ -124,6 +133,7 @@ def _check_adapter_config(path: Path, weights: Path) -> None:
                     )
     except SafetensorError as error:
         raise UserError(f"{weights}: cannot be read ({error}). Train the adapter again.") from None
+    return found
 
 
 def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, name: str = "default") -> Any:
@@ -135,10 +145,7 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
-    _check_adapter_config(Path(adapter) / "adapter_config.json", weights)
+    _check_adapter_config(Path(adapter))
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True)
@@ -147,7 +154,7 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
             wrapped = PeftModel.from_pretrained(
                 model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
             )
-        with safe_open(weights, framework="pt") as tensors:
+        with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as tensors:
             found = set(tensors.keys())
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{adapter}: does not fit the base model: {' '.join(str(error).split())[:300]}") from None

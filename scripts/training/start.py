@@ -55,7 +55,7 @@ def settle_machine(run: Run) -> Machine:
 
 def find_start(run: Run, init_from: str | None = None) -> Start:
     """Find the base, and prove that the adapter to continue was made on it, or that a fresh one can be put on it."""
-    from scripts.model.adapter import check_adapter_fits
+    from scripts.model.adapter import adapted_modules, check_adapter_fits
     from scripts.model.base import load_tokenizer
     from scripts.model.find import find_model
     from scripts.model.fingerprint import base_fingerprint
@@ -67,6 +67,7 @@ def find_start(run: Run, init_from: str | None = None) -> Start:
         log.info("%s", targets_of_folder(base_folder, run.values.lora.target_modules))
         return Start(base_folder, tokenizer, base_fingerprint(base_folder))
     manifest = check_adapter_fits(init_from, base_folder, tokenizer)
+    log.info("%s", targets_of_folder(base_folder, adapted_modules(init_from)))
     return Start(
         base_folder, tokenizer, manifest.base_model.fingerprint, manifest.as_parent(init_from), manifest.mlflow.run_id
     )
