@@ -122,7 +122,7 @@ def _expert_parameters(model: Any) -> dict[str, int]:
 
 
 def _taken_for_experts(model: Any, names: Iterable[str]) -> list[str]:
-    """Return the names that PEFT takes for those of transformers 4's experts and router, whatever else has them.
+    """Return the names that PEFT takes for those of transformers 4's experts and router, even where other modules have them.
 
     It would adapt the fused parameters in their place, in an adapter that neither it nor this project loads again.
     """

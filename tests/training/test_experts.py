@@ -64,7 +64,7 @@ def test_dpo_takes_the_gradient_of_plain_trl_with_the_routers_loss(tmp_path: Pat
 
 
 def test_sft_weights_answers_alone_and_leaves_the_routers_gradient_as_it_is(tmp_path: Path) -> None:
-    """The routers' gradient is the difference that their loss makes, whatever weight the answers of a batch have."""
+    """The routers' gradient is the difference that their loss makes, at any weight of the answers."""
     config = write_mixture(tmp_path, "mixtral")
 
     def share_of_routers(compute_loss: Any) -> dict[str, torch.Tensor]:
