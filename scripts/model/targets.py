@@ -150,7 +150,8 @@ def _named_modules(model: Any, names: list[str], experts: Mapping[str, int]) -> 
     fused = [name for name, paths in found.items() if name in taken or (not paths and _matching(experts, [name]))]
     if fused:
         reason = (
-            "the experts of a layer lie in one tensor, and no adapter on them or on their router could be loaded again"
+            "here these names stand for experts or their router, which lie in one tensor per layer, and no adapter on them "
+            "could be loaded again"
         )
         raise _cannot_adapt(model, fused, reason)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
