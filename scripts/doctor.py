@@ -244,6 +244,7 @@ def check_model(config: LoadedConfig) -> Iterator[Finding]:
     from scripts.model.find import DEMO_MODEL, find_local_model
     from scripts.model.fingerprint import base_fingerprint
     from scripts.model.memory import parameter_count
+    from scripts.model.targets import targets_of_folder
 
     values = config.values
     folder = find_local_model(values.base_model_id, values.base_model_revision)
@@ -254,6 +255,7 @@ def check_model(config: LoadedConfig) -> Iterator[Finding]:
         fingerprint = base_fingerprint(folder)
         text = f"{values.base_model_id}: {parameter_count(folder) / 1e6:.0f} M parameters, {fingerprint[:12]}; {hub}"
         yield Finding("ok", text) if reachable or not asked else Finding("warn", text, "--set offline=true")
+        yield Finding("ok", str(targets_of_folder(folder, values.lora.target_modules)))
     elif reachable:
         yield Finding("ok", f"{values.base_model_id}: not here yet; {hub}, and the first run downloads it")
     else:

@@ -74,7 +74,7 @@ class StackedLinears(nn.Module):
         self.B_t: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the output of each layer. x: (B, T, in)."""
+        """Return the output of each layer. x: (B, T, in), or those tokens as (B, 1, T, in) or (B * T, in)."""
         product = nn.functional.linear(x, self.weight, self.bias)
         y, hidden = (
             (self.base(x), product)
@@ -82,8 +82,9 @@ class StackedLinears(nn.Module):
             else product.split([sum(self.widths), len(self.B_t)], dim=-1)
         )
         if self.rows.mask is not None:
-            hidden = hidden.unflatten(-1, (len(self.widths), -1)) * self.rows.mask[:, :, None]
-            y = torch.addmm(y.flatten(0, 1), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
+            hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.rows.mask.shape[-1])
+            hidden = hidden * self.rows.mask[:, :, None]
+            y = torch.addmm(y.flatten(0, -2), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
         outputs: tuple[torch.Tensor, ...] = y.split(self.widths, dim=-1)
         return outputs
 

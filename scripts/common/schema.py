@@ -62,7 +62,8 @@ class Lora(Section):
         description="Dropout on the adapter's input, SFT only (TRL's DPO turns it off). Costs a quarter of a CPU step.",
     )
     target_modules: Literal["auto"] | list[str] = Field(
-        "auto", description="Module names that get an adapter; `auto` takes every linear layer of the decoder blocks."
+        "auto",
+        description="Module names that get an adapter; `auto` takes every linear layer of the decoder blocks. Fused experts, routers, embeddings and the LM head get none.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = Field(

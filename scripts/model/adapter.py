@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,10 @@ from scripts.common.schema import Lora
 from scripts.common.stages import ADAPTER_STAGES
 from scripts.dataset.chat_format import template_sha256, tokenizer_sha256
 from scripts.model.fingerprint import base_fingerprint
+from scripts.model.targets import choose_targets, linear_layers
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
 
@@ -45,52 +43,28 @@ ADAPTER_KEYS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def linear_layers(model: Any) -> list[str]:
-    """Name the linear layers of the decoder blocks: what `lora.target_modules: auto` stands for."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.get_decoder().named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and re.search(r"(^|\.)\d+\.", name)
-    }
-    if not names:
-        raise UserError("lora.target_modules: auto found no linear layer in this architecture; name the modules.")
-    return sorted(names)
-
-
-def in_decoder(model: Any, names: Sequence[str]) -> list[str]:
-    """Return names that PEFT finds in the decoder alone: a vision tower beside it, say, may have layers of the same name."""
-    decoder = model.get_decoder()
-    within = set(decoder.modules())
-    matching = {
-        path: module for path, module in model.named_modules() if any(f".{path}".endswith(f".{name}") for name in names)
-    }
-    if all(module in within for module in matching.values()):
-        return list(names)
-    return [path for path, module in matching.items() if module in within]
-
-
 def add_lora(model: Any, lora: Lora, base_id: str) -> Any:
-    """Wrap a base with a fresh adapter whose weights stay fp32, and name the modules it adapts."""
+    """Wrap a base with a fresh adapter whose weights stay fp32."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
-    names = linear_layers(model) if lora.target_modules == "auto" else lora.target_modules
-    log.info("adapter on %s", ", ".join(names))
-    targets = in_decoder(model, names)
+    targets = choose_targets(model, lora.target_modules)
     initial: Any = True if lora.init == "default" else lora.init
     try:
         wrapped = get_peft_model(
             model,
             LoraConfig(
-                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, use_rslora=lora.use_rslora,
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets.names, use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora, init_lora_weights=initial, task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
     except ValueError as error:
         known = ", ".join(linear_layers(model))
         raise UserError(f"lora: PEFT refuses this adapter: {error}\nLinear layers of this model: {known}.") from None
+    base = wrapped.get_base_model()
+    elsewhere = {path for path, module in base.named_modules() if isinstance(module, LoraLayer)} ^ set(targets.modules)
+    if elsewhere:
+        raise UserError(f"lora.target_modules: PEFT adapts otherwise than asked, the first is {min(elsewhere)}.")
     wrapped.peft_config["default"].base_model_name_or_path = base_id
     return wrapped
 
@@ -112,16 +86,25 @@ def save_initialisation(model: Any, scratch: Path) -> None:
         model.save_pretrained(scratch / "initial_adapter", save_embedding_layers=False)
 
 
-def _check_adapter_config(path: Path, weights: Path) -> None:
-    """Refuse an adapter whose configuration asks PEFT for more than a LoRA on named modules.
+def adapted_modules(adapter: str | Path) -> list[str]:
+    """Return the names of the modules that a finished adapter is put on."""
+    names: list[str] = _check_adapter_config(Path(adapter))["target_modules"]
+    return names
+
+
+def _check_adapter_config(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's configuration, unless it asks PEFT for more than a LoRA on named modules.
 
     PEFT matches patterns of it against every module, imports modules it names, and reserves memory for any rank.
     """
     from peft import LoraConfig
     from safetensors import SafetensorError, safe_open
 
+    path, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         plain = LoraConfig(task_type="CAUSAL_LM").to_dict()
         unknown = {
             name: value for name, value in found.items() if value != plain.get(name) and name not in ADAPTER_KEYS
@@ -150,6 +133,7 @@ def _check_adapter_config(path: Path, weights: Path) -> None:
                     )
     except SafetensorError as error:
         raise UserError(f"{weights}: cannot be read ({error}). Train the adapter again.") from None
+    return found
 
 
 def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, name: str = "default") -> Any:
@@ -161,10 +145,7 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{adapter}: holds no adapter_model.safetensors; other weight files are never read.")
-    _check_adapter_config(Path(adapter) / "adapter_config.json", weights)
+    _check_adapter_config(Path(adapter))
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True)
@@ -173,7 +154,7 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
             wrapped = PeftModel.from_pretrained(
                 model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
             )
-        with safe_open(weights, framework="pt") as tensors:
+        with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as tensors:
             found = set(tensors.keys())
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{adapter}: does not fit the base model: {' '.join(str(error).split())[:300]}") from None

@@ -141,6 +141,12 @@ class SharedPrompts:
 
     def _put_back(self, decoder: Any, args: Any, output: Any) -> Any:
         if self.back is not None:
-            rows = output.last_hidden_state.flatten(0, 1)
-            output.last_hidden_state = rows.index_select(0, self.back.flatten()).view(*self.back.shape, -1)
+            output.last_hidden_state = self._in_two_rows(output.last_hidden_state).view(*self.back.shape, -1)
+            if getattr(output, "router_logits", None) is not None:  # the routers' loss counts tokens as in two rows
+                output.router_logits = tuple(self._in_two_rows(logits) for logits in output.router_logits)
         return output
+
+    def _in_two_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Return what each token of the two rows has among values of the tokens of one row, as (2B * T, …)."""
+        assert self.back is not None
+        return values.flatten(0, -2).index_select(0, self.back.flatten())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.common.artifacts import MANIFEST, BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts
 from scripts.common.deid_report import report_path
+from scripts.common.errors import UserError
 from scripts.common.run import Run
 from scripts.common.stages import TRAINING_STAGES
 from scripts.common.tracking import Tracker
@@ -74,14 +75,19 @@ def save_adapter(
     """Write adapter, tokenizer, curves and manifest, put them in place of the old folder, and tell the tracker."""
     part = run.empty_folder()
     model = trainer.accelerator.unwrap_model(trainer.model)
+    initialisation = merge_initialisation(model, run.run_dir)
+    if initialisation:
+        weights = weights | initial_weights(run.run_dir / "initial_adapter")
     # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
     model.save_pretrained(
         part,
         state_dict=weights,
         selected_adapters=["default"],
         save_embedding_layers=False,
-        **merge_initialisation(model, run.run_dir),
+        **initialisation,
     )
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    check_saved(part / "adapter_model.safetensors", trained, weights)
     (part / "README.md").unlink(missing_ok=True)  # PEFT's stub of a card says nothing true
     trainer.processing_class.save_pretrained(part)
     before = metrics["held_out_loss_before"]
@@ -111,6 +117,44 @@ def save_adapter(
     tracker.log_artifact(run.output_dir / MANIFEST)
     if values.tracking.log_adapter:
         tracker.log_artifact(run.output_dir, "adapter")
+
+
+def check_saved(file: Path, trained: Iterable[str], weights: dict[str, Any]) -> None:
+    """Prove that an adapter's file holds every tensor that trained, in its shape and with its values.
+
+    Raises: UserError naming the first that it does not hold.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(file)
+    for name in trained:
+        key = name.replace(".default", "")
+        if "lora_magnitude_vector" in key:
+            key = key.removesuffix(".weight")
+        found, value = saved.get(key), weights.get(name)
+        if found is not None and value is not None:
+            # What moves a part of the base into the adapter (PiSSA, OLoRA) is saved with its start behind it: at rank 2r.
+            rank = 0 if "lora_A" in key else 1
+            doubled = tuple(size * (2 if axis == rank else 1) for axis, size in enumerate(value.shape))
+            if found.shape in (value.shape, doubled) and torch.equal(found[tuple(map(slice, value.shape))], value):
+                continue
+        what = "is missing" if found is None else "differs from it"
+        raise UserError(
+            f"{file}: {key} was trained, but what was saved {what}. Nothing was put into place; the checkpoints are kept. "
+            "Adapt other modules (lora.target_modules)."
+        )
+
+
+def initial_weights(folder: Path) -> dict[str, Any]:
+    """Return a starting adapter under the names by which PEFT looks for it among the weights it is given to save."""
+    from safetensors.torch import load_file
+
+    found = load_file(folder / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.").replace(".weight", f".{folder.name}.weight"): value
+        for name, value in found.items()
+    }
 
 
 def print_summary(run: Run, metrics: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         """Take, beside TRL's arguments, the mean number of answer tokens per training record."""
         self.group_by_length, self.held_out, self.answer_tokens = group_by_length, held_out, answer_tokens
         self.control: Any
+        self.router_aux_loss_coef: Any
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
 
@@ -38,14 +39,18 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         TRL divides by that number. Random batches hold about the same, but a batch of short records would count each of
         its tokens for more than those of a long one, and the held-out loss, which is per token, would end higher.
         """
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.group_by_length or num_items_in_batch is None:
-            return found
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counted = self.args.world_size if self.args.average_tokens_across_devices else 1
         records = self.args.train_batch_size * self.args.gradient_accumulation_steps * counted
+        weight = num_items_in_batch / (records * self.answer_tokens)
+        # The loss of a mixture's routers is no sum over answer tokens, so its gradient keeps the size that TRL gives it.
+        coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, self.router_aux_loss_coef / weight
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.router_aux_loss_coef = coefficient
         loss, *outputs = found if return_outputs else (found,)
-        # What is logged stays the mean of the batch.
-        weighted = loss.detach() + (loss - loss.detach()) * (num_items_in_batch / (records * self.answer_tokens))
+        # What is logged stays the mean of the batch, the routers' part aside.
+        weighted = loss.detach() + (loss - loss.detach()) * weight
         return (weighted, *outputs) if return_outputs else weighted
 
     def evaluate(

@@ -66,15 +66,18 @@ def settle_machine(run: Run) -> Machine:
 def find_start(
     run: Run, records: Iterable[Record | Preference] = (), init_from: str | None = None, *, resume: bool = False
 ) -> Start:
-    """Find the base, prove that the adapter to continue was made on it, and decide how conversations are written."""
-    from scripts.model.adapter import check_adapter_fits
+    """Find the base, prove that an adapter fits on it, and decide how conversations are written."""
+    from scripts.model.adapter import adapted_modules, check_adapter_fits
     from scripts.model.base import load_tokenizer
     from scripts.model.find import find_model
     from scripts.model.fingerprint import base_fingerprint
+    from scripts.model.targets import targets_of_folder
 
     base_folder = find_model(run.values.base_model_id, run.values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     parent = check_adapter_fits(init_from, base_folder, tokenizer) if init_from is not None else None
+    targets = run.values.lora.target_modules if init_from is None else adapted_modules(init_from)
+    log.info("%s", targets_of_folder(base_folder, targets))
     chat = choose_format(run, tokenizer, records, parent, resume)
     if init_from is None or parent is None:
         return Start(base_folder, chat, base_fingerprint(base_folder))
