@@ -75,6 +75,11 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {}),
     "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
 }
+# Their experts and routers are another matter.
+ATTENTION = {
+    "llama4 in chunks": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
+}
 # By them a family says how long its windows are.
 WINDOWS = ("sliding_window", "attention_chunk_size")
 
@@ -113,12 +118,12 @@ class PlainPeft:
         return logits[0, len(job.ids) - 1 :].argmax(-1).tolist()
 
 
-def served_as_peft_answers(base: Path, folder: Path, write_config, monkeypatch) -> None:
+def served_as_peft_answers(base: Path, folder: Path, write_config, monkeypatch, target_modules: Any = "auto") -> None:
     """Hold mixed batches, in which rows join and leave, against plain PEFT; prompts are read together and in pieces."""
     adapters = {
-        "sft": save_adapter(folder / "sft", base),
-        "dpo": save_adapter(folder / "dpo", base, "dpo", seed=2, r=7),
-        "other": save_adapter(folder / "other", base, seed=3, r=2),
+        "sft": save_adapter(folder / "sft", base, target_modules=target_modules),
+        "dpo": save_adapter(folder / "dpo", base, "dpo", seed=2, r=7, target_modules=target_modules),
+        "other": save_adapter(folder / "other", base, seed=3, r=2, target_modules=target_modules),
     }
     models = models_of(base, adapters, write_config)
     prove_cache(models, 128, None)
@@ -143,7 +148,8 @@ def served_as_peft_answers(base: Path, folder: Path, write_config, monkeypatch) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batches_give_the_tokens_of_plain_peft(family, tmp_path, write_config, monkeypatch):
-    served_as_peft_answers(save_family(tmp_path / "base", family), tmp_path, write_config, monkeypatch)
+    targets = ATTENTION.get(family, "auto")
+    served_as_peft_answers(save_family(tmp_path / "base", family), tmp_path, write_config, monkeypatch, targets)
 
 
 @pytest.mark.drill
@@ -277,7 +283,7 @@ def test_a_base_that_ignores_its_windows_is_refused_though_the_prompt_is_shorter
     models = models_of(base, {}, write_config)
     prove_cache(models, 128, None)
     assert models.network.config.text_config.sliding_window == 256, "the proof's own windows are gone after it"
-    [sliding, _, _] = [layer for layer in attention_layers(models) if layer.layer_type]  # the vision tower has others
+    sliding = next(layer for layer in attention_layers(models) if getattr(layer, "is_sliding", False))
     change_arguments(sliding, attention_mask=without_window)
     refused(models)
 
