@@ -53,8 +53,10 @@ class Service:
         self.models = load_models(config, machine)
         self.context = context_limit(self.models.shape, serve.max_context_tokens)
         if self.context < serve.max_context_tokens:
-            log.info(
-                "serve.max_context_tokens: %d, and this model can be served %d", serve.max_context_tokens, self.context
+            log.warning(
+                "serve.max_context_tokens: %d, but the context ends at %d, as this model's positions do",
+                serve.max_context_tokens,
+                self.context,
             )
         size = prove_cache(self.models, self.context, config.data.system_prompt)
         needed = check_cache_fits(size, serve.max_concurrent, self.context, machine.device)
