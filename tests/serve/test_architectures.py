@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neo",
         {"num_layers": 2, "num_heads": 4, "window_size": WINDOW, "attention_types": [[["global", "local"], 1]]},
     ),
-    "bloom, whose positions are ALiBi": ("bloom", {"n_head": 4, "n_layer": 2}),
+    "bloom, which knows positions by ALiBi": ("bloom", {"n_head": 4, "n_layer": 2, "initializer_range": 0.2}),
     "deepseek_v3": ("deepseek_v3", LATENT_HEADS),
 }  # fmt: skip
 MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
