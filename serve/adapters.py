@@ -30,6 +30,9 @@ MERGE_INSTEAD = (
     "folder."
 )
 
+# The kinds of layers that keep keys and values, or nothing; convolution, state space and recurrence keep more.
+WITHOUT_STATE = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+
 
 @dataclass(frozen=True)
 class Served:
@@ -87,8 +90,14 @@ def load_models(config: Config, machine: Machine) -> Models:
     return models
 
 
-def cannot_serve(source: str, reason: str) -> UserError:
+def cannot_serve(network: Any, source: str, reason: str) -> UserError:
     """Refuse a network for which the engine was not shown to compute what the network itself computes."""
+    text = network.config.get_text_config(decoder=True)
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()) - WITHOUT_STATE)
+    if kinds:
+        reason = f"its layers of the kind {', '.join(kinds)} keep more than keys and values ({reason})"
+    elif network._is_stateful and not hasattr(text, "layer_types"):
+        reason = f"it is recurrent ({text.model_type}) and keeps no keys and values ({reason})"
     return UserError(f"{source}: this server cannot run it: {reason}. Use another base model, or serve it with vLLM.")
 
 
@@ -96,7 +105,7 @@ def _shape_of(network: Any, source: str) -> ModelShape:
     try:
         return ModelShape.of(network.config)
     except (AttributeError, TypeError) as error:  # a network without attention, or with several widths of it
-        raise cannot_serve(source, " ".join(str(error).split())) from None
+        raise cannot_serve(network, source, " ".join(str(error).split())) from None
 
 
 def _named_adapters(config: Config, first: Path | None) -> tuple[dict[str, Path], str]:

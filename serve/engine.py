@@ -57,7 +57,7 @@ class Engine:
         self.deadline_seconds, self.queue_timeout_seconds = deadline_seconds, queue_timeout_seconds
         self.on_death = on_death
         self.device = next(models.network.parameters()).device
-        self.cache = SlotCache(models.shape, slots, context, models.rows.table.dtype, str(self.device))
+        self.cache = SlotCache(slots, context, self.device)
         self.stop_ids = stop_token_ids(models.tokenizer)
         self.rows: list[Job] = []  # decoding; row i stands in slot i
         self.prefilling: list[Job] = []  # stand in the slots after the last row; a prompt read in pieces is alone
@@ -273,20 +273,18 @@ class Engine:
         pad = self.models.tokenizer.pad_token_id  # no token looks at what stands after it, so any id would do
         tokens = [(job.prompt[start:end] + [pad] * (end - start))[: end - start] for job in jobs]
         positions = torch.arange(start, end, device=self.device).expand(len(jobs), -1)
-        mask = torch.arange(end, device=self.device)[None, :] <= positions[:1, :, None]
-        self.cache.select(len(self.rows), positions[:, 0], end)
-        return self._forward(jobs, tokens, positions, mask[:, None], [p - start for p in kept])
+        self.cache.select(len(self.rows), positions, end)
+        return self._forward(jobs, tokens, [p - start for p in kept])
 
     def _decode(self) -> None:
         """Produce one token for every row."""
         jobs = list(self.rows)
         positions = torch.tensor([[job.length] for job in jobs], device=self.device)
         used = max(job.length for job in jobs) + 1
-        mask = (torch.arange(used, device=self.device) <= positions)[:, None, None, :]
 
         def forward() -> torch.Tensor:
-            self.cache.select(0, positions[:, 0], used)
-            return self._forward(jobs, [[job.out[-1]] for job in jobs], positions, mask, [0])[:, 0]
+            self.cache.select(0, positions, used)
+            return self._forward(jobs, [[job.out[-1]] for job in jobs], [0])[:, 0]
 
         logits = self._guarded(jobs, forward)
         if logits is not None:
@@ -294,13 +292,10 @@ class Engine:
                 job.length += 1
             self._emit(jobs, logits)
 
-    def _forward(
-        self, jobs: list[Job], tokens: list[list[int]], positions: torch.Tensor, mask: torch.Tensor, kept: list[int]
-    ) -> torch.Tensor:
-        """Run the network, each row with its job's adapter. tokens: B x T; the rest as in `forward_cached`."""
-        self.models.rows.set([job.model for job in jobs])
+    def _forward(self, jobs: list[Job], tokens: list[list[int]], kept: list[int]) -> torch.Tensor:
+        """Run the network on the selected rows, each with its job's adapter. tokens: B x T; kept: indices into T."""
         input_ids = torch.tensor(tokens, device=self.device)
-        return forward_cached(self.models.network, self.cache, input_ids, positions, mask, kept)
+        return forward_cached(self.models, [job.model for job in jobs], self.cache, input_ids, kept)
 
     def _guarded(self, jobs: list[Job], forward: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """Run a forward pass; on failure end or put back the jobs concerned and return None."""

@@ -54,11 +54,17 @@ class Service:
         self.votes = VotesFile(Path(serve.votes_path), self.metrics) if serve.votes_path else None
         self.models = load_models(config, machine)
         self.context = context_limit(self.models.shape, serve.max_context_tokens)
-        needed = check_cache_fits(self.models.shape, serve.max_concurrent, self.context, machine.dtype, machine.device)
+        if self.context < serve.max_context_tokens:
+            log.warning(
+                "serve.max_context_tokens: %d, but the context ends at %d, as this model's positions do",
+                serve.max_context_tokens,
+                self.context,
+            )
+        size = prove_cache(self.models, self.context)
+        needed = check_cache_fits(size, serve.max_concurrent, self.context, machine.device)
         log.info(
             "keys and values of %d requests x %d tokens: %.0f MB", serve.max_concurrent, self.context, needed / 1e6
         )
-        prove_cache(self.models, self.context)
         self.engine = Engine(
             self.models,
             self.metrics,

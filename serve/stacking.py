@@ -31,7 +31,9 @@ class RowAdapters:
     def __init__(self, ranks: dict[str, int], device: str, dtype: torch.dtype) -> None:
         self.ranks = ranks
         self.index = {BASE: 0, **{name: number for number, name in enumerate(ranks, 1)}}
-        table, start = torch.zeros(len(self.index), sum(ranks.values())), 0
+        width = sum(ranks.values())
+        # Of an odd width, the outputs that stand beside it would lie where llama4 cannot see them as complex numbers.
+        table, start = torch.zeros(len(self.index), width + width % 2), 0
         for name, rank in ranks.items():
             table[self.index[name], start : start + rank] = 1
             start += rank
@@ -112,7 +114,7 @@ def stack_adapters(
     rows = RowAdapters(ranks, device, dtype)
     for targets in _sharing_an_input(network, {layer for layers in weights.values() for layer in layers}):
         bases = [network.get_submodule(target) for target in targets]
-        As, Bs = zip(*[_side_by_side(target, weights, ranks) for target in targets], strict=True)
+        As, Bs = zip(*[_side_by_side(target, weights, ranks, rows.table.shape[1]) for target in targets], strict=True)
         stack = StackedLinears(bases, [A.to(device, dtype) for A in As], [B.to(device, dtype) for B in Bs], rows)
         shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, target in enumerate(targets):
@@ -123,12 +125,12 @@ def stack_adapters(
 
 
 def _side_by_side(
-    target: str, weights: dict[str, dict[str, LoraWeights]], ranks: dict[str, int]
+    target: str, weights: dict[str, dict[str, LoraWeights]], ranks: dict[str, int], width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the matrices of all adapters for one layer into their rank columns; an adapter without that layer gets zeros."""
     sample = next(layers[target] for layers in weights.values() if target in layers)
-    A = torch.zeros(sum(ranks.values()), sample.A.shape[1])
-    B = torch.zeros(sample.B.shape[0], sum(ranks.values()))
+    A = torch.zeros(width, sample.A.shape[1])
+    B = torch.zeros(sample.B.shape[0], width)
     start = 0
     for name, layers in weights.items():
         if target in layers:

@@ -17,7 +17,11 @@ POSITION_TABLE = re.compile(r"\b(wpe|embed_positions|positions?_embed(dings?)?)(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder; `windows` has an entry for each layer, None where it sees the whole context."""
+    """The sizes of a decoder; `windows` has an entry for each layer, None where it sees the whole context.
+
+    `rope_switch`: how long a sequence may become before all its angles change (longrope); None where they never do.
+    `ends_aligned`: windows are counted back from the end of the longest row, so rows of other lengths see wrong ones.
+    """
 
     layers: int
     hidden: int
@@ -28,6 +32,8 @@ class ModelShape:
     vocab: int
     positions: int | None
     windows: tuple[int | None, ...]
+    rope_switch: int | None = None
+    ends_aligned: bool = False
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -35,8 +41,14 @@ class ModelShape:
         text = config.get_text_config(decoder=True)
         layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
         window = getattr(text, "sliding_window", None)
-        kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-        sizes = {"sliding_attention": window, "chunked_attention": getattr(text, "attention_chunk_size", None)}
+        local = getattr(text, "attention_layers", None)  # gpt_neo's
+        kinds = (
+            getattr(text, "layer_types", None)
+            or local
+            or ["sliding_attention" if window else "full_attention"] * layers
+        )
+        chunk, local_window = getattr(text, "attention_chunk_size", None), getattr(text, "window_size", None)
+        sizes = {"sliding_attention": window, "chunked_attention": chunk, "local": local_window}
         return cls(
             layers=layers,
             hidden=hidden,
@@ -47,6 +59,8 @@ class ModelShape:
             vocab=text.vocab_size,
             positions=getattr(text, "max_position_embeddings", None),
             windows=tuple(sizes.get(kind) for kind in kinds),
+            rope_switch=_rope_switch(text),
+            ends_aligned=local is not None,
         )
 
     @classmethod
@@ -60,6 +74,14 @@ class ModelShape:
     def window(self) -> int | None:
         """Return the smallest window of any layer; None where all see the whole context."""
         return min((window for window in self.windows if window), default=None)
+
+
+def _rope_switch(text: Any) -> int | None:
+    """Return where longrope changes from its short factors to its long ones; kinds of layers may have their own rope."""
+    ropes = getattr(text, "rope_parameters", None) or {}
+    every = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+    lengths = [rope["original_max_position_embeddings"] for rope in every if rope.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
 
 
 def position_table(folder: Path) -> int | None:

@@ -88,6 +88,26 @@ def test_mistral_gives_every_layer_its_window(window: int | None, windows: tuple
     assert (shape.heads, shape.kv_heads, shape.head_dim) == (8, 2, 8)
 
 
+def test_local_layers_of_gpt_neo_have_a_window_that_is_counted_from_the_end() -> None:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    shape = ModelShape.of(AutoConfig.for_model("gpt_neo", **sizes, window_size=64))
+
+    assert shape.windows == (None, 64)
+    assert shape.ends_aligned
+
+
+def test_longrope_ends_where_it_changes_its_factors() -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 256,
+             "original_max_position_embeddings": 64}  # fmt: skip
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    shape = ModelShape.of(AutoConfig.for_model("phi3", **sizes, rope_parameters=rope))
+
+    assert shape.rope_switch == 64
+    assert shape.positions == 256
+    assert ModelShape.of(AutoConfig.for_model("phi3", **sizes)).rope_switch is None
+
+
 def test_nested_gemma3_is_that_of_its_language_model(tmp_path: Path) -> None:
     shape = ModelShape.of_folder(save_tiny_gemma3(tmp_path / "gemma3"))
 
