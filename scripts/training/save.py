@@ -75,13 +75,16 @@ def save_adapter(
     """Write adapter, tokenizer, curves and manifest, put them in place of the old folder, and tell the tracker."""
     part = run.empty_folder()
     model = trainer.accelerator.unwrap_model(trainer.model)
+    initialisation = merge_initialisation(model, run.run_dir)
+    if initialisation:
+        weights = weights | initial_weights(run.run_dir / "initial_adapter")
     # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
     model.save_pretrained(
         part,
         state_dict=weights,
         selected_adapters=["default"],
         save_embedding_layers=False,
-        **merge_initialisation(model, run.run_dir),
+        **initialisation,
     )
     (part / "README.md").unlink(missing_ok=True)  # PEFT's stub of a card says nothing true
     trainer.processing_class.save_pretrained(part)
@@ -113,6 +116,17 @@ def save_adapter(
     tracker.log_artifact(run.output_dir / MANIFEST)
     if values.tracking.log_adapter:
         tracker.log_artifact(run.output_dir, "adapter")
+
+
+def initial_weights(folder: Path) -> dict[str, Any]:
+    """Return a starting adapter under the names by which PEFT looks for it among the weights it is given to save."""
+    from safetensors.torch import load_file
+
+    found = load_file(folder / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.").replace(".weight", f".{folder.name}.weight"): value
+        for name, value in found.items()
+    }
 
 
 def print_summary(run: Run, metrics: dict[str, Any]) -> None:
