@@ -69,7 +69,8 @@ def test_ordinary_run_after_one_with_ld_alpha_starts_at_ln_2(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change", ['dpo.trainer={"ld_alpha": 0.5}', "dpo.reference=base", *(f"lora.init={init}" for init in ("pissa", "olora"))]
+    "change",
+    ['dpo.trainer={"ld_alpha": 0.5}', "dpo.reference=base", *(f"lora.init={init}" for init in ("pissa", "olora"))],
 )
 def test_what_changes_the_numbers_changes_what_they_are_kept_under(folder: Path, tmp_path: Path, change: str) -> None:
     fresh = FRESH if change.startswith("lora") else ()
@@ -180,7 +181,8 @@ def test_adapter_that_moved_the_base_is_saved_for_the_plain_base_and_goes_on_in_
         reference = build_trainer("dpo", folder / "config.yaml", tmp_path / "run", before)
         margins = torch.tensor(
             [
-                0.1 * (p["ref_chosen_logps"] - r["ref_chosen_logps"] - p["ref_rejected_logps"] + r["ref_rejected_logps"])
+                0.1
+                * (p["ref_chosen_logps"] - r["ref_chosen_logps"] - p["ref_rejected_logps"] + r["ref_rejected_logps"])
                 for p, r in zip(policy.eval_dataset, reference.eval_dataset, strict=True)
             ]
         )
@@ -196,7 +198,9 @@ def test_what_an_earlier_run_moved_out_of_its_base_is_forgotten(folder: Path, tm
 
 
 @pytest.mark.parametrize("main", [train_sft.main, train_dpo.main])
-@pytest.mark.parametrize("beside", ["lora.use_dora=true", "quantization.load_in_4bit=true", "quantization.load_in_8bit=true"])
+@pytest.mark.parametrize(
+    "beside", ["lora.use_dora=true", "quantization.load_in_4bit=true", "quantization.load_in_8bit=true"]
+)
 def test_moving_a_base_that_cannot_be_moved_is_refused_at_once(folder: Path, capsys, main, beside: str) -> None:
     settings = [part for item in ("lora.init=olora", beside, *FRESH) for part in ("--set", item)]
 
@@ -209,8 +213,14 @@ def test_moving_a_base_that_cannot_be_moved_is_refused_at_once(folder: Path, cap
 DROPPING: dict[str, dict] = {
     "opt": {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": {"attn_pdrop": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3},
-    "gpt_neo": {"attention_dropout": 0.3, "embed_dropout": 0.3, "resid_dropout": 0.3, "attention_types": [[["global"], 2]]},
-    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "gpt_neo": {
+        "attention_dropout": 0.3,
+        "embed_dropout": 0.3,
+        "resid_dropout": 0.3,
+        "attention_types": [[["global"], 2]],
+    },
+    "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "stablelm": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
     "starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},
     "mixtral": {"router_jitter_noise": 0.3, "attention_dropout": 0.3, "num_local_experts": 4},
     "llama": {"attention_dropout": 0.3},
