@@ -116,7 +116,7 @@ def build_trainer(
     from scripts.training.reference_logps import LOGPS_ARGUMENTS, LOGPS_FOLDER, KeptLogps
 
     values, dpo = run.values, run.values.dpo
-    plan = plan_training(run, start.base_folder, machine, train)
+    plan = plan_training(values, run.section, start.base_folder, machine, train)
     plan.check_fits(machine)
     seed_everything(values.seed)
     policy = load_policy(run, machine, start)

@@ -86,7 +86,7 @@ def build_trainer(
     from scripts.training.sft import AnswerLossTrainer
 
     values = run.values
-    plan = plan_training(run, start.base_folder, machine, train)
+    plan = plan_training(values, run.section, start.base_folder, machine, train)
     plan.check_fits(machine)
     seed_everything(values.seed)
     base = load_base(start.base_folder, values, machine)
