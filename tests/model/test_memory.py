@@ -90,7 +90,8 @@ def test_short_rows_take_what_the_mapped_weight_files_take(tiny_llama: Path) -> 
     """While the base loads, its files lie in memory beside the weights that are moved out of them."""
     size = {"bytes_per_value": 4, "cpu": True, "checkpointing": False, "compiled": False}
     short, long = (
-        estimate_memory(tiny_llama, Config(), sequences=rows, longest=2, answer_tokens=1, **size) for rows in (1, 20_000)
+        estimate_memory(tiny_llama, Config(), sequences=rows, longest=2, answer_tokens=1, **size)
+        for rows in (1, 20_000)
     )
 
     assert short.total == pytest.approx(short.libraries + short.adapter + short.weights + short.loading)
@@ -124,7 +125,13 @@ def save_wide_model(folder: Path, family: str, layers: int, dtype: torch.dtype) 
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 64,
         "num_key_value_heads": 2, "head_dim": 64, "layer_types": ["full_attention"] * layers,
     }  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+    }
     nested = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
     config = AutoConfig.for_model(family, **(nested if family == "gemma3" else text))
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)

@@ -110,6 +110,19 @@ def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are
     same = config.model_copy(update={"sft": config.sft.model_copy(update=batch)})
     assert dpo == plan_training(same, same.sft, tiny_llama, machine, [row]).estimate
 
+    changed = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8")) | {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 200,
+    }  # fmt: skip
+    (tmp_path / "windowed").mkdir()
+    (tmp_path / "windowed/config.json").write_text(json.dumps(changed), encoding="utf-8")
+    apart, joined = (
+        plan_training(
+            config, config.dpo, tmp_path / "windowed", machine, [RenderedPair([1] * 100, [2] * each, [3] * each)]
+        )
+        for each in (60, 40)
+    )
+    assert apart.estimate.activations > 1.5 * joined.estimate.activations, "320 tokens in two rows, 180 in one"
+
     shape = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8"))
     size = {"sequences": 4, "longest": 240, "answer_tokens": 140, "bytes_per_value": 4, "cpu": True, "checkpointing": False, "compiled": True}  # fmt: skip
     kept, again = (estimate_memory(tiny_llama, config, **size, keep_weights=keep) for keep in (True, False))
