@@ -190,8 +190,7 @@ def prove_start(trainer: PreferenceTrainer) -> dict[str, float]:
         bare = [{name: row[name] for name in row if name not in REFERENCE_COLUMNS} for row in rows]
         asked_now = starting_margins(trainer, bare)
     margin, loss = _largest_and_loss(asked_now)
-    dtype = trainer.model.get_base_model().dtype
-    tolerance = TOLERANCE[dtype]
+    tolerance = TOLERANCE[trainer.model.get_base_model().dtype]
     if not math.isfinite(margin + loss):
         raise UserError(
             f"step 0: policy or reference gives no finite probabilities (largest margin {margin}, loss {loss}), as when weights "
@@ -206,15 +205,25 @@ def prove_start(trainer: PreferenceTrainer) -> dict[str, float]:
         )
     else:
         log.info("step 0: reference equals the starting policy (largest margin %.2g, loss %.6f = ln 2)", margin, loss)
+    check_columns(trainer, rows, used, asked_now)
+    margin, loss = _largest_and_loss(used)
+    return {"step0_margin": margin, "step0_loss": loss}
+
+
+def check_columns(
+    trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]], used: Sequence[float], asked_now: Sequence[float]
+) -> None:
+    """Prove that margins from logps computed beforehand are those of a reference that is asked now, but for rounding."""
+    base = trainer.model.get_base_model()
+    # An 8-bit base rounds the activations of a batch together.
+    rounding = ROUNDING_PER_TOKEN[torch.bfloat16 if getattr(base, "hf_quantizer", None) else base.dtype]
     for row, one, other in zip(rows, used, asked_now, strict=True):
         tokens = len(row["chosen_ids"]) + len(row["rejected_ids"])
-        if not abs(one - other) <= trainer.beta * ROUNDING_PER_TOKEN[dtype] * tokens**0.5:
+        if not abs(one - other) <= trainer.beta * rounding * tokens**0.5:
             raise UserError(
                 f"step 0: the logps of the reference that training would use are not those it gives now: a margin of {one:.6f} "
                 f"instead of {other:.6f}. Remove the folder {trainer.kept_logps.folder} and start again. Nothing was trained."
             )
-    margin, loss = _largest_and_loss(used)
-    return {"step0_margin": margin, "step0_loss": loss}
 
 
 def starting_margins(trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]]) -> list[float]:

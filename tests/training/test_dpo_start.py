@@ -160,7 +160,7 @@ def test_reference_of_a_fresh_adapter_is_the_plain_base(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_adapter_that_moved_the_base_is_saved_for_the_plain_base_and_goes_on_in_dpo(
+def test_adapter_that_moved_the_base_is_saved_for_the_plain_base_and_continues_in_dpo(
     folder: Path, tmp_path: Path, init: str
 ) -> None:
     """SFT and DPO from it, and DPO without SFT: what is saved has on the plain base the held-out loss that was measured."""
