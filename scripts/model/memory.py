@@ -117,11 +117,15 @@ def estimate_memory(
     if fast_cpu and attends_plainly(sequences, longest):
         attended = sequences * shape.heads * longest**2 * (layers if keep_weights and not checkpointing else 1)
     logit_bytes = answer_tokens * shape.vocab * bytes_per_value
+    packed_head = (
+        shape.vocab * hidden * bytes_per_value if cpu and bytes_per_value == 2 else 0
+    )  # by torch's bf16 products
     return MemoryEstimate(
         weights=weight_bytes / shard_count() / GIB,
         adapter=adapter_parameters * 16 / GIB,  # fp32 weight, gradient and two Adam moments
         activations=(sequences * longest * kept + attended) * bytes_per_value / GIB,
-        logits=(min(logit_bytes, TILE_BYTES) if fast_cpu else logit_bytes) * 2 / GIB,  # and their gradient
+        logits=((min(logit_bytes, TILE_BYTES) if fast_cpu else logit_bytes) * 2 + packed_head)
+        / GIB,  # and their gradient
         libraries=LIBRARIES_GIB if cpu else 0.0,
         loading=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / GIB if cpu else 0.0,
     )
