@@ -151,22 +151,14 @@ def check_memory(config: LoadedConfig) -> Iterator[Finding]:
 def largest_estimate(config: LoadedConfig, stage: TrainingStage, folder: Path) -> float:
     """Estimate, in GiB, what a stage takes whose batches are full of the longest records allowed."""
     from scripts.common.machine import choose_machine
-    from scripts.model.memory import estimate_memory
+    from scripts.dataset.rendering import Rendered, RenderedPair
+    from scripts.training.plan import plan_training
 
-    values, machine = config.values, choose_machine(config.values)
-    section = getattr(values, stage.name)
-    sequences = section.per_device_train_batch_size * (2 if stage.records == "preferences" else 1)
-    return estimate_memory(
-        folder,
-        values,
-        sequences=sequences,
-        longest=section.max_length,
-        answer_tokens=sequences * section.max_length,
-        bytes_per_value=machine.dtype.itemsize,
-        cpu=machine.device == "cpu",
-        checkpointing=values.performance.gradient_checkpointing is True,
-        compiled=False,
-    ).total
+    section = getattr(config.values, stage.name)
+    ids = [0] * section.max_length
+    longest = RenderedPair(ids[:1], ids[1:], ids[1:]) if stage.records == "preferences" else Rendered(ids, ids)
+    rows = [longest] * section.per_device_train_batch_size
+    return plan_training(config.values, section, folder, choose_machine(config.values), rows).estimate.total
 
 
 def check_disk(config: LoadedConfig) -> Iterator[Finding]:

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trainer = build_trainer(run, machine, start, train, validation)
             check_trainable_names(trainer.model)
             facts = prove_start(trainer) | bias
+            trainer.kept_logps.keep()
             watch = DegenerationWatch(trainer, session.tracker, validation, config.values.dpo.stop_on_degeneration)
             with reference_unchanged(trainer):
                 session.train(trainer)
@@ -77,13 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_policy(run: Run, machine: Machine, start: Start) -> Any:
     """Load the base with the adapter that trains; the reference will share the base's weights."""
-    from scripts.model.adapter import add_lora, load_adapter
+    from scripts.model.adapter import add_lora, load_adapter, save_initialisation
     from scripts.model.base import load_base
 
     values = run.values
     base = load_base(start.base_folder, values, machine)
     if values.dpo.init_from is None:
-        return add_lora(base, values.lora, values.base_model_id)
+        policy = add_lora(base, values.lora, values.base_model_id)
+        save_initialisation(policy, run.run_dir)
+        policy.peft_config["default"].init_lora_weights = True  # TRL's copy must not move a part of the base again
+        return policy
     # TRL expects the name "default", and trains nothing unless the adapter is loaded as trainable.
     policy = load_adapter(base, values.dpo.init_from, trainable=True, name="default")
     if not any(bool(value.any()) for name, value in policy.named_parameters() if "lora_B" in name):
@@ -109,10 +113,10 @@ def build_trainer(
         settle_trainer,
         trainer_arguments,
     )
-    from scripts.training.reference_logps import LOGPS_FOLDER, KeptLogps
+    from scripts.training.reference_logps import LOGPS_ARGUMENTS, LOGPS_FOLDER, KeptLogps
 
     values, dpo = run.values, run.values.dpo
-    plan = plan_training(run, start.base_folder, machine, train)
+    plan = plan_training(values, run.section, start.base_folder, machine, train)
     plan.check_fits(machine)
     seed_everything(values.seed)
     policy = load_policy(run, machine, start)
@@ -127,9 +131,15 @@ def build_trainer(
     mixed = dpo.sft_weight > 0
     by_length = [sorted(side, key=lambda pair: len(pair.input_ids)) for side in (train, validation)]
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)
+    moved_by = values.lora.init if dpo.init_from is None and values.lora.init in ("pissa", "olora") else None
+    # These move a part of the base into the adapter: only together with the starting adapter is what stays the base.
+    base_is_reference = dpo.reference == "base" and not moved_by
+    adapter = policy.peft_config["default"]
     basis = {
         "base": start.fingerprint, "quantization": values.quantization.model_dump(), "device": machine.device,
-        "dtype": str(machine.dtype), "fast_path": values.performance.fast_path,
+        "dtype": str(machine.dtype), "fast_path": values.performance.fast_path, "moved_by": moved_by,
+        "adapter": not base_is_reference and [adapter.lora_alpha, adapter.use_rslora, adapter.use_dora],
+        "arguments": {name: arguments[name] for name in LOGPS_ARGUMENTS if name in arguments},
     }  # fmt: skip
     with blamed_on_trainer_block(run):
         trainer = PreferenceTrainer(
@@ -146,7 +156,7 @@ def build_trainer(
             eval_dataset=validation_set if validation else None,
             processing_class=start.tokenizer,
             group_by_length=values.performance.group_by_length,
-            reference=dpo.reference,
+            base_is_reference=base_is_reference,
             kept_logps=KeptLogps(Path(dpo.output_dir).parent / LOGPS_FOLDER, basis),
             fast_path=values.performance.fast_path,
         )

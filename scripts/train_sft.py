@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.common.config import load_config
+from scripts.common.config import check_decided, load_config
 from scripts.common.errors import entry_point
 from scripts.common.machine import Machine, seed_everything
 from scripts.common.run import Run, open_run
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, prove that it did something, save and report."""
     arguments = build_parser().parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    check_decided(config, "sft")
     with open_run("sft", config, "sft.output_dir", dry=arguments.dry_run) as run:
         data = read_data(run, parse_record, arguments.require_deid_report)
         machine = settle_machine(run)
@@ -74,6 +75,7 @@ def build_trainer(
 
     from scripts.model.adapter import add_lora, save_initialisation
     from scripts.model.base import load_base
+    from scripts.training.dropout import dropout_of
     from scripts.training.plan import (
         blamed_on_trainer_block,
         make_arguments,
@@ -84,10 +86,13 @@ def build_trainer(
     from scripts.training.sft import AnswerLossTrainer
 
     values = run.values
-    plan = plan_training(run, start.base_folder, machine, train)
+    plan = plan_training(values, run.section, start.base_folder, machine, train)
     plan.check_fits(machine)
     seed_everything(values.seed)
-    model = add_lora(load_base(start.base_folder, values, machine), values.lora, values.base_model_id)
+    base = load_base(start.base_folder, values, machine)
+    if own := dropout_of(base):
+        log.info("the base's own dropout is on, as in TRL: %s", ", ".join(f"{k} {v:g}" for k, v in own.items()))
+    model = add_lora(base, values.lora, values.base_model_id)
     save_initialisation(model, run.run_dir)
     if values.performance.fast_path:
         from scripts.speed.speed_up import speed_up, speed_up_training

@@ -118,7 +118,14 @@ def contradictions(values: Config, origins: dict[str, str], path: str) -> Iterat
 
 
 def undecided(values: Config, stage: str) -> Iterator[str]:
-    """Find what a section leaves open that its stage needs to know; other stages do not care."""
+    """Find what a section leaves open that its stage needs to know, or asks of it in vain; other stages do not care."""
+    fresh = getattr(values, stage).init_from is None if TRAINING_STAGES[stage].continues else True
+    if fresh and values.lora.init in ("pissa", "olora"):
+        moves = f"lora.init: found {values.lora.init}, which moves a part of the base's weights into the adapter"
+        if values.lora.use_dora:
+            yield f"{moves}. The saved adapter would lose the magnitudes of lora.use_dora: true. Set one of them to its default."
+        if values.quantization.load_in_4bit or values.quantization.load_in_8bit:
+            yield f"{moves}. A quantised base cannot be moved exactly. Set lora.init: default, or quantization to false."
     if stage != "dpo":
         return
     if values.dpo.beta is None:

@@ -59,7 +59,7 @@ class Lora(Section):
     alpha: Positive = Field(32, description="Scale numerator: the update is multiplied by alpha / r.")
     dropout: Ratio = Field(
         0.0,
-        description="Dropout on the adapter's input, SFT only (TRL's DPO turns it off). Costs a quarter of a CPU step.",
+        description="Dropout on the adapter's input, SFT only: DPO is free of any dropout, a base's own included. Costs a quarter of a CPU step.",
     )
     target_modules: Literal["auto"] | list[str] = Field(
         "auto",

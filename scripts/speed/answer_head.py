@@ -12,11 +12,10 @@ import torch
 import torch.utils.checkpoint
 from torch.nn import functional
 
+from scripts.model.memory import TILE_BYTES
 from scripts.speed.compiling import compile_for_this_processor
 from scripts.speed.guard import may_replace, missing_names, other_arguments, other_numbers
 
-# Logits of one tile; what lies beyond is recomputed in the backward pass instead of being kept.
-TILE_BYTES = 512 * 2**20
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 BLOCK_BYTES = 4 * 2**20  # logits looked at together in fp32: few enough to stay in the processor's cache
 

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 from scripts.common.distributed import sharding_engine
+from scripts.common.machine import empty_heap
 from scripts.model.base import copy_out_of_file
 from scripts.model.shape import siblings
 from scripts.speed.guard import may_replace, missing_names, other_arguments, other_numbers
@@ -223,6 +224,7 @@ class Product:
             block.copy_(base.weight)
             base.weight.data = block
             row += len(block)
+        empty_heap()  # of the weights as they lay before; otherwise the allocator would keep as much again
         if any(base.bias is not None for base in bases):
             biases = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
             self.bias = torch.cat(biases)

@@ -16,9 +16,10 @@ from trl import DPOTrainer
 
 from scripts.common.distributed import all_gather, all_reduce_sum, equal_batches, is_main_process, world_size
 from scripts.common.errors import UserError
-from scripts.dataset.rendering import IGNORED, RenderedPair
+from scripts.dataset.rendering import RenderedPair
 from scripts.model.adapter import adapter_kept, whole_weights
 from scripts.training.batching import GroupedByLength
+from scripts.training.dropout import switch_off_dropout
 from scripts.training.reference_logps import KeptLogps, Logps
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL names them
+# By which the logps of one token differ between batches of other shapes; over many tokens such differences cancel in part.
+ROUNDING_PER_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.25}
 LENGTH_BIAS = 0.65  # share of pairs in which one side is the longer one
 
 
@@ -44,16 +48,26 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
     """TRL's DPOTrainer on ids rendered by this project, with an explicit reference model."""
 
     def __init__(
-        self, *args: Any, group_by_length: bool, reference: str, kept_logps: KeptLogps, fast_path: bool, **kwargs: Any
+        self,
+        *args: Any,
+        group_by_length: bool,
+        base_is_reference: bool,
+        kept_logps: KeptLogps,
+        fast_path: bool,
+        **kwargs: Any,
     ) -> None:
-        self.group_by_length, self.reference, self.fast_path = group_by_length, reference, fast_path
+        """Take, beside TRL's arguments, whether the reference is the bare base instead of a copy of the starting adapter."""
+        self.group_by_length, self.base_is_reference, self.fast_path = group_by_length, base_is_reference, fast_path
         self.kept_logps = kept_logps
         self.control: Any
         self.prompts: SharedPrompts | None = None
         self.sped_up = False
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
+        if self.args.disable_dropout:
+            switch_off_dropout(self.model)
         self._choose_reference()
+        self.precompute_ref_logps = True  # TRL's loss reads columns in any case; `with_reference` adds what they lack
 
     def row_length(self, row: dict[str, Any]) -> int:
         """Return the tokens of a pair: of one row with both answers, or of the longer of two rows."""
@@ -77,27 +91,25 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss."""
+        inputs = self.with_reference(inputs)
         with self.prompts_shared(inputs):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """Return the reference's log-probabilities of both sides."""
-        with self.prompts_shared(inputs):
-            return super().compute_ref_log_probs(model, inputs)
+    def with_reference(self, inputs: Any) -> Any:
+        """Return a batch with the reference's logps, asking the reference where they were not computed beforehand."""
+        if REFERENCE_COLUMNS[0] in inputs:
+            return inputs
+        logps = self.compute_ref_log_probs(self.model, inputs)
+        return {**inputs, **dict(zip(REFERENCE_COLUMNS, logps, strict=True))}
 
-    def policy_logps(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the policy's summed logps of the chosen and of the rejected answers, each of shape (B,)."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """Return the reference's logps of both sides, in evaluation mode: nothing about a reference is left to chance."""
+        training = model.training
+        model.eval()
         with self.prompts_shared(inputs):
-            scored = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-            )
-        chosen, rejected = scored.log_probs.sum(1).chunk(2)
-        return chosen, rejected
+            logps = super().compute_ref_log_probs(model, inputs)
+        model.train(training)
+        return logps
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # the ids are ours already
@@ -109,7 +121,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         logps = self.kept_logps.of(
             self.reference_weights(), pairs, lambda: self._ask_reference(dataset, name, batch_size)
         )
-        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+        for side, column in enumerate(REFERENCE_COLUMNS):
             dataset = dataset.add_column(column, [pair[side] for pair in logps])
         return dataset
 
@@ -145,7 +157,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
 
     def _choose_reference(self) -> None:
         # TRL copies the starting adapter to "ref"; without the copy its reference is the base.
-        if self.reference == "base" and "ref" in self.model.peft_config:
+        if self.base_is_reference and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         if self.fast_path and not self.sped_up:  # before the reference is first asked: both must compute alike
             from scripts.speed.speed_up import speed_up
@@ -163,28 +175,28 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         return whole_weights(self.model, "ref")
 
 
-def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
-    """Prove on one batch, dropout off, that policy and reference are what the run says.
+def prove_start(trainer: PreferenceTrainer) -> dict[str, float]:
+    """Prove that policy and reference are what the run says, on the numbers that training computes, dropout off.
 
-    Where the reference is a copy of the starting policy, every margin must be 0 and the sigmoid loss ln 2.
+    Where the reference is a copy of the starting policy, every margin must be 0 and the sigmoid loss ln 2. Logps of the
+    reference that were computed beforehand must be those it gives now.
     Raises: UserError when they differ.
     """
-    rows = [trainer.train_dataset[index] for index in range(min(pairs, len(trainer.train_dataset)))]
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    model, was_training = trainer.model, trainer.model.training
-    model.eval()
-    with torch.no_grad():
-        policy, reference = trainer.policy_logps(model, batch), trainer.compute_ref_log_probs(model, batch)
-    model.train(was_training)
-    margins = dpo_margins(policy, reference, trainer.beta).float()
-    margin, loss = float(margins.abs().max()), float(-functional.logsigmoid(margins).mean())
-    tolerance = TOLERANCE[model.get_base_model().dtype]
+    sides = [side for side in (trainer.train_dataset, trainer.eval_dataset) if side]
+    rows = [side[index] for side in sides for index in sorted({0, len(side) - 1})]  # the shortest and the longest
+    used = starting_margins(trainer, rows)
+    asked_now = used
+    if REFERENCE_COLUMNS[0] in rows[0]:
+        bare = [{name: row[name] for name in row if name not in REFERENCE_COLUMNS} for row in rows]
+        asked_now = starting_margins(trainer, bare)
+    margin, loss = _largest_and_loss(asked_now)
+    tolerance = TOLERANCE[trainer.model.get_base_model().dtype]
     if not math.isfinite(margin + loss):
         raise UserError(
             f"step 0: policy or reference gives no finite probabilities (largest margin {margin}, loss {loss}), as when weights "
             "are far too large. Train the adapter of dpo.init_from again, or choose another base model. Nothing was trained."
         )
-    if trainer.reference_adapter is None and "sft" not in trainer.reference:
+    if trainer.base_is_reference and trainer.reference_adapter is None:
         log.info("step 0: the reference is the base; the policy's largest margin against it is %.4f", margin)
     elif margin > tolerance or abs(loss - math.log(2)) > tolerance:
         raise UserError(
@@ -193,7 +205,45 @@ def prove_start(trainer: PreferenceTrainer, pairs: int = 4) -> dict[str, float]:
         )
     else:
         log.info("step 0: reference equals the starting policy (largest margin %.2g, loss %.6f = ln 2)", margin, loss)
+    check_columns(trainer, rows, used, asked_now)
+    margin, loss = _largest_and_loss(used)
     return {"step0_margin": margin, "step0_loss": loss}
+
+
+def check_columns(
+    trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]], used: Sequence[float], asked_now: Sequence[float]
+) -> None:
+    """Prove that margins from logps computed beforehand are those of a reference that is asked now, but for rounding."""
+    base = trainer.model.get_base_model()
+    # An 8-bit base rounds the activations of a batch together.
+    rounding = ROUNDING_PER_TOKEN[torch.bfloat16 if getattr(base, "hf_quantizer", None) else base.dtype]
+    for row, one, other in zip(rows, used, asked_now, strict=True):
+        tokens = len(row["chosen_ids"]) + len(row["rejected_ids"])
+        if not abs(one - other) <= trainer.beta * rounding * tokens**0.5:
+            raise UserError(
+                f"step 0: the logps of the reference that training would use are not those it gives now: a margin of {one:.6f} "
+                f"instead of {other:.6f}. Remove the folder {trainer.kept_logps.folder} and start again. Nothing was trained."
+            )
+
+
+def starting_margins(trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the margin of each pair out of the very loss that trains, dropout off."""
+    model, metrics = trainer.model, trainer._metrics["eval"]
+    was_training = model.training
+    model.eval()
+    margins = []
+    for row in rows:
+        with torch.no_grad():
+            trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator([row])))
+        margins.append(metrics["rewards/margins"][-1])
+    metrics.clear()
+    model.train(was_training)
+    return margins
+
+
+def _largest_and_loss(margins: Sequence[float]) -> tuple[float, float]:
+    found = torch.tensor(margins)
+    return float(found.abs().max()), float(-functional.logsigmoid(found).mean())
 
 
 def check_trainable_names(model: Any) -> None:

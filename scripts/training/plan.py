@@ -23,6 +23,7 @@ from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.records import DatasetFile
 from scripts.dataset.rendering import Rendered, RenderedPair
 from scripts.model.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
+from scripts.model.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +62,16 @@ class Plan:
             )
 
 
-def plan_training(run: Run, base_folder: Path, machine: Machine, rows: Sequence[Rendered | RenderedPair]) -> Plan:
+def plan_training(
+    config: Config, section: Training, base_folder: Path, machine: Machine, rows: Sequence[Rendered | RenderedPair]
+) -> Plan:
     """Count the steps, estimate memory for the largest batch, decide on gradient checkpointing and on compiling."""
-    config, section = run.values, run.section
     batch, sequences_per_row = section.per_device_train_batch_size, rows[0].sequences
     pairs = sequences_per_row > 1
-    if pairs and machine.device == "cpu" and config.performance.fast_path:  # speed/shared_prompts.py
-        rows, sequences_per_row = [row.in_one_row() for row in rows], 1
+    if pairs and machine.device == "cpu" and config.performance.fast_path:
+        window, joined = ModelShape.of_folder(base_folder).window, [row.in_one_row() for row in rows]
+        if not window or max(len(row.input_ids) for row in joined) <= window:  # speed/shared_prompts.py
+            rows, sequences_per_row = joined, 1
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
     steps = total_steps(section, len(rows), machine.world_size)
     seen = steps * batch * section.gradient_accumulation_steps
@@ -108,7 +112,7 @@ def asks_reference_often(section: Training, machine: Machine, plan: Plan, train:
 
 def show_plan(run: Run, machine: Machine, base_folder: Path, files: Sequence[DatasetFile], rows: Any) -> None:
     """Print what a dry run can know: data, lengths, steps, machine and memory."""
-    plan = plan_training(run, base_folder, machine, rows)
+    plan = plan_training(run.values, run.section, base_folder, machine, rows)
     ordered = sorted(len(row.input_ids) for row in rows)
     log.info("datasets: %s", ", ".join(f"{file.path} (weight {file.weight})" for file in files))
     log.info("tokens per sequence: median %d, longest %d; none would be cut", ordered[len(ordered) // 2], ordered[-1])

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from scripts.common.distributed import broadcast_from_rank_0, is_main_process
 log = logging.getLogger(__name__)
 
 LOGPS_FOLDER = ".reference_logps"  # beside the adapter
+# TRL's arguments that change what a model says of a pair: its formula, or how it computes.
+LOGPS_ARGUMENTS = ("ld_alpha", "tf32", "torch_compile", "use_liger_kernel", "liger_kernel_config")
 Logps = list[tuple[float, float]]  # of the chosen and of the rejected answer of each pair
 
 
@@ -26,27 +28,35 @@ class KeptLogps:
 
     folder: Path
     basis: dict[str, Any]
+    unproven: dict[Path, Logps] = field(default_factory=dict)
 
     def of(self, adapter: dict[str, Any], pairs: list[list[list[int]]], ask: Callable[[], Logps]) -> Logps:
         """Return the numbers for pairs of token ids, asking the reference only where they are not kept.
 
         `adapter` is the reference's, by name; empty where the bare base is the reference.
         """
-        weights = {name: hashlib.sha256(value.numpy()).hexdigest() for name, value in adapter.items()}
+        weights = {
+            name: [list(value.shape), hashlib.sha256(value.numpy()).hexdigest()] for name, value in adapter.items()
+        }
         made_by = [package_versions(), git_state().commit]
         file = self.folder / f"{sha256_json([self.basis, made_by, weights, pairs])}.json"
         kept = broadcast_from_rank_0(lambda: _read(file, len(pairs)))
         if kept is not None:
             log.info("reference: what it says about %d pairs is taken from %s", len(pairs), file)
             return kept
-        logps = ask()
-        if is_main_process() and all(math.isfinite(value) for pair in logps for value in pair):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_text_durably(file, json.dumps(logps))
-            except OSError as error:
-                log.warning("reference: its numbers cannot be kept for another run (%s)", error)
-        return logps
+        self.unproven[file] = ask()
+        return self.unproven[file]
+
+    def keep(self) -> None:
+        """Write what the reference was asked, for other runs; call it once the numbers are proven."""
+        for file, logps in self.unproven.items():
+            if is_main_process() and all(math.isfinite(value) for pair in logps for value in pair):
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_text_durably(file, json.dumps(logps))
+                except OSError as error:
+                    log.warning("reference: its numbers cannot be kept for another run (%s)", error)
+        self.unproven.clear()
 
 
 def _read(file: Path, count: int) -> Logps | None:

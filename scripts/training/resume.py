@@ -129,6 +129,8 @@ def find_resumption(run_dir: Path, wanted: dict[str, Any], resume: bool, process
     state_file, checkpoints = run_dir / "state.json", run_dir / "checkpoints"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else None
     last = last_whole_checkpoint(checkpoints)
+    if not (resume and state):  # what an earlier run moved out of its base is not what this one moves
+        shutil.rmtree(run_dir / "initial_adapter", ignore_errors=True)
     if not resume:
         if last:
             log.warning(

@@ -96,8 +96,7 @@ def test_machine_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, setting: 
 def test_gradient_checkpointing_is_as_asked_for(tiny_llama: Path, tmp_path: Path, wanted: bool) -> None:
     config = Config(performance=Performance(gradient_checkpointing=wanted))
     row = Rendered.of([1] * 40, [1] * 10)
-    run = run_of("sft", config, tmp_path)
-    assert plan_training(run, tiny_llama, choose_machine(config), [row]).checkpointing is wanted
+    assert plan_training(config, config.sft, tiny_llama, choose_machine(config), [row]).checkpointing is wanted
 
 
 def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are_kept(
@@ -106,10 +105,23 @@ def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are
     config = Config(performance=Performance(gradient_checkpointing=False, device="cpu"))
     machine = choose_machine(config)
     pair, row = RenderedPair([1] * 100, [2] * 80, [3] * 60), Rendered.of([1] * 100, [2] * 140)
-    dpo = plan_training(run_of("dpo", config, tmp_path), tiny_llama, machine, [pair]).estimate
+    dpo = plan_training(config, config.dpo, tiny_llama, machine, [pair]).estimate
     batch = {"per_device_train_batch_size": config.dpo.per_device_train_batch_size}
     same = config.model_copy(update={"sft": config.sft.model_copy(update=batch)})
-    assert dpo == plan_training(run_of("sft", same, tmp_path), tiny_llama, machine, [row]).estimate
+    assert dpo == plan_training(same, same.sft, tiny_llama, machine, [row]).estimate
+
+    changed = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8")) | {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 200,
+    }  # fmt: skip
+    (tmp_path / "windowed").mkdir()
+    (tmp_path / "windowed/config.json").write_text(json.dumps(changed), encoding="utf-8")
+    apart, joined = (
+        plan_training(
+            config, config.dpo, tmp_path / "windowed", machine, [RenderedPair([1] * 100, [2] * each, [3] * each)]
+        )
+        for each in (60, 40)
+    )
+    assert apart.estimate.activations > 1.5 * joined.estimate.activations, "320 tokens in two rows, 180 in one"
 
     shape = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8"))
     size = {"sequences": 4, "longest": 240, "answer_tokens": 140, "bytes_per_value": 4, "cpu": True, "checkpointing": False, "compiled": True}  # fmt: skip

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import textwrap
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,14 +276,21 @@ def test_the_loss_of_the_how_to_has_the_value_it_states_and_uses_what_the_traine
     code = "\n".join(block for block in CODE if "dpop" in block)
     made: dict[str, Any] = dict(vars(dpo))
     exec(code, made)  # noqa: S102
+
+    class Policy:
+        training = True
+
+        def __call__(self, **rows: Any) -> SimpleNamespace:
+            return SimpleNamespace(log_probs=torch.tensor([[-0.5, -0.5], [-1.0, -2.0]]))
+
     trainer = SimpleNamespace(
-        policy_logps=lambda model, inputs: (torch.tensor([-1.0]), torch.tensor([-3.0])),
-        compute_ref_log_probs=lambda model, inputs: (torch.tensor([0.0]), torch.tensor([-1.0])),
-        precompute_ref_logps=False, beta=0.1, model=SimpleNamespace(training=True), _metrics={"train": defaultdict(list)},
+        with_reference=lambda inputs: inputs | {"ref_chosen_logps": torch.tensor([0.0]), "ref_rejected_logps": torch.tensor([-1.0])},
+        prompts_shared=lambda inputs: nullcontext(), beta=0.1, model=Policy(), _metrics={"train": defaultdict(list)},
         accelerator=SimpleNamespace(gather=lambda value: value), _total_train_tokens=0,
     )  # fmt: skip
 
-    loss = made["dpop"](trainer, trainer.model, {"attention_mask": torch.ones(2, 3)})
+    rows = {name: torch.ones(2, 3, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")}
+    loss = made["dpop"](trainer, trainer.model, rows)
 
     assert float(loss) == pytest.approx(math.log(1 + math.exp(0.4)))
     assert f"{float(loss):.4f}" in READMES["scripts/README.md"]
@@ -290,5 +298,5 @@ def test_the_loss_of_the_how_to_has_the_value_it_states_and_uses_what_the_traine
     assert trainer._metrics["train"]["num_tokens"] == [6]
     source = inspect.getsource(DPOTrainer) + inspect.getsource(dpo.PreferenceTrainer)
     used = set(re.findall(r"self\.(\w+)", code + READMES["scripts/README.md"])) - {"dpop"}
-    assert used >= {"loss_types", "policy_logps"}
+    assert used >= {"loss_types", "with_reference"}
     assert {name for name in used if f"self.{name}" not in source and f"def {name}" not in source} == set()

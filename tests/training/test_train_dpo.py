@@ -184,6 +184,7 @@ def test_reference_is_not_asked_twice_unless_what_it_says_may_differ(chain: Path
     def numbers(*overrides: str) -> list[list[float]]:
         asked.clear()
         trainer = build(chain, tmp_path, kept, *overrides)
+        trainer.kept_logps.keep()
         columns = ("ref_chosen_logps", "ref_rejected_logps")
         return [list(side[name]) for side in (trainer.train_dataset, trainer.eval_dataset) for name in columns]
 
@@ -205,6 +206,7 @@ def test_numbers_that_cannot_be_kept_do_not_stop_a_run(chain: Path, tmp_path: Pa
     (tmp_path / ".reference_logps").write_text("no folder")
 
     trainer = build(chain, tmp_path, f"dpo.output_dir={tmp_path}/dpo")
+    trainer.kept_logps.keep()
 
     assert all(math.isfinite(value) for value in trainer.train_dataset["ref_chosen_logps"])
     assert "cannot be kept" in caplog.text
