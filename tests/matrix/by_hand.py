@@ -28,12 +28,28 @@ def logps_of(model: Any, ids: Sequence[int], trained: Sequence[bool]) -> torch.T
     return logps[places, [ids[place + 1] for place in places]]
 
 
-def dpo_loss(
-    policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], beta: float
-) -> torch.Tensor:
+def dpo_loss(policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], beta: float) -> torch.Tensor:
     """Return the loss of one pair (Rafailov et al. 2023, equation 7) from the logps of its chosen and rejected tokens."""
     gains = [ours.sum() - theirs.sum().detach() for ours, theirs in zip(policy, reference, strict=True)]
     return -functional.logsigmoid(beta * (gains[0] - gains[1]))
+
+
+def routers_loss(model: Any, sequences: Sequence[Sequence[int]]) -> torch.Tensor | float:
+    """Return what a mixture's routers add to a loss (Fedus et al. 2022, equations 4 to 6) for the tokens of a batch."""
+    config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
+    if not weight:
+        return 0.0
+    logits = [
+        layer
+        for ids in sequences
+        for layer in model(
+            input_ids=torch.tensor([list(ids)]), output_router_logits=True, use_cache=False
+        ).router_logits
+    ]
+    shares = torch.softmax(torch.cat(logits), -1)  # (tokens of all layers, experts)
+    chosen = torch.zeros_like(shares).scatter(1, shares.topk(config.num_experts_per_tok).indices, 1.0)
+    return weight * shares.shape[1] * (chosen.mean(0) * shares.mean(0)).sum()
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from tests.repo.test_no_dead_keys import keys
 
 GENERATED = (
     "configs/schema.json", "configs/config.yaml", "configs/README.md", "scripts/README.md", "README.md",
+    "scripts/model/README.md",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ SLIDING = {"sliding_window": 16}
 HYBRID = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
 # Properties, or what a family computes from other sizes.
 LACKING = {"Falcon": ("head_dim",), "DeepSeek-V3": ("head_dim",)}
-EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.2}
 
 # The name of a family, the type of its configuration, and what it says beside or other than SHAPE.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "Qwen2": ("qwen2", {}),
     "Qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
-    "Qwen3-MoE": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "Qwen3-MoE": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "moe_intermediate_size": 32}),
     "Mistral": ("mistral", SLIDING),
     "Mixtral": ("mixtral", EXPERTS),
     "Gemma": ("gemma", {}),
