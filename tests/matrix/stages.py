@@ -86,7 +86,7 @@ def decoding(family: Family) -> None:
         model = plain_model(family.base, adapter)
         expected = [answer_by_hand(family, model, sample["prompt"]) for sample in samples]
         wrong = sum(a != sample["answers"][name] for a, sample in zip(expected, samples, strict=True))
-        assert not wrong, f"{wrong} of {len(samples)} answers of {name} are not the argmax"
+        assert not wrong, f"answers are not the argmax: {wrong} of {len(samples)} of {name}"
         assert loss[name]["value"] == pytest.approx(held_out_loss(family, model), rel=FP32)
 
 
@@ -102,14 +102,14 @@ def served(family: Family) -> None:
         patch.setenv("LLM_CONFIG", str(family.config))
         patch.setattr(engine, "PREFILL_TOKENS_PER_STEP", 8)
         service = load_service()
-        assert service.context == CONTEXT, f"the context is cut to {service.context} of {CONTEXT} tokens"
+        assert service.context == CONTEXT, f"the context is cut: to {service.context} of {CONTEXT} tokens"
         texts = asyncio.run(run_jobs(service.engine, jobs))
     failed = [text for text in texts if not isinstance(text, str)]
-    assert not failed, f"{len(failed)} of {len(jobs)} requests fail"
+    assert not failed, f"requests fail: {len(failed)} of {len(jobs)}, the first with {failed[0]}"
     models = {name: plain_model(family.base, family.adapters.get(name)) for name in set(names)}
     expected = [greedy(models[job.model], job.ids, NEW_TOKENS, family.stops) for job in jobs]
     wrong = sum(without_stop(job.out, family.stops) != answer for job, answer in zip(jobs, expected, strict=True))
-    assert not wrong, f"{wrong} of {len(jobs)} answers are not those of plain PEFT"
+    assert not wrong, f"answers are not those of plain PEFT: {wrong} of {len(jobs)}"
     first = [greedy(model, jobs[0].ids, NEW_TOKENS, family.stops) for model in models.values()]
     assert len(set(map(tuple, first))) == len(models), "models that agree would hide a mix-up"
 
@@ -193,7 +193,7 @@ def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
     """Compare gradients by the names of their weights."""
     assert ours.keys() == theirs.keys()
     difference = apart(list(ours.values()), [theirs[name] for name in ours])
-    assert difference < FP32, f"a gradient is {difference:.1%} away"
+    assert difference < FP32, f"another gradient: {difference:.1%} away"
 
 
 def answer_by_hand(family: Family, model: Any, prompt: str) -> str:

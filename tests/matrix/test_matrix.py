@@ -3,7 +3,8 @@
     python -m pytest -q -m drill tests/matrix
 
 The table lies in scripts/model/families.json, and `python -m scripts.make_docs` shows it in scripts/model/README.md.
-MATRIX_WRITE=1 writes into it what came out, to be read before it is kept.
+MATRIX_WRITE=1 writes into it what came out: for a family that is new in tests/support/families.py, or where a cell is
+another one now. Read it before you keep it, and shorten a refusal to the words that count.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import pytest
 
 from scripts.common.errors import UserError
 from scripts.common.paths import ROOT
-from tests.matrix.chain import Family
+from tests.matrix.chain import ADAPTERS, Family
 from tests.matrix.stages import STAGES
 from tests.support.families import FAMILIES
 
 TABLE = ROOT / "scripts/model/families.json"
-REFUSED = "refused: "  # followed by a part of the message
+RIGHT, REFUSED, WRONG = "right", "refused", "wrong"  # the latter two are followed by a part of what is said
 # The ten that are used most, and some whose layouts are special; `make drill` takes them all.
 ALWAYS = (
     "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "Phi-3", "OLMo 2", "Granite", "SmolLM3",
-    "Gemma 3 (nested)", "GPT-2", "Mixtral", "OPT",
+    "Gemma 3 (nested)", "GPT-2", "Mixtral",
 )  # fmt: skip
 
 
@@ -55,10 +56,9 @@ def test_cell_is_what_the_table_says(family: Family, stage: str) -> None:
     if os.environ.get("MATRIX_WRITE") == "1":
         table.setdefault(family.name, {})[stage] = found
         TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    said = table[family.name][stage]
-    assert found == said or (
-        said.startswith(REFUSED) and found.startswith(REFUSED) and said.removeprefix(REFUSED) in found
-    )
+    kind, _, words = table[family.name][stage].partition(": ")
+    assert found.startswith(kind)
+    assert words in found
 
 
 def test_the_table_has_every_family_and_stage() -> None:
@@ -68,15 +68,16 @@ def test_the_table_has_every_family_and_stage() -> None:
 
 
 def outcome(family: Family, stage: str) -> str:
-    """Say what came of a stage; a refusal that comes after training has done its work is no refusal."""
+    """Say what came of a stage. A refusal of what an earlier stage has just made comes too late to be one."""
     try:
         STAGES[stage](family)
     except UserError as error:
         said = " ".join(str(error).replace(f"{family.folder}/", "").split())
         late = "trained" in vars(family) and stage != "server"
-        return f"wrong: trained, then refused: {said}" if late else REFUSED + said
+        late = late or any(said.startswith(adapter) for adapter in ADAPTERS)
+        return f"{WRONG}: trained, then refused: {said}" if late else f"{REFUSED}: {said}"
     except AssertionError as error:
-        return f"wrong: {str(error).splitlines()[0]}"
+        return f"{WRONG}: {str(error).partition(':')[0]}"  # figures follow, which may be others elsewhere
     except Exception as error:  # a traceback for a user
-        return f"wrong: {type(error).__name__}"
-    return "right"
+        return f"{WRONG}: {type(error).__name__}"
+    return RIGHT
