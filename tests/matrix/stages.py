@@ -68,6 +68,7 @@ def resume(family: Family) -> None:
     with stopping_after(2), pytest.raises(Interrupted):
         family.run(train_sft, *here)
     assert not resumed.exists()
+    assert (family.folder / "out/resumed.run/checkpoints/checkpoint-2").is_dir()
     family.run(train_sft, *here, "--resume")
     ours, whole = (sha256_file(folder / "adapter_model.safetensors") for folder in (resumed, family.trained))
     assert ours == whole, "the resumed run ends in another adapter"
@@ -87,7 +88,8 @@ def decoding(family: Family) -> None:
         expected = [answer_by_hand(family, model, sample["prompt"]) for sample in samples]
         wrong = sum(a != sample["answers"][name] for a, sample in zip(expected, samples, strict=True))
         assert not wrong, f"answers are not the argmax: {wrong} of {len(samples)} of {name}"
-        assert loss[name]["value"] == pytest.approx(held_out_loss(family, model), rel=FP32)
+        expected_loss = pytest.approx(held_out_loss(family, model), rel=FP32)
+        assert loss[name]["value"] == expected_loss, f"another held-out loss: of {name}"
 
 
 def served(family: Family) -> None:
@@ -191,7 +193,7 @@ def without_dropout(model: Any) -> None:
 
 def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     """Compare gradients by the names of their weights."""
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys(), "other weights train"
     difference = apart(list(ours.values()), [theirs[name] for name in ours])
     assert difference < FP32, f"another gradient: {difference:.1%} away"
 

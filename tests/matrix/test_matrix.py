@@ -77,7 +77,9 @@ def outcome(family: Family, stage: str) -> str:
         late = late or any(said.startswith(adapter) for adapter in ADAPTERS)
         return f"{WRONG}: trained, then refused: {said}" if late else f"{REFUSED}: {said}"
     except AssertionError as error:
-        return f"{WRONG}: {str(error).partition(':')[0]}"  # figures follow, which may be others elsewhere
+        return (
+            f"{WRONG}: {str(error).splitlines()[0].partition(':')[0]}"  # figures follow, which may be others elsewhere
+        )
     except Exception as error:  # a traceback for a user
         return f"{WRONG}: {type(error).__name__}"
     return RIGHT
