@@ -77,9 +77,8 @@ def outcome(family: Family, stage: str) -> str:
         late = late or any(said.startswith(adapter) for adapter in ADAPTERS)
         return f"{WRONG}: trained, then refused: {said}" if late else f"{REFUSED}: {said}"
     except AssertionError as error:
-        return (
-            f"{WRONG}: {str(error).splitlines()[0].partition(':')[0]}"  # figures follow, which may be others elsewhere
-        )
+        what, _, _ = str(error).splitlines()[0].partition(":")  # figures follow, which may be others elsewhere
+        return f"{WRONG}: {what}"
     except Exception as error:  # a traceback for a user
         return f"{WRONG}: {type(error).__name__}"
     return RIGHT
