@@ -1,7 +1,7 @@
 """Write what is derived from code: configs/schema.json, configs/config.yaml and the generated parts of the READMEs.
 
-Reads scripts/common/schema.py, the first sentence of every module's docstring, eval/benchmarks/demo.json and what the
-template test finds (tests/support/templates.py).
+Reads scripts/common/schema.py, the first sentence of every module's docstring, eval/benchmarks/demo.json, what the
+template test finds (tests/support/templates.py) and scripts/model/families.json.
 Needs requirements.txt.
 
     python -m scripts.make_docs
@@ -41,6 +41,7 @@ from scripts.common.trl_arguments import (
 
 CONFIG_FILE = ROOT / "configs" / "config.yaml"
 MEASURED_FILE = ROOT / "eval" / "benchmarks" / "demo.json"  # outputs/demo.json of a run of `make demo`
+FAMILIES_FILE = ROOT / "scripts" / "model" / "families.json"  # held by tests/matrix
 MAP_FOLDER = ROOT / "scripts"  # where the README with the tree stands
 # The rows of the table of measured stages: title, module, flags, reads, writes.
 MEASURED_STAGES = (
@@ -107,6 +108,7 @@ def documents() -> dict[Path, str]:
         ROOT / "configs" / "README.md": ("keys", key_table()),
         MAP_FOLDER / "README.md": ("tree", tree()),
         MAP_FOLDER / "dataset" / "README.md": ("templates", template_table()),
+        FAMILIES_FILE.with_name("README.md"): ("families", family_table()),
     }
     whole = {SCHEMA_FILE: schema_json(), CONFIG_FILE: config_yaml(STATED)}
     return whole | {path: with_part(path, name, content) for path, (name, content) in parts.items()}
@@ -288,6 +290,20 @@ def _with_interval(estimate: dict[str, float] | None, unit: str) -> str:
     numbers = (estimate["value"], estimate["ci_low"], estimate["ci_high"])
     value, low, high = (f"{100 * x:.0f}" for x in numbers) if unit == "share" else (f"{x:.2f}" for x in numbers)
     return f"{value}{' %' if unit == 'share' else ''} ({low} to {high})"
+
+
+def family_table() -> str:
+    """Render what each stage does for each family of models, and in which words it refuses."""
+    table: dict[str, dict[str, str]] = json.loads(FAMILIES_FILE.read_text(encoding="utf-8"))
+    stages = list(next(iter(table.values())))
+    lines = [f"| family | {' | '.join(stages)} |", f"|---|{'---|' * len(stages)}"]
+    said: dict[str, list[str]] = {}
+    for family, cells in table.items():
+        lines.append(f"| {family} | {' | '.join(cell.partition(':')[0] for cell in cells.values())} |")
+        for stage, cell in cells.items():
+            if ":" in cell:
+                said.setdefault(cell, []).append(f"{family}, {stage}")
+    return "\n".join([*lines, "", *(f"- {cell} ({'; '.join(places)})" for cell, places in said.items())]).rstrip()
 
 
 if __name__ == "__main__":

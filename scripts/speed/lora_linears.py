@@ -60,6 +60,9 @@ class _ThreeLayers(torch.nn.Module):
     def base_model(self) -> torch.nn.Module:
         return self
 
+    def get_decoder(self) -> torch.nn.Module:
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.o_proj(torch.cat([self.q_proj(x), self.k_proj(x)], -1))
         return output
@@ -80,7 +83,6 @@ def _share_products(model: Any) -> None:
             for linears in (module.lora_A, module.lora_B):
                 for linear in linears.values():
                     linear.__class__ = _LinearInInputDtype
-    decoder = model.get_base_model().base_model
     if sharding_engine():
         return
     products = [Product(layers) for layers in _reading_the_same(model)]
@@ -91,19 +93,21 @@ def _share_products(model: Any) -> None:
     moved = {layer.base_layer.weight for product in products for layer in product.layers}
     copy_out_of_file(
         parameter
-        for parameter in decoder.parameters()
+        for parameter in model.get_base_model().base_model.parameters()
         if parameter.device.type == "cpu" and not parameter.requires_grad and parameter not in moved
     )
 
     def renew(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         # A reference asked within a training step must not touch what that step's backward pass still needs.
         within_step = module.training and not torch.is_grad_enabled()
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        one_more = not torch.is_grad_enabled() and input_ids is not None and input_ids.shape[1] == 1
+        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        tokens = next((given.shape[1] for given in inputs if given is not None), 0)
+        one_more = not torch.is_grad_enabled() and tokens == 1
         for product in products:
             product.renew(None if within_step else product.plain_adapter(), one_more)
 
-    decoder.register_forward_pre_hook(renew, with_kwargs=True)
+    # Every pass ends up in the decoder itself; OPT's goes past the base model around it.
+    model.get_base_model().get_decoder().register_forward_pre_hook(renew, with_kwargs=True)
 
 
 def _reading_the_same(model: Any) -> list[list[Any]]:

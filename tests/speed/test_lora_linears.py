@@ -16,6 +16,7 @@ from scripts.model.base import load_base
 from scripts.speed import lora_linears
 from scripts.speed.lora_linears import SharingLinear, _AdaptedProduct, share_products
 from tests.conftest import save_tiny_model
+from tests.support.architectures import save_family
 from tests.support.tolerance import ROUNDING, apart
 
 IDS = torch.arange(5, 25).reshape(1, 20)
@@ -139,6 +140,21 @@ def test_what_the_optimizer_moved_counts_in_the_next_pass(tiny_llama: Path, trai
                 parameter.data.mul_(2)
 
         assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-2)
+
+
+def test_a_whole_model_that_goes_past_its_base_model_counts_what_moved_too(tmp_path: Path) -> None:
+    """A training step asks OPT's base model; evaluating asks the whole one, which asks the decoder itself."""
+    folder = save_family(tmp_path / "opt", "OPT")
+    fast, slow = (with_two_adapters(folder, way).eval() for way in (True, False))
+    fast.get_base_model().base_model(input_ids=IDS)
+
+    for model in (fast, slow):
+        for name, parameter in model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.data.mul_(2)
+
+    with torch.no_grad():
+        assert apart([fast(input_ids=IDS).logits], [slow(input_ids=IDS).logits]) < ROUNDING[torch.float32] / 10
 
 
 def test_what_inference_mode_made_can_be_trained_afterwards(tiny_llama: Path) -> None:
