@@ -140,7 +140,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
             add(token_id)
     add_further_stops(writer, tokenizer)
     writer.add_add_bos_token(adds_bos(tokenizer))
-    writer.add_add_space_prefix(not pre_tokenizer and puts_space(tokenizer, tokenizer.eos_token))
+    writer.add_add_space_prefix(
+        not pre_tokenizer and puts_space(tokenizer, "" if starts_with_text(tokenizer) else tokenizer.eos_token)
+    )
     writer.add_chat_template(tokenizer.chat_template)
 
 
@@ -148,6 +150,11 @@ def puts_space(tokenizer: Any, before: str = "") -> bool:
     """Say whether a sentencepiece tokenizer puts a space at the start of a text, or of what follows a special token."""
     ids = tokenizer.encode(f"{before}a", add_special_tokens=False)
     return bool(tokenizer.convert_ids_to_tokens(ids)[1 if before else 0].startswith("▁"))
+
+
+def starts_with_text(tokenizer: Any) -> bool:
+    """Say whether prompts begin with ordinary text, as the plain template's may."""
+    return render_prompt(tokenizer, user_turn("a"))[0] not in tokenizer.added_tokens_decoder
 
 
 def add_further_stops(writer: Any, tokenizer: Any) -> None:
@@ -188,11 +195,11 @@ def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]])
                 "Nothing was written. Export safetensors."
             )
     sentencepiece = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["byte_fallback"]
-    starts_with_text = any(ids[0] not in tokenizer.added_tokens_decoder for ids in probes)
-    if sentencepiece and starts_with_text and puts_space(tokenizer) != puts_space(tokenizer, tokenizer.eos_token):
+    both_ways = puts_space(tokenizer) != puts_space(tokenizer, tokenizer.eos_token)
+    if sentencepiece and both_ways and starts_with_text(tokenizer):
         log.warning(
-            "llama.cpp treats the start of a prompt like what follows a special token, which this sentencepiece tokenizer does "
-            "not: compare some answers there with those of the adapter"
+            "llama.cpp puts a space after each special token of this sentencepiece tokenizer, which training did not: compare "
+            "some answers to later turns there with those of the adapter"
         )
     if read.chat_template != tokenizer.chat_template:
         raise UserError("--format gguf: the chat template did not survive. Nothing was written. Export safetensors.")
