@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ ARCHITECTURES = {  # by the model_type in config.json
         tied=(True,),
         fixed=GEMMA,
     ),
-    "gemma3_text": Architecture("gemma3", norms_from_one=True, windows=True, fixed=GEMMA),
+    "gemma3_text": Architecture("gemma3", norms_from_one=True, windows=True, scalings=("linear",), fixed=GEMMA),
 }
 
 
@@ -97,7 +97,7 @@ def architecture_of(config: Any) -> Architecture:
     return found
 
 
-def _odd_things(known: Architecture, text: Any) -> Any:
+def _odd_things(known: Architecture, text: Any) -> Iterator[str]:
     """Yield what readers would compute otherwise, without a word."""
     shape = ModelShape.of(text)
     for key, wanted in known.fixed.items():
@@ -119,10 +119,8 @@ def _odd_things(known: Architecture, text: Any) -> Any:
         yield "windows in another order"
     if getattr(text, "query_pre_attn_scalar", shape.head_dim) != _wanted_scalar(shape):
         yield f"query_pre_attn_scalar {text.query_pre_attn_scalar}"
-    if getattr(text, "no_rope_layers", None) not in (
-        None,
-        [int((layer + 1) % 4 != 0) for layer in range(shape.layers)],
-    ):
+    fourths = [int((layer + 1) % 4 != 0) for layer in range(shape.layers)]
+    if getattr(text, "no_rope_layers", fourths) != fourths:
         yield "other layers without positions"
 
 

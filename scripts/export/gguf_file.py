@@ -74,6 +74,8 @@ def write_gguf(model: Any, tokenizer: Any, folder: Path, kind: str, name: str) -
 
     text = model.config.get_text_config(decoder=True)
     known = architecture_of(text)
+    if text is not model.config:
+        log.info("the language model alone is written, without what stands beside it")
     file = folder / f"model-{kind}.gguf"
     writer = gguf.GGUFWriter(file, known.name)
     writer.add_type("model")

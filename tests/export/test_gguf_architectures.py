@@ -14,7 +14,7 @@ from scripts.common.errors import UserError
 from scripts.export import gguf_file
 from scripts.export.gguf_architectures import ARCHITECTURES, context_length
 from scripts.export.gguf_weights import load_weights
-from tests.conftest import run_python, tiny_tokenizer
+from tests.conftest import ROOT, run_python, tiny_tokenizer
 from tests.support.gguf_models import BASES, YARN, make_config, make_model, scaled
 from tests.support.nested import save_tiny_gemma3
 
@@ -105,6 +105,15 @@ def test_file_promises_no_more_context_than_a_reader_computes_right(name: str, l
 def test_what_readers_would_compute_otherwise_is_refused(name: str, changes: dict, says: str, tokenizer) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         gguf_file.check_supported(make_config(name, tokenizer, **changes), tokenizer)
+
+
+def test_readme_has_a_row_for_each_architecture() -> None:
+    text = (ROOT / "scripts/export/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+)[^|]*\| (\w+) \| ([\w, ]+) \|$", text, re.MULTILINE)
+
+    assert [(family, name, tuple(kinds.split(", "))) for family, name, kinds in rows] == [
+        (family, known.name, known.scalings) for family, known in ARCHITECTURES.items()
+    ]
 
 
 @pytest.mark.parametrize(
