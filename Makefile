@@ -35,7 +35,9 @@ bench: setup  ## run the benchmarks
 	$(RUN) -m eval.benchmarks.serving --config configs/demo.yaml --random-adapters
 	$(RUN) -m eval.benchmarks.training --parts speed growth
 
+# llama.cpp, which reads exported GGUF files, is only needed here. Where it cannot be fetched, its drills are skipped.
 drill: setup  ## run the fault drills
+	-test -d .drill/xllamacpp || $(BIN)/pip install --quiet --no-deps --target .drill xllamacpp==2026.10.11549
 	$(RUN) -m pytest -q -m drill -s
 
 # The mutation tester is only needed here, so it is no requirement.

@@ -1,7 +1,7 @@
 """Merge an adapter into its base and prove that the result on disk answers as base + adapter do.
 
 Reads an adapter folder and its base model; writes the merged model with tokenizer, model card and manifest.
-Over tolerance, nothing is written. GGUF is for Llama-like models only. Needs requirements.txt.
+Over tolerance, nothing is written. Needs requirements.txt.
 
     python scripts/export_lora.py --base_model models/smollm2-135m-instruct --adapter outputs/dpo_adapter --out_dir outputs/merged_full_model
     python -m scripts.export_lora --config configs/demo.yaml
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.common.artifacts import MANIFEST, Manifest, RunFacts
+from scripts.common.artifacts import MANIFEST, Manifest, RunFacts, read_manifest
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import choose_machine, give_freed_memory_back, peak_memory_gib
 from scripts.common.run import Run, open_run
+from scripts.common.stages import ADAPTER_STAGES
 
 if TYPE_CHECKING:
     from scripts.common.tracking import Tracker
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--format",
         choices=("safetensors", "gguf"),
         default="safetensors",
-        help="gguf, for llama.cpp and Ollama, takes Llama-like models only (default: %(default)s)",
+        help="gguf is for llama.cpp and Ollama and takes some architectures only (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     check_arguments(arguments, config)
+    if arguments.format == "gguf":
+        check_architecture(arguments, config)
     key = "--out_dir" if arguments.out_dir else f"export.{'gguf_dir' if arguments.format == 'gguf' else 'output_dir'}"
     with open_run("merged", config, key, folder=arguments.out_dir) as run:
         from scripts.common.tracking import tracked_run
@@ -106,6 +109,19 @@ def check_arguments(arguments: argparse.Namespace, config: LoadedConfig) -> None
         raise UserError(f"--push_to_hub: found {arguments.push_to_hub}, wanted OWNER/NAME.")
     if arguments.push_to_hub and (config.values.offline or os.environ.get("HF_HUB_OFFLINE") == "1"):
         raise UserError("--push_to_hub: found offline: true or HF_HUB_OFFLINE=1. Set offline to false to upload.")
+
+
+def check_architecture(arguments: argparse.Namespace, config: LoadedConfig) -> None:
+    """Refuse a base that cannot become a GGUF before anything heavy is imported."""
+    from scripts.export.gguf_architectures import check_model_type
+    from scripts.model.find import find_local_model
+
+    base = read_manifest(
+        arguments.adapter or config.values.dpo.output_dir, stages=ADAPTER_STAGES, verify=False
+    ).base_model
+    model_id = arguments.base_model or base.id
+    if folder := find_local_model(model_id, base.revision if model_id == base.id else None):
+        check_model_type(folder)
 
 
 def limit_resources(run: Run) -> None:

@@ -1,25 +1,34 @@
-"""Write a merged Llama as GGUF, the format of llama.cpp and Ollama, and read it back to prove it."""
+"""Write a merged model as GGUF, the format of llama.cpp and Ollama, and read it back to prove it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy
-import torch
 
 from scripts.common.errors import UserError
 from scripts.dataset.chat_format import ChatFormat, closing_token_id, stop_token_ids, user_turn
 from scripts.dataset.rendering import render_prompt
+from scripts.export.gguf_architectures import INSTEAD, architecture_of, describe_model
+from scripts.export.gguf_weights import named_weights, without_weights, write_weights
 
 log = logging.getLogger(__name__)
 
 # What a file has to name its word splitting by; readers know no other way.
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+CONTRACTIONS, REST = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    LLAMA3_SPLIT: "llama-bpe",
+    LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
+    rf"{WORD[0]}|{WORD[1]}|\p{{N}}{REST}": "tekken",
+    rf"{WORD[0]}{CONTRACTIONS}|{WORD[1]}{CONTRACTIONS}|\p{{N}}{{1,3}}{REST}": "gpt-4o",
+}
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 SENTENCES = (
     "Hello, world! It's 17:45, and 1234 + 5.6 = 1239.6.",
     "  two  spaces\n\n\tand a tab\r\nand CRLF ",
@@ -29,19 +38,10 @@ SENTENCES = (
 
 
 def check_supported(config: Any, tokenizer: Any) -> None:
-    """Refuse what this writer cannot put into a GGUF without loss."""
-    if config.model_type != "llama":
-        raise UserError(
-            f"--format gguf: found the architecture {config.model_type}, wanted llama. Export safetensors and convert them "
-            "with llama.cpp's convert_hf_to_gguf.py."
-        )
-    scaling = (config.rope_parameters or {}).get("rope_type", "default")
-    if scaling != "default" or config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
-        raise UserError(
-            f"--format gguf: this Llama has rope scaling `{scaling}`, biases or another activation, which are not written. "
-            "Export safetensors and convert them with llama.cpp's convert_hf_to_gguf.py."
-        )
+    """Refuse what this writer cannot put into a GGUF without loss; needs no weights."""
+    known, text = architecture_of(config), config.get_text_config(decoder=True)
     pre_tokenizer_name(json.loads(tokenizer.backend_tokenizer.to_str()))
+    list(named_weights(without_weights(text), known))
 
 
 def pre_tokenizer_name(described: dict[str, Any]) -> str | None:
@@ -54,16 +54,18 @@ def pre_tokenizer_name(described: dict[str, Any]) -> str | None:
     kinds = [step["type"] for step in steps]
     if model["type"] == "BPE" and model["byte_fallback"]:
         return None
-    if model["type"] == "BPE" and not described["normalizer"] and kinds[-1:] == ["ByteLevel"]:
+    plain = described["normalizer"] in (None, {"type": "NFC"})  # Qwen composes accents; readers leave a text as it is
+    if model["type"] == "BPE" and plain and kinds[-1:] == ["ByteLevel"]:
         if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == LLAMA3_SPLIT:
-            return "llama-bpe"
+        if kinds == ["Split", "ByteLevel"] and (name := SPLITS.get(steps[0]["pattern"].get("Regex"))):
+            # Both split alike; the second joins the pieces of a word even if the whole is a token.
+            return "dbrx" if name == "llama-bpe" and not model["ignore_merges"] else name
     raise UserError(
         f"--format gguf: the tokenizer ({model['type']}; {', '.join(kinds) or 'no word splitting'}) is not one that GGUF readers "
-        "know by name. Export safetensors and convert them with llama.cpp's convert_hf_to_gguf.py."
+        f"know by name. {INSTEAD}"
     )
 
 
@@ -71,72 +73,32 @@ def write_gguf(model: Any, tokenizer: Any, folder: Path, kind: str, name: str) -
     """Write one file with weights, tokenizer and chat template; tensors go to disk one by one."""
     import gguf
 
-    config = model.config
+    text = model.config.get_text_config(decoder=True)
+    known = architecture_of(text)
+    if text is not model.config:
+        log.info("the language model alone is written, without what stands beside it")
     file = folder / f"model-{kind}.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, known.name)
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(name_for_readers(name, tokenizer))
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == "q8_0" else gguf.LlamaFileType.MOSTLY_F16)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_tokenizer(writer, tokenizer, config.vocab_size)
-    tensors = [
-        (title, weight, heads, stored_type(weight, kind))
-        for title, weight, heads in named_tensors(
-            model, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        )
-    ]
-    for title, weight, _, stored in tensors:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
-        size = weight.numel() // block * block_bytes
-        writer.add_tensor_info(title, tuple(weight.shape), numpy.dtype(numpy.float32), size, raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, weight, heads, stored in tensors:
-        writer.write_tensor_data(gguf.quantize((interleaved(weight, heads) if heads else weight).numpy(), stored))
+    describe_model(writer, known, text)
+    add_tokenizer(writer, tokenizer, text.vocab_size)
+    write_weights(writer, model, kind)
     writer.close()
     return file
 
 
-def named_tensors(model: Any, names: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """Yield each weight under its GGUF name, and for queries and keys the number of their heads."""
-    config = model.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        title = names.get_name(name, try_suffixes=(".weight",))
-        if title is None:
-            raise UserError(f"--format gguf: {name} cannot be stored in the GGUF of a Llama. Export safetensors.")
-        yield title, weight, heads.get(name.split(".")[-2], 0)
+def name_for_readers(name: str, tokenizer: Any) -> str:
+    """Return a model's name as a file may give it.
 
-
-def stored_type(weight: torch.Tensor, kind: str) -> Any:
-    """Choose how a tensor is stored: norms stay fp32, and rows that Q8_0 cannot divide into blocks stay f16."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if weight.dim() == 1:
-        return GGMLQuantizationType.F32
-    divisible = weight.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][0] == 0
-    return GGMLQuantizationType.Q8_0 if kind == "q8_0" and divisible else GGMLQuantizationType.F16
-
-
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head from halves to pairs, as llama.cpp rotates neighbours and transformers halves."""
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+    Where a name speaks of Phi-3, llama.cpp expects Phi-3's special tokens, which swallow white space behind them.
+    """
+    swallowing = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if swallowing and set(tokenizer.get_vocab()) >= PHI3_TOKENS:
+        return f"{name} (phi-3)"
+    return re.sub("phi-?3", "phi", name, flags=re.IGNORECASE)
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
@@ -153,7 +115,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
             TokenType.BYTE if not pre_tokenizer and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else TokenType.NORMAL
         )
     for added in described["added_tokens"]:
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        # A run of spaces is only found once they are ▁, as any piece of a sentencepiece BPE.
+        types[added["id"]] = TokenType.NORMAL if not pre_tokenizer and set(added["content"]) == {"▁"} else kind
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     if pre_tokenizer:
         writer.add_tokenizer_model("gpt2")
@@ -179,8 +143,21 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
             add(token_id)
     add_further_stops(writer, tokenizer)
     writer.add_add_bos_token(adds_bos(tokenizer))
-    writer.add_add_space_prefix(not pre_tokenizer)
+    writer.add_add_space_prefix(
+        not pre_tokenizer and puts_space(tokenizer, "" if starts_with_text(tokenizer) else tokenizer.eos_token)
+    )
     writer.add_chat_template(tokenizer.chat_template)
+
+
+def puts_space(tokenizer: Any, before: str = "") -> bool:
+    """Say whether a sentencepiece tokenizer puts a space at the start of a text, or of what follows a special token."""
+    ids = tokenizer.encode(f"{before}a", add_special_tokens=False)
+    return bool(tokenizer.convert_ids_to_tokens(ids)[1 if before else 0].startswith("▁"))
+
+
+def starts_with_text(tokenizer: Any) -> bool:
+    """Say whether prompts begin with ordinary text, as the plain template's may."""
+    return render_prompt(ChatFormat(tokenizer), user_turn("a"))[0] not in tokenizer.added_tokens_decoder
 
 
 def add_further_stops(writer: Any, tokenizer: Any) -> None:
@@ -210,9 +187,9 @@ def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]])
 
     The folder must hold no tokenizer.json, which transformers would read instead of the file.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    read = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)  # also for models it cannot read
     for text in (*SENTENCES, *(tokenizer.decode(ids) for ids in probes)):
         ours, theirs = (t.encode(text, add_special_tokens=False) for t in (tokenizer, read))
         if ours != theirs:
@@ -220,21 +197,12 @@ def check_tokenizer(file: Path, tokenizer: Any, probes: Sequence[Sequence[int]])
                 f"--format gguf: the tokenizer in the file reads {text[:60]!r} as {theirs[:12]}, ours as {ours[:12]}. "
                 "Nothing was written. Export safetensors."
             )
-    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["byte_fallback"]:
+    sentencepiece = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["byte_fallback"]
+    both_ways = puts_space(tokenizer) != puts_space(tokenizer, tokenizer.eos_token)
+    if sentencepiece and both_ways and starts_with_text(tokenizer):
         log.warning(
-            "llama.cpp puts a space after each special token of a sentencepiece tokenizer, which training did not: "
-            "compare some answers there with those of the adapter"
+            "llama.cpp puts a space after each special token of this sentencepiece tokenizer, which training did not: compare "
+            "some answers to later turns there with those of the adapter"
         )
     if read.chat_template != tokenizer.chat_template:
         raise UserError("--format gguf: the chat template did not survive. Nothing was written. Export safetensors.")
-
-
-def load_gguf(file: Path) -> Any:
-    """Load a GGUF with its weights widened to fp32."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging as logging_of_transformers
-
-    logging_of_transformers.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).eval()

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from scripts.common.artifacts import Manifest, read_manifest
 from scripts.common.run import Run
 from scripts.common.schema import Quantization
 from scripts.common.stages import ADAPTER_STAGES
 from scripts.dataset.chat_format import ChatFormat
+from scripts.export.gguf_file import check_supported
 from scripts.export.merging import check_vocabulary, stored_dtype
 from scripts.model.adapter import check_adapter_fits
 from scripts.model.base import load_tokenizer
@@ -27,6 +30,7 @@ class Parts:
     base_id: str
     revision: str | None
     base_folder: Path
+    config: Any  # of the base, as transformers reads it
     chat: ChatFormat
     gguf: bool
     dtype: str
@@ -56,8 +60,12 @@ def find_parts(run: Run, arguments: argparse.Namespace) -> Parts:
     tokenizer = load_tokenizer(base_folder)
     manifest = check_adapter_fits(adapter, base_folder, tokenizer)
     check_vocabulary(base_folder, tokenizer)
+    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     gguf = arguments.format == "gguf"
+    if gguf:
+        check_supported(config, tokenizer)
     dtype = arguments.dtype or ("auto" if gguf else run.values.export.dtype)
     if dtype == "auto":
         dtype = "f16" if gguf else stored_dtype(base_folder)
-    return Parts(adapter, manifest, base_id, revision, base_folder, ChatFormat.of(tokenizer, manifest), gguf, dtype)
+    chat = ChatFormat.of(tokenizer, manifest)
+    return Parts(adapter, manifest, base_id, revision, base_folder, config, chat, gguf, dtype)

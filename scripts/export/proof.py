@@ -11,6 +11,7 @@ from typing import Any
 
 from scripts.common.config import LoadedConfig
 from scripts.export import gguf_file, merging, ollama, parity
+from scripts.export.gguf_weights import load_weights
 from scripts.export.parts import Parts
 from scripts.model.adapter import load_adapter, switched_to
 from scripts.model.base import load_full_precision
@@ -44,8 +45,6 @@ def merge_and_save(parts: Parts, folder: Path, logits: Path) -> Proof:
     """
     log.info("loading %s in fp32 with %s", parts.base_id, parts.adapter)
     model = load_adapter(load_full_precision(parts.base_folder), parts.adapter)
-    if parts.gguf:
-        gguf_file.check_supported(model.get_base_model().config, parts.tokenizer)
     probes = parity.build_probes(model, parts.chat, parity.held_out_prompts(parts.manifest))
     before_merge = parity.Stored(parity.scored_logits(model, probes), logits)
     with switched_to(model, None):
@@ -91,7 +90,7 @@ def load_again(parts: Parts, folder: Path, probes: Sequence[Sequence[int]]) -> A
         return load_full_precision(folder)
     (file,) = folder.glob("*.gguf")
     gguf_file.check_tokenizer(file, parts.tokenizer, probes)
-    return gguf_file.load_gguf(file)
+    return load_weights(file, parts.config)
 
 
 def measure_quantised_base(parts: Parts, config: LoadedConfig, proof: Proof) -> None:

@@ -1,4 +1,4 @@
-"""GGUF: a Llama as llama.cpp and Ollama read it answers as base + adapter do; what the format cannot express is refused."""
+"""GGUF: a model as llama.cpp and Ollama read it answers as base + adapter do; what the format cannot express is refused."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from scripts.common.errors import UserError
 from scripts.common.paths import ROOT
 from scripts.dataset.chat_format import PLAIN_TEMPLATE, ChatFormat, plain_template
 from scripts.dataset.rendering import render_prompt
-from scripts.export import gguf_file
+from scripts.export import gguf_file, gguf_weights, proof
 from scripts.export.ollama import go_template, write_modelfile
 from scripts.export_lora import main
 from scripts.model.base import load_tokenizer
 from tests.conftest import run_python, save_tiny_model, tiny_tokenizer
-from tests.support.exporting import figures, save_adapter, save_tiny_qwen2
+from tests.support.exporting import figures, save_adapter
+from tests.support.gguf_models import save_base
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model, stop_ids
 
 OUT = Path("outputs/merged_gguf")
@@ -166,7 +168,7 @@ def test_rows_in_the_wrong_order_are_caught(tiny_llama: Path, export, tmp_path, 
     assert export(made) == 0
 
     shutil.rmtree(OUT)
-    monkeypatch.setattr(gguf_file, "interleaved", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_weights, "interleaved", lambda weight, heads: weight)
     assert export(made) == 2
 
     assert "answers differently from base + adapter" in capsys.readouterr().err
@@ -182,23 +184,33 @@ def test_tokenizer_that_reads_otherwise_is_caught(adapter: Path, export, monkeyp
     assert not OUT.exists()
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
-def test_other_architectures_are_refused(architecture: str, tiny_gpt2: Path, export, tmp_path, capsys) -> None:
-    base = tiny_gpt2 if architecture == "gpt2" else save_tiny_qwen2(tmp_path / "model")
-    made = save_adapter(base, tmp_path / "a")
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "phi3, longrope"])
+def test_other_architectures_are_exported_too(name: str, export, tmp_path) -> None:
+    made = save_adapter(save_base(tmp_path / "base", name), tmp_path / "a")
+
+    assert export(made) == 0
+
+    assert figures(OUT)["reloaded"]["greedy_agreement"] >= 0.98
+
+
+def test_architecture_that_is_not_written_is_refused_before_a_run_begins(
+    tiny_gpt2: Path, export, tmp_path, capsys
+) -> None:
+    made = save_adapter(tiny_gpt2, tmp_path / "a")
 
     assert export(made) == 2
 
-    assert f"found the architecture {architecture}, wanted llama" in capsys.readouterr().err
-    assert not OUT.exists()
+    assert "names the architecture gpt2, wanted llama, mistral, " in capsys.readouterr().err
+    assert not list(Path("outputs").glob("*"))
 
 
-def test_llama_with_scaled_positions_is_refused(tiny_llama: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_llama)
-    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+def test_what_readers_do_not_expect_is_refused_before_weights_are_loaded(export, tmp_path, monkeypatch, capsys) -> None:
+    made = save_adapter(save_base(tmp_path / "base", "qwen3", attention_bias=True), tmp_path / "a")
+    monkeypatch.setattr(proof, "load_full_precision", None)
 
-    with pytest.raises(UserError, match="rope scaling `linear`"):
-        gguf_file.check_supported(config, tiny_tokenizer())
+    assert export(made) == 2
+
+    assert "q_proj.bias has no place in the GGUF of a qwen3" in capsys.readouterr().err
 
 
 # --- tokenizers
@@ -220,11 +232,37 @@ AFTER_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     [
         ([PLAIN], "gpt-2"),
         ([pre_tokenizers.Digits(individual_digits=True), PLAIN], "smollm"),
-        ([pre_tokenizers.Split(Regex(gguf_file.LLAMA3_SPLIT), "isolated"), AFTER_SPLIT], "llama-bpe"),
+        ([pre_tokenizers.Split(Regex(gguf_file.LLAMA3_SPLIT), "isolated"), AFTER_SPLIT], "dbrx"),
     ],
 )
 def test_word_splitting_gets_the_name_that_readers_know(steps, name: str) -> None:
     assert gguf_file.pre_tokenizer_name(byte_level(*steps)) == name
+
+
+@pytest.mark.parametrize(("name", "splits_as"), [("llama3_1", "llama-bpe"), ("qwen3", "qwen2"), ("gemma3", None)])
+def test_real_tokenizers_are_known(name: str, splits_as: str | None) -> None:
+    file = ROOT / "models/tokenizers" / name / "tokenizer.json"
+    if not file.is_file():
+        pytest.skip(f"needs {file}")
+
+    assert gguf_file.pre_tokenizer_name(json.loads(file.read_text(encoding="utf-8"))) == splits_as
+
+
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o", "qwen2"])
+def test_patterns_are_those_of_plain_transformers(name: str) -> None:
+    (pattern,) = (pattern for pattern, known in gguf_file.SPLITS.items() if known == name)
+
+    assert pattern == GGUF_PRE_TOKENIZER_SPLITS[name]
+
+
+def test_name_that_would_mislead_a_reader_is_changed() -> None:
+    """Where a name speaks of Phi-3, llama.cpp demands Phi-3's tokens, and makes them swallow white space."""
+    tokenizer = tiny_tokenizer()
+    assert gguf_file.name_for_readers("my-Phi3-tune", tokenizer) == "my-phi-tune"
+
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in sorted(gguf_file.PHI3_TOKENS)])
+    tokenizer.add_tokens([AddedToken("<|asks|>", special=True, rstrip=True)])
+    assert gguf_file.name_for_readers("tuned", tokenizer) == "tuned (phi-3)"
 
 
 @pytest.mark.parametrize(

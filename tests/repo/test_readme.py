@@ -26,8 +26,8 @@ from tests.conftest import ROOT
 
 NAMES = (
     "README.md", "configs/README.md", "scripts/README.md", "serve/README.md", "eval/README.md", "eval/benchmarks/README.md",
-    "scripts/deid/README.md", "scripts/dataset/README.md", "scripts/model/README.md", "data/README.md",
-    "tests/drills/README.md",
+    "scripts/deid/README.md", "scripts/dataset/README.md", "scripts/model/README.md", "scripts/export/README.md",
+    "data/README.md", "tests/drills/README.md",
 )  # fmt: skip
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = "\n".join(READMES.values())
