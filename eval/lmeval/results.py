@@ -144,10 +144,16 @@ def compare_entries(entries: list[Entry]) -> tuple[list[Metric], list[str]]:
             apart = f" ({_differing(group[0], found)})" if len(alike) > 1 else ""
             metrics += [_describe(name, group, apart) for name in group[0]["metrics"]]
         for first, other in pairwise(alike.values()):
+            ours, theirs = first[0]["settings"], other[0]["settings"]
+            unlike = [key for key in ours if ours[key] != theirs.get(key)]
+            fix = (
+                "`python -m eval.compare` compares them."
+                if unlike == ["chat_template"]
+                else "Evaluate them in one call."
+            )
             warnings.append(
                 f"{task}: {_names(first)} and {_names(other)} were measured with different settings "
-                f"({_differing(first[0], found)}; {_differing(other[0], found)}) and are not compared. "
-                "Evaluate them in one call."
+                f"({_differing(first[0], found)}; {_differing(other[0], found)}) and are not compared. {fix}"
             )
         if any(entry["settings"]["limit"] for entry in found):
             warnings.append(f"{task}: {NOT_PUBLISHED}")

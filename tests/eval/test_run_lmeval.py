@@ -259,7 +259,7 @@ def test_adapters_that_read_prompts_differently_are_scored_each_in_its_way_and_m
     assert templates["base"] == templates["sft"], "the base reads what the first adapter reads"
     assert "system_prompt Be brief." in templates["dpo"]
     assert "chat_template_kwargs {'tone': 'warm'}" in templates["dpo"]
-    assert any("chat_template" in warning for warning in results(tmp_path / "out")["warnings"])
+    assert any("`python -m eval.compare` compares them." in text for text in results(tmp_path / "out")["warnings"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
