@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from scripts.common.schema import Deid
 from scripts.deid.rampart import Rampart
+from scripts.deid.secret_values import find_secrets, is_placeholder
 from scripts.deid.spans import Span, normalise, to_original
 
 if TYPE_CHECKING:
@@ -82,13 +83,15 @@ class Detector:
                 results = self.analyzer.analyze(
                     text, self.settings.language, entities=entities, nlp_artifacts=artifacts
                 )
-                spans = [Span(r.start, r.end, r.entity_type, r.score) for r in results] + more
+                spans = [Span(r.start, r.end, r.entity_type, r.score) for r in results] + more + find_secrets(text)
                 yield [span for span in spans if self._counts(text, span)]
 
     def _counts(self, text: str, span: Span) -> bool:
         if span.entity not in self.entities:
             return False
         if span.score < self.thresholds.get(span.entity, self.thresholds["default"]):
+            return False
+        if span.entity == "SECRET" and is_placeholder(text[span.start : span.end]):
             return False
         if span.entity in NER_ENTITIES and text[span.start : span.end].strip(" ()[]:.,") in NO_NAMES:
             return False

@@ -172,15 +172,37 @@ def add_pattern_recognizers(registry: Any, path: Path, language: str) -> frozens
         ) from None
     for number, entry in enumerate(entries, 1):
         try:
-            for pattern in entry.get("patterns", ()):
-                regex.compile(pattern["regex"])
-            registry.add_pattern_recognizer_from_dict({**entry, "supported_language": language})
+            entry = {**entry, "supported_language": language}
+            examples = []
+            if "patterns" in entry:
+                for pattern in entry["patterns"]:
+                    regex.compile(pattern["regex"])
+                examples = [pattern.get("example") for pattern in entry["patterns"]]
+                entry["patterns"] = [{k: v for k, v in p.items() if k != "example"} for p in entry["patterns"]]
+            registry.add_pattern_recognizer_from_dict(entry)
         except Exception as error:  # Presidio and regex raise a dozen kinds for a malformed entry
             raise UserError(
                 f"deid.recognizers: {path}: recognizer {number}: {type(error).__name__}: {error}. "
                 "Wanted name, supported_entity and patterns with name, regex and score, or a deny_list."
             ) from None
+        _check_examples(registry.recognizers[-1], examples, path)
     return frozenset(entry["supported_entity"] for entry in entries)
+
+
+def _check_examples(recognizer: Any, examples: Sequence[str | None], path: Path) -> None:
+    """Refuse to run when a pattern does not find its own example: it would find nothing else either.
+
+    Raises: UserError naming the pattern.
+    """
+    from presidio_analyzer import PatternRecognizer
+
+    for pattern, example in zip(recognizer.patterns, examples, strict=False):
+        entity = recognizer.supported_entities[0]
+        if example and not PatternRecognizer(entity, patterns=[pattern]).analyze(example, [entity]):
+            raise UserError(
+                f"self-test: {path}: {recognizer.name}: the pattern `{pattern.name}` does not find its own example, "
+                "so nothing was scrubbed. Correct the pattern or its example."
+            )
 
 
 def _spacy_engine(settings: Deid) -> Any:
