@@ -174,9 +174,7 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> 
                 except ValueError as error:
                     outcome.reason = str(error)
             if outcome.reason:
-                held_back.write(
-                    json.dumps({"record": outcome.source, "id": outcome.id, "reason": outcome.reason}) + "\n"
-                )
+                held_back.write(json.dumps({"record": outcome.source, "reason": outcome.reason}) + "\n")
             tally.add(outcome)
     tally.seconds = time.monotonic() - started
     return tally

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,20 +72,31 @@ class Rampart:
                     name = self.labels[label]
                     if name != "O" and end > start:
                         found[number].append(Span(start, end, RAMPART_LABELS[name[2:]], float(score)))
-        return [_with_company(text, sorted(spans)) for text, spans in zip(texts, found, strict=True)]
+        return [_in_addresses(text, _joined(text, sorted(spans))) for text, spans in zip(texts, found, strict=True)]
 
 
-def _with_company(text: str, spans: list[Span]) -> list[Span]:
-    """Drop lone numbers and words that Rampart takes for parts of an address; in an address they stand together."""
+def _joined(text: str, spans: list[Span]) -> list[Span]:
+    """Join the pieces of words and the words of one finding."""
+    joined: list[Span] = []
+    for span in spans:
+        last = joined[-1] if joined else None
+        if last and last.entity == span.entity and span.start - last.end <= 1 and text[last.end : span.start] in ("", " "):
+            joined[-1] = last._replace(end=max(last.end, span.end), score=max(last.score, span.score))
+        else:
+            joined.append(span)
+    return joined
+
+
+def _in_addresses(text: str, spans: list[Span]) -> list[Span]:
+    """Drop lone numbers and words that Rampart takes for parts of an address; in an address numbers and words stand together."""
     believable = []
     for index, span in enumerate(spans):
-        if span.entity == "STREET_ADDRESS":
-            near = [other for other in spans[max(0, index - 1) : index + 2] if other is not span]
-            gaps = [
-                max(other.start - span.end, span.start - other.end) for other in near if other.entity in ADDRESS_PARTS
-            ]
-            joined = span.start and text[span.start - 1].isalnum()
-            if not any(gap <= 2 for gap in gaps) and not joined:
+        surface = text[span.start : span.end]
+        if span.entity in ("STREET_ADDRESS", "ZIP_CODE"):
+            near = [other for other in spans[max(0, index - 1) : index + 2] if other.entity in ADDRESS_PARTS]
+            near = [other for other in near if max(other.start - span.end, span.start - other.end) <= 2]
+            whole = " ".join(text[other.start : other.end] for other in near)
+            if not (re.search(r"\d", whole) and re.search(r"[^\W\d_]{3}", whole)) or re.search(r"[=*]", surface):
                 continue
         believable.append(span)
     return believable

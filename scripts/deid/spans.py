@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+from urllib.parse import unquote
 
 
 class Span(NamedTuple):
@@ -31,6 +33,14 @@ TAG = re.compile(rf"<(?:{'|'.join(PRIORITY)}|CUSTOM)(?:_\d{{1,6}}|:[0-9a-f]{{16}
 
 _SPECIAL = str.maketrans(dict.fromkeys("‐‑‒–−﹣－", "-") | dict.fromkeys("‘’‛´", "'") | dict.fromkeys("“”„", '"'))
 _INVISIBLE = frozenset("\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
+_DISGUISED = re.compile(
+    r"(?P<entity>&(?:[A-Za-z]{2,8}|#\d{2,6}|#x[0-9A-Fa-f]{2,5});)|(?<=[\w=/&?+.:-])(?P<percent>(?:%[0-9A-Fa-f]{2})+)"
+    r"|(?P<query>(?<=[?&=])[^\W\d_][^\s&#?\"'<>=+%]*(?:\+[^\W\d_][^\s&#?\"'<>=+%]*)+)|(?P<marked>[^\W\d_][\u0300-\u036f]+)"
+    r"|(?P<spaced>(?<!\S)[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,}(?: {2,4}[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,})*)"
+)
+# What a finding never crosses: the end of a line, a cell, a tag, a quotation of JSON, and LaTeX's breaks.
+_BREAK = re.compile(r"[\r\n\t|\u2028\u2029\x85\v\f]+|</?[A-Za-z][\w:-]{0,30}(?:\s[^<>\n]{0,300})?/?>|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}")
+_NAME_BREAK = re.compile(_BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=[^\s])","|,(?=[^\s\d])|(?<!&\w\w)(?<!\w\w\w)[;](?=\S)|&(?=\w+=)')
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
 _JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
 # What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
@@ -47,25 +57,70 @@ _OWNER = re.compile(
 def normalise(text: str) -> tuple[str, Sequence[int]]:
     """Return the text as detection reads it and, for each of its characters, the offset in the original.
 
-    Full-width letters, unusual dashes, quotes and spaces become plain; invisible characters go. One entry more marks
-    the end.
+    Full-width letters, unusual dashes, quotes and spaces become plain, as do HTML entities, URL encoding, decomposed accents
+    and s p a c e d letters; invisible characters go. One entry more marks the end.
     """
-    if text.isascii():
+    if text.isascii() and not _DISGUISED.search(text):
         return text, range(len(text) + 1)
     characters: list[str] = []
     offsets: list[int] = []
-    for offset, character in enumerate(text):
-        if character in _INVISIBLE:
-            continue
-        plain = unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+    position = 0
+    for start, end, plain in [*_disguises(text), (len(text), len(text), "")]:
+        for offset in range(position, start):
+            character = text[offset]
+            if character in _INVISIBLE:
+                continue
+            read = unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+            characters.append(read)
+            offsets.extend([offset] * len(read))
         characters.append(plain)
-        offsets.extend([offset] * len(plain))
+        offsets.extend([start] * len(plain))
+        position = end
     return "".join(characters), [*offsets, len(text)]
+
+
+def _disguises(text: str) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, what it means) of letters written as HTML entity, in URL encoding, decomposed, or spaced out."""
+    position = 0
+    for match in _DISGUISED.finditer(text):
+        if match.start() < position:
+            continue
+        found, position = match[0], match.end()
+        if match["entity"]:
+            plain = html.unescape(found)
+            if len(plain) == 1:
+                yield *match.span(), plain
+        elif match["percent"]:
+            plain = unquote(found, errors="strict") if _is_utf8(found) else found
+            step = len(found) // len(plain) // 3 * 3 if plain != found else 0
+            for index, character in enumerate(plain if step else ""):
+                start = match.start() + index * step
+                yield start, match.end() if index == len(plain) - 1 else start + step, character
+        elif match["query"]:
+            for plus in re.finditer(r"\+(?=[^\W\d_])", found):
+                yield match.start() + plus.start(), match.start() + plus.end(), " "
+        elif match["marked"]:
+            plain = unicodedata.normalize("NFC", found)
+            yield *match.span(), plain
+        else:
+            for gap in re.finditer(r" +", found):
+                yield match.start() + gap.start(), match.start() + gap.end(), " " if len(gap[0]) > 1 else ""
+
+
+def _is_utf8(encoded: str) -> bool:
+    try:
+        unquote(encoded, errors="strict")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def to_original(span: Span, offsets: Sequence[int]) -> Span:
     """Move a span from the normalised text to the original."""
-    return span._replace(start=offsets[span.start], end=offsets[span.end - 1] + 1)
+    last, end = offsets[span.end - 1], span.end
+    while offsets[end] == last:  # one original character that is read as several
+        end += 1
+    return span._replace(start=offsets[span.start], end=offsets[end] if isinstance(offsets, list) else last + 1)
 
 
 def tidy(text: str, spans: Iterable[Span], protected: Sequence[tuple[int, int]] = ()) -> list[Span]:
@@ -85,6 +140,19 @@ def union(spans: Iterable[Span]) -> list[Span]:
         else:
             joined.append(span)
     return joined
+
+
+def cut(text: str, spans: Iterable[Span]) -> list[Span]:
+    """Cut findings where the structure of the text has a break, so that lines, cells and tags stay; a key may have many lines."""
+    pieces: list[Span] = []
+    for span in spans:
+        if span.entity == "SECRET":
+            pieces.append(span)
+            continue
+        breaks = _NAME_BREAK if span.entity in ("PERSON", "ORGANIZATION", "LOCATION", "NRP") else _BREAK
+        parts = _around(span, [match.span() for match in breaks.finditer(text, span.start, span.end)])
+        pieces += parts if len(parts) == 1 else [p for p in (_trim(text, part) for part in parts) if p.start < p.end]
+    return pieces
 
 
 def _snap(text: str, span: Span) -> Span:
