@@ -49,7 +49,7 @@ _BRACES = re.compile(r"\{\{[^{}\n]*\}\}|\$\{[^{}\n]*\}|\{%[^\n]*?%\}|\{[a-z_]+\}
 _LOCAL = re.compile(r"^(?:127\.\d+\.\d+\.\d+|0\.0\.0\.0|255\.255\.255\.\d+|::1|::|localhost)$")
 _RESIDENCE = re.compile(
     r"(?i)\b(?:i|he|she|we|they|who|friend|mother|father|brother|sister|wife|husband|son|daughter|family|grew|native)\b[^.!?\n]{0,40}\b(?:from|live[sd]?|living|moved|born|resid\w+|based|native|grew up|settled|arriv\w+|flew|moving|visited)\b"
-    r"|\b(?:live[sd]? in|living in|born in|resid\w+ (?:in|of)|originally from|native of|based in|grew up in|moved (?:here|from|to)|arrived (?:at|from|in))\b|\b(?:i'm|i am|we're|we are) (?:in|from|at)\b"
+    r"|\b(?:live[sd]? in|living in|born in|resid\w+ (?:in|of)|originally from|native of|based in|grew up in|moved (?:here|from|to)|arrived (?:at|from|in))\b|\b(?:i'm|i am|we're|we are) (?:in|from|at)\b|\b(?:to visit|visited|coming to|a trip to)\b"
 )
 # Companies and products that many messages name and that say nothing about anybody.
 COMPANIES = frozenset(
@@ -119,7 +119,7 @@ class Doubts:
     def _calculation(self, span: Span, surface: str) -> bool:
         after, before = self.text[span.end : span.end + 24], self.text[max(0, span.start - 12) : span.start]
         if span.entity in ("LOCATION", "ORGANIZATION", "PERSON"):
-            return bool(_OPERATOR.search(surface)) and not re.search(r"[A-Za-z]{3}", surface)
+            return self.maths or not re.search(r"[^\W\d_]{3}", surface)
         if span.entity == "DATE_TIME":
             if _FULL_DATE.search(surface):
                 return False
@@ -186,7 +186,7 @@ def _code(text: str) -> list[tuple[int, int]]:
 
 
 def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
-    """Return the spans without companies, countries and figures of history where nobody else is near.
+    """Return the spans without companies, countries, weekdays and figures of history where nobody else is near.
 
     A country counts beside a person, or where somebody is said to live or come from there.
     """
@@ -194,9 +194,9 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
     kept = []
     for span in spans:
         surface = text[span.start : span.end].casefold().strip(" .,'\"’").removesuffix("'s").removesuffix("’s")
-        if span.entity in NAMES and surface in COMPANIES:
+        if not people and span.entity in NAMES and (surface in COMPANIES or (span.entity == "PERSON" and surface in FIGURES)):
             continue
-        if not people and span.entity == "PERSON" and surface in FIGURES:
+        if not people and span.entity == "DATE_TIME" and not any(c.isdigit() for c in surface):
             continue
         if not people and span.entity in NAMES and surface in countries() and not _RESIDENCE.search(text):
             continue

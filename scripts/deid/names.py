@@ -16,7 +16,7 @@ from scripts.deid.spans import Span
 
 # Names that are everyday words too: alone they are not taken for a name.
 WORDS = frozenset(
-    """add ago autumn alamo alan almond alpha among and angel angels ants april art arts asia august author baby bail baker bank banks barb bass bath
+    """add ago autumn alamo said says then therefore however awhile total half devil mandolin alan almond alpha among and angel angels ants april art arts asia august author baby bail baker bank banks barb bass bath
     beach bean bear beard beat bee beer bell bent berry best beta bill bird bishop bite bitten black blessing block blossom blue boss bowler boy
     branch brand brands brass brick bridge bright brook brown buck bud burger burgess burns bush butcher butler cain came can candy canyon captain car
     card carpenter carrier carry carver case cash chance charity cherry chin china chip christian chuck church cinnamon city clay clear cliff close
