@@ -102,9 +102,8 @@ class Detector:
                 doubts = Doubts(text)
                 spans = trim_names(text, cut(text, spans))
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
-                if self.settings.profile == "default":
-                    believed = impersonal(text, believed)
-                yield extend_names(text, believed)
+                believed = extend_names(text, believed)
+                yield impersonal(text, believed) if self.settings.profile == "default" else believed
 
     def _counts(self, text: str, span: Span) -> bool:
         if span.entity not in self.entities:

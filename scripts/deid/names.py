@@ -167,7 +167,7 @@ def _lone(text: str) -> Iterator[Span]:
             yield Span(*match.span(), "PERSON", 0.5)
 
 
-_TRAILING = re.compile(r"(?:\s+(?:is|are|was|were|has|had|have|does|did|do|and|or|to|of|in|on|at|from|for|with|by|the|a|an|who|that|says?|said|will|would|can|could|if|as|but|then|when|wrote|called))+$")
+_LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*)\W*$")
 _LEADING = re.compile(r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+", re.I)
 
 
@@ -177,9 +177,11 @@ def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
     for span in spans:
         if span.entity == "PERSON":
             surface = text[span.start : span.end]
-            leading, trailing = _LEADING.match(surface), _TRAILING.search(surface)
-            start = span.start + (leading.end() if leading else 0)
-            span = span._replace(start=start, end=max(start, span.end - (len(trailing[0]) if trailing else 0)))
+            leading = _LEADING.match(surface)
+            start, end = span.start + (leading.end() if leading else 0), span.end
+            while text[start : start + 1].isupper() and (last := _LAST_WORD.search(text, start, end)) and not is_name(last[1]):
+                end = last.start()
+            span = span._replace(start=start, end=end)
         trimmed.append(span)
     return [span for span in trimmed if span.start < span.end]
 

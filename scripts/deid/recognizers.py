@@ -19,7 +19,7 @@ from scripts.common.artifacts import sha256_file
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
 from scripts.deid.detection import NER_ENTITIES, Detector, WatchedPattern
-from scripts.deid.rampart import RAMPART_LABELS, load_rampart
+from scripts.deid.rampart import ATTRIBUTION, RAMPART_LABELS, load_rampart
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -134,7 +134,7 @@ def _load_detector(settings: Deid) -> Detector:
     entities = settings.entities if settings.entities is not None else _profile_entities(settings, known)
     for key, names in (
         ("entities", entities), ("thresholds", [name for name in settings.thresholds if name != "default"]),
-        ("operators", settings.operators),
+        ("operators", settings.operators), ("columns", [name for name in settings.columns.values() if name != "text"]),
     ):  # fmt: skip
         for name in names:
             if name not in known:
@@ -322,7 +322,7 @@ def _check_canaries(detector: Detector) -> None:
             f"self-test: the known example of {', '.join(missed)} was not found, so nothing was scrubbed.{hint}"
         )
     if detector.rampart and not detector.rampart.detect(["My name is Maria Gonzalez."])[0]:
-        raise UserError("self-test: Rampart does not find a known name. Install it again: make setup-rampart.")
+        raise UserError("self-test: Rampart does not find a known name. Install it again, or set deid.rampart to off.")
 
 
 def describe(detector: Detector) -> dict[str, Any]:
@@ -338,6 +338,7 @@ def describe(detector: Detector) -> dict[str, Any]:
         "rampart": {
             "used": detector.rampart is not None,
             "model_sha256": sha256_file(detector.rampart.file) if detector.rampart else None,
+            "attribution": ATTRIBUTION if detector.rampart else None,
         },
         "recognizers": {
             "own_sha256": sha256_file(OWN_RECOGNIZERS),

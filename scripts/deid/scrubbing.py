@@ -154,9 +154,11 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
             raise HeldBackError(f"a text of more than {MAX_CHARACTERS:,} characters")
         if _BLOB.search(text):
             raise HeldBackError("binary content (base64), which may be an image or a fingerprint")
-        whole = _entity_of_field(name, detector.entities)
+        declared = settings.columns.get(name)
+        whole = declared if declared not in (None, "text") else _entity_of_field(name, detector.entities)
+        whole = None if declared == "text" else whole
         if isinstance(value, str) or whole or len(text) >= 5:
-            label = "" if name in PROSE_FIELDS or not name else f"{name.replace('_', ' ')}: "
+            label = "" if name in PROSE_FIELDS or declared or not name else f"{name.replace('_', ' ')}: "
             leaves.append(Leaf(path, text, label, whole))
     return leaves
 
@@ -164,7 +166,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
 def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if settings.fields is not None or key not in settings.safe_fields:
+            if settings.fields is not None or key not in settings.safe_fields or key in settings.columns:
                 yield from _scalars(inner, (*path, key), settings)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -182,7 +184,7 @@ def _safe_texts(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iter
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(inner, str):
-                if any(part in settings.safe_fields for part in (*path, key)):
+                if any(part in settings.safe_fields and part not in settings.columns for part in (*path, key)):
                     yield (*(part for part in path if isinstance(part, str)), key), inner
             else:
                 yield from _safe_texts(inner, (*path, key), settings)

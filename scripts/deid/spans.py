@@ -39,8 +39,18 @@ _DISGUISED = re.compile(
     r"|(?P<spaced>(?<!\S)[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,}(?: {2,4}[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,})*)"
 )
 # What a finding never crosses: the end of a line, a cell, a tag, a quotation of JSON, and LaTeX's breaks.
-_BREAK = re.compile(r"[\r\n\t|\u2028\u2029\x85\v\f]+|</?[A-Za-z][\w:-]{0,30}(?:\s[^<>\n]{0,300})?/?>|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}")
-_NAME_BREAK = re.compile(_BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=[^\s])","|,(?=[^\s\d])|(?<!&\w\w)(?<!\w\w\w)[;](?=\S)|&(?=\w+=)')
+_ELEMENTS = (
+    "a|abbr|article|aside|b|blockquote|body|br|button|caption|center|code|dd|details|div|dl|dt|em|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input|label"
+    "|legend|li|link|main|mark|meta|nav|ol|optgroup|option|p|pre|q|s|samp|script|section|select|small|span|strong|style|sub|summary|sup|svg|table|tbody|td"
+    "|textarea|tfoot|th|thead|title|tr|tt|u|ul|var|video"
+)
+_BREAK = re.compile(
+    rf"[\r\n\t|\u2028\u2029\x85\v\f]+|</[A-Za-z][\w:-]{{0,30}}>|<(?:{_ELEMENTS})(?:\s[^<>\n]{{0,300}})?/?>|<[A-Za-z][\w:-]{{0,30}}(?:\s[^<>\n]{{0,300}}=[^<>\n]{{0,300}}|/)>"
+    r"|<[A-Za-z][\w:-]{0,30}>(?=[^<>\n]*</)|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}"
+)
+_NAME_BREAK = re.compile(_BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=[^\s\d])|(?P<maybe>;)(?=\S)|&(?=\w+=)')
+_ENTITY = re.compile(r"&#?\w{2,8}$")
+_LIST_MARK = re.compile(r"[\s*•·#>+–—-]+(?=\w)")
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
 _JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
 # What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
@@ -149,9 +159,18 @@ def cut(text: str, spans: Iterable[Span]) -> list[Span]:
         if span.entity == "SECRET":
             pieces.append(span)
             continue
-        breaks = _NAME_BREAK if span.entity in ("PERSON", "ORGANIZATION", "LOCATION", "NRP") else _BREAK
-        parts = _around(span, [match.span() for match in breaks.finditer(text, span.start, span.end)])
-        pieces += parts if len(parts) == 1 else [p for p in (_trim(text, part) for part in parts) if p.start < p.end]
+        named = span.entity in ("PERSON", "ORGANIZATION", "LOCATION", "NRP")
+        breaks = [
+            match.span()
+            for match in (_NAME_BREAK if named else _BREAK).finditer(text, span.start, span.end)
+            if not (named and match["maybe"] and _ENTITY.search(text, max(0, match.start() - 10), match.start()))
+        ]
+        for part in _around(span, breaks):
+            mark = _LIST_MARK.match(text, part.start, part.end) if named else None
+            part = part._replace(start=mark.end()) if mark else part
+            part = _trim(text, part) if breaks or mark else part
+            if part.start < part.end:
+                pieces.append(part)
     return pieces
 
 

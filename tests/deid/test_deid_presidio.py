@@ -291,6 +291,57 @@ def test_a_pattern_that_runs_out_of_time_is_noticed_without_any_log(tmp_path):
     assert out.read_text() == ""
 
 
+def test_a_review_sheet_is_drawn_only_when_asked_for_and_is_its_owners_alone(scrub, tmp_path):
+    rows = [{"id": n, "text": f"{SECRET}{n} <b>& more</b>", "note": {"a": [None, 1.5]}} for n in range(40)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    sheet = tmp_path / "out.jsonl.deid_sample.html"
+    assert scrub(source, *PLUMBING)[0] == 0
+    assert not sheet.exists()
+    pages = []
+    for _ in range(2):
+        code, out = scrub(source, *PLUMBING, "--sample", 5, "--overwrite")
+        assert code == 0
+        assert sheet.stat().st_mode & 0o777 == 0o600
+        pages.append(sheet.read_text(encoding="utf-8"))
+    page = pages[0]
+    assert page == pages[1]  # the same seed draws the same records
+    assert page.count('<article class="sample">') == 5
+    assert page.count("<del>hunter2x") == page.count("<ins>&lt;SECRET&gt;</ins>") == 5
+    assert "<b>" not in page
+    assert sha256_file(out) in page
+    assert "hunter2x" not in report_path(out).read_text() + report_path(out).with_suffix(".html").read_text()
+    assert scrub(source, *PLUMBING, "--sample", 0, "--overwrite")[0] == 2
+
+
+def test_records_of_the_review_sheet_are_those_written(scrub, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"text": "one"}\nnot json\n\n{"text": "two"}\n')
+    scrub(source, *PLUMBING, "--sample", 9)
+    page = (tmp_path / "out.jsonl.deid_sample.html").read_text(encoding="utf-8")
+    assert page.count('<article class="sample">') == 2
+    assert "in.jsonl:1 " in page
+    assert "in.jsonl:4 " in page
+
+
+def test_columns_say_what_they_hold(scrub, tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text(f"id,who,ssn,note\nx1,Quux,n/a,{SECRET}\nx2,,pending,fine\n")
+    columns = ["--set", 'deid.columns={"who": "PERSON", "ssn": "text", "id": "ID_NUMBER"}', "--profile", "default"]
+    code, out = scrub(source, *columns)
+    assert code == 0
+    assert out.read_text() == "id,who,ssn,note\n<ID_NUMBER>,<PERSON>,n/a,password: <SECRET>\n<ID_NUMBER>,,pending,fine\n"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"), [('{"whom": "PERSON"}', "whom"), ('{"who": "PERSONS"}', "found PERSONS, wanted entities")]
+)
+def test_columns_that_cannot_be_meant_are_refused(scrub, tmp_path, capsys, columns, message):
+    source = tmp_path / "in.csv"
+    source.write_text("who,note\nQuux,fine\n")
+    assert scrub(source, "--set", f"deid.columns={columns}", *PLUMBING)[0] == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_header_in_any_language_is_read(scrub, tmp_path):
     source = tmp_path / "in.csv"
     header = "Größe;Prénom du client;名前;First Name (legal)"
