@@ -68,6 +68,8 @@ _SPEAKER = re.compile(
 _LISTED = re.compile(
     rf"(?<![\w,] )(?<![\w-])(?P<last>{_CAPITAL}(?:[ -]{_CAPITAL})?),\s?(?P<first>{_CAPITAL}(?:[ ]{_CAPITAL}|[ ][^\W\d_]\.?(?!\w)){{0,2}})(?=\s*(?:$|[\n;:()/|<—–,.]|\d|-|is\b|was\b|has\b|says?\b))"
 )
+# Firms named after people: Davis, Reynolds and Williamson; Weeks-Rivas.
+_FIRM = re.compile(r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b")
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
 _PARTICLES = frozenset("van von de der den del della di da do dos das du la le el al bin ibn ben st st. mac ter ten y e af av zu".split())
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
@@ -96,6 +98,11 @@ def family_names() -> frozenset[str]:
 @cache
 def _english_names() -> frozenset[str]:
     return frozenset(name for name in _listed("first_names", "en_") - WORDS if len(name) >= 3)
+
+
+@cache
+def _every_name() -> frozenset[str]:
+    return _listed("first_names") | _listed("last_names")
 
 
 def _listed(kind: str, locale: str = "") -> frozenset[str]:
@@ -144,6 +151,11 @@ def _lists(text: str) -> Iterator[Span]:
         known = any(word.casefold() in given_names() for word in first)
         if known and not any(word.casefold() in WORDS | _NOT_AFTER for word in [*last, first[0]]):
             yield Span(match.start(), match.end(), "PERSON", 0.6)
+    for match in _FIRM.finditer(text):
+        words = [word for word in re.split(r"\W+|\band\b", match["names"]) if word and word != "Sons"]
+        folded = [word.casefold() for word in words]
+        if any(map(is_name, words)) and all(word in _every_name() and len(word) >= 3 for word in folded):
+            yield Span(*match.span(), "PERSON", 0.5)
     for match in _SLASHED.finditer(text):
         if any(is_name(word) for word in _WORD.findall(match["name"])):
             yield Span(match.start(), match.end(), "PERSON", 0.6)

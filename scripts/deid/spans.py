@@ -59,9 +59,8 @@ _TAIL = re.compile(
     r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
 )
 _HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")
-_OWNER = re.compile(
-    r"(?:^|\n)[^\w\n]{0,5}((?:[^\W\d_a-z][\w'’.-]*[ ]){0,3}[^\W\d_a-z][\w'’.-]*)\s*\n(?=\W*$|[^\n]*\n\W*$)"
-)
+_OWNER = re.compile(r"[^\w\n]{0,5}((?:[^\W\d_][\w'’.&-]*[ ]){0,5}[^\W\d_][\w'’.&-]*)[ ]*")
+_POSTAL_CODE = re.compile(r",?\s{1,3}\d{4,6}(?:-\d{4})?\b(?!\s*[-*/+=])")
 
 
 def normalise(text: str) -> tuple[str, Sequence[int]]:
@@ -206,6 +205,7 @@ def _around(span: Span, protected: Sequence[tuple[int, int]]) -> list[Span]:
 def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
     """Join a street with the places and numbers around it into one address, and take the lines above it for its owner."""
     merged: list[Span] = []
+    anywhere = any(span.entity == "STREET_ADDRESS" for span in spans)
     index = 0
     while index < len(spans):
         block = [spans[index]]
@@ -217,7 +217,8 @@ def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
             index += 1
         street = next((span for span in block if span.entity == "STREET_ADDRESS"), None)
         if street is None:
-            merged += block
+            code = _POSTAL_CODE.match(text, block[-1].end) if anywhere and block[-1].entity == "LOCATION" else None
+            merged += [*block[:-1], block[-1]._replace(end=code.end() if code else block[-1].end)]
             continue
         if block[0].entity == "ORGANIZATION":
             merged.append(block.pop(0))
@@ -229,6 +230,23 @@ def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
         start = block[0].start
         number = _HOUSE_NUMBER.search(text, max(low, start - 8), start)
         start = number.start() if number else start
-        merged += [Span(low + m.start(1), low + m.end(1), "PERSON", 0.6) for m in _OWNER.finditer(text[low:start])]
+        merged += _owners(text, low, start)
         merged.append(Span(start, end, "STREET_ADDRESS", max(part.score for part in block)))
     return merged
+
+
+def _owners(text: str, low: int, street: int) -> list[Span]:
+    """Take the lines right above a street for the person, the job and the firm of the address, up to four of them."""
+    owners: list[Span] = []
+    line_start = text.rfind("\n", 0, street) + 1
+    if line_start == 0 or any(character.isalnum() for character in text[line_start:street]):
+        return owners
+    for _ in range(4):
+        end, line_start = line_start - 1, text.rfind("\n", 0, max(line_start - 1, 0)) + 1
+        match = _OWNER.fullmatch(text, max(line_start, low), max(end, low))
+        if not match:
+            break
+        owners.append(Span(*match.span(1), "PERSON", 0.6))
+        if line_start <= low:
+            break
+    return owners[::-1]
