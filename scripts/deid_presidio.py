@@ -64,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-quarantine", type=int, metavar="N", help="records that may be held back before exit 3")
     parser.add_argument("--evaluate", type=Path, metavar="GOLD", help="also measure recall on labelled texts (JSONL)")
     parser.add_argument(
-        "--sample", type=int, metavar="N", help="also draw N records, before and after, into a page that holds personal data"
+        "--sample",
+        type=int,
+        metavar="N",
+        help="also draw N records, before and after, into a page that holds personal data",
     )
     parser.add_argument("--decrypt", action="store_true", help="put back what `encrypt` replaced, with the same key")
     add_config_arguments(parser)

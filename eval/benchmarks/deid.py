@@ -152,7 +152,11 @@ def show(name: str, result: dict[str, Any]) -> None:
     line("records without personal data touched", result["touched_clean_records"])
     line("records that lose a plain number", result["records_losing_numbers"])
     for style, part in result["by_style"].items():
-        for title, key in (("covered", "recall"), ("touched", "touched_clean_records"), ("lose a number", "records_losing_numbers")):
+        for title, key in (
+            ("covered", "recall"),
+            ("touched", "touched_clean_records"),
+            ("lose a number", "records_losing_numbers"),
+        ):
             if part[key]["total"] and (key == "recall" or style in ("clean", "maths")):
                 line(f"  {style}: {title}", part[key])
     line("other letters and digits flagged", result["flagged_characters_without_personal_data"])

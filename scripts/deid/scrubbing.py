@@ -144,7 +144,9 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
     if missing := missing_fields(row, settings.fields or ()):
         raise HeldBackError(f"the field {missing[0]} is missing")
     leaves = [Leaf(path, str(path[-1]), "", None, kept=FIELD_NAME) for path in _odd_keys(row, ())]
-    leaves += [Leaf(path, text, "", None, kept=f"the safe field {path[-1]}") for path, text in _safe_texts(row, (), settings)]
+    leaves += [
+        Leaf(path, text, "", None, kept=f"the safe field {path[-1]}") for path, text in _safe_texts(row, (), settings)
+    ]
     for path, value in _scalars(row, (), settings):
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
         text = _as_text(value)
@@ -346,7 +348,11 @@ def _finish(
 def _check_kept(kept: Sequence[Leaf], leaves: Sequence[Leaf], detector: Detector) -> None:
     """Hold a record back whose field names or safe fields hold what cannot be an id or a label."""
     people = {
-        name for leaf in leaves for span in leaf.spans if span.entity == "PERSON" for name in name_tokens(leaf.text[span.start : span.end])
+        name
+        for leaf in leaves
+        for span in leaf.spans
+        if span.entity == "PERSON"
+        for name in name_tokens(leaf.text[span.start : span.end])
     }
     for leaf in kept:
         for span in leaf.spans:

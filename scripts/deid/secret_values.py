@@ -25,21 +25,31 @@ _ASSIGNED = re.compile(
     rf"(?i)(?P<label>{_LABEL})[\"'`\])]{{0,3}}\s{{0,8}}(?::\s?[A-Za-z\[\]]{{2,12}}\s?)?(?P<sign>=>|:=|[:=]|\s(?:is now|was|is|are)\b:?)\s{{0,4}}"
     r"(?:\[\]byte\(|bytes\(|b(?=[\"']))?(?:(?P<quote>[\"'`])(?P<quoted>[^\"'`\n]{3,400})(?P=quote)|(?P<bare>[^\s\"'`<>{}()\[\],;]{4,400}))"
 )
-_SPOKEN = re.compile(rf"(?i)(?<![\w-])(?:{_STRONG}|pass)\s+(?:for [\w ]{{1,24}} )?(?P<bare>[^\s\"'`<>{{}}()\[\],;:=]{{6,80}})")
+_SPOKEN = re.compile(
+    rf"(?i)(?<![\w-])(?:{_STRONG}|pass)\s+(?:for [\w ]{{1,24}} )?(?P<bare>[^\s\"'`<>{{}}()\[\],;:=]{{6,80}})"
+)
 _FLAG = re.compile(
     r"(?i)(?<!\S)--?(?:pass(?:word|wd|phrase)?|pwd|token|secret|api[_-]?key|access[_-]?token|auth[_-]?token)[ =](?:(?P<quote>[\"'])(?P<quoted>[^\"'\n]{3,200})(?P=quote)|(?P<bare>[^\s\"'-][^\s\"']{3,200}))"
 )
-_SQL = re.compile(r"(?i)\b(?:identified\s+by|(?:with\s+|encrypted\s+)?password)\s+(?P<quote>['\"])(?P<quoted>[^'\"\n]{3,200})(?P=quote)")
+_SQL = re.compile(
+    r"(?i)\b(?:identified\s+by|(?:with\s+|encrypted\s+)?password)\s+(?P<quote>['\"])(?P<quoted>[^'\"\n]{3,200})(?P=quote)"
+)
 # `-p` glued to its value is a password for these programs and a port or a path for others.
-_SHELL = re.compile(r"(?<!\S)(?:mysql\w*|mariadb\w*|sshpass|mongo\w*|redis-cli)\b[^\n|;]{0,80}?\s-(?:p|a\s)\s?(?P<quote>['\"]?)(?P<quoted>[^\s'\"]{3,200})(?P=quote)")
-_USER = re.compile(r"(?<!\S)(?:-u|--user|--proxy-user)[ =]?(?P<quote>['\"]?)[^\s:'\"]{1,60}:(?P<quoted>[^\s'\"]{3,200})(?P=quote)")
+_SHELL = re.compile(
+    r"(?<!\S)(?:mysql\w*|mariadb\w*|sshpass|mongo\w*|redis-cli)\b[^\n|;]{0,80}?\s-(?:p|a\s)\s?(?P<quote>['\"]?)(?P<quoted>[^\s'\"]{3,200})(?P=quote)"
+)
+_USER = re.compile(
+    r"(?<!\S)(?:-u|--user|--proxy-user)[ =]?(?P<quote>['\"]?)[^\s:'\"]{1,60}:(?P<quoted>[^\s'\"]{3,200})(?P=quote)"
+)
 _HEADER = re.compile(
     r"(?i)\b(?:proxy-)?authorization[\"']?\s?[:=]\s?[\"']?(?:bearer|basic|token|apikey|digest|key)\s+(?P<bare>[^\s\"'<>,;]{6,4000})"
     r"|\b(?P<scheme>bearer|basic)\s+(?P<free>[\w.~+/=-]{16,4000})"
     r"|\bcookie[\"']?\s?:\s?[\"']?[\w.-]{1,40}=(?P<cookie>[^\s;\"']{8,4000})"
 )
 _LOGIN = re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,63})+\s?(?:/|\||:)\s?(?P<bare>[^\s\"'<>,;/|:]{6,80})")
-_URL_QUERY = re.compile(r"(?i)[?&;](?:[\w-]{0,30}(?:token|secret|password|passwd|signature|apikey|api_key|access_key)|sig|pwd|key)=(?P<bare>[^&\s\"'<>#;]{4,400})")
+_URL_QUERY = re.compile(
+    r"(?i)[?&;](?:[\w-]{0,30}(?:token|secret|password|passwd|signature|apikey|api_key|access_key)|sig|pwd|key)=(?P<bare>[^&\s\"'<>#;]{4,400})"
+)
 _QUALIFIERS = (
     r"security|verification|access|login|log-in|door|gate|entry|alarm|unlock|backup|recovery|confirmation|activation|reset"
     r"|auth(?:entication|orization)?|two-factor|2fa|mfa|sms|one[ -]time|safe|lock|sign-in|garage|building|lockbox|key ?pad"
@@ -100,7 +110,11 @@ def _values(text: str) -> Iterator[tuple[int, int]]:
 
 def _captured(match: re.Match[str]) -> tuple[str, int, int]:
     """Return the value of a match and its place, without the punctuation of the sentence around it."""
-    name = next(n for n, value in match.groupdict().items() if value is not None and n not in ("label", "sign", "quote", "scheme"))
+    name = next(
+        n
+        for n, value in match.groupdict().items()
+        if value is not None and n not in ("label", "sign", "quote", "scheme")
+    )
     start, end = match.span(name)
     if name != "quoted":
         while end > start and match.string[end - 1] in _TAIL:
@@ -114,7 +128,7 @@ def _is_assigned_secret(match: re.Match[str], value: str, text: str) -> bool:
     if len(value) < 4 or is_placeholder(value):
         return False
     strong = re.search(rf"(?i)(?:{_STRONG})(?:[_-]?\d{{1,2}})?$", label) is not None
-    if not quoted and text[match.end() : match.end() + 1] in ("(", "[") :
+    if not quoted and text[match.end() : match.end() + 1] in ("(", "["):
         return False  # a call or an index, not a value
     if sign not in ("=", ":", "=>", ":="):
         return _odd(value) and len(value) >= 5  # "the password is wrong" names none

@@ -48,7 +48,9 @@ _BREAK = re.compile(
     rf"[\r\n\t|\u2028\u2029\x85\v\f]+|</[A-Za-z][\w:-]{{0,30}}>|<(?:{_ELEMENTS})(?:\s[^<>\n]{{0,300}})?/?>|<[A-Za-z][\w:-]{{0,30}}(?:\s[^<>\n]{{0,300}}=[^<>\n]{{0,300}}|/)>"
     r"|<[A-Za-z][\w:-]{0,30}>(?=[^<>\n]*</)|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}"
 )
-_NAME_BREAK = re.compile(_BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=[^\s\d])|(?P<maybe>;)(?=\S)|&(?=\w+=)')
+_NAME_BREAK = re.compile(
+    _BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=[^\s\d])|(?P<maybe>;)(?=\S)|&(?=\w+=)'
+)
 _ENTITY = re.compile(r"&#?\w{2,8}$")
 _LIST_MARK = re.compile(r"[\s*•·#>+–—-]+(?=\w)")
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
@@ -79,7 +81,9 @@ def normalise(text: str) -> tuple[str, Sequence[int]]:
             character = text[offset]
             if character in _INVISIBLE:
                 continue
-            read = unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+            read = (
+                unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+            )
             characters.append(read)
             offsets.extend([offset] * len(read))
         characters.append(plain)

@@ -329,7 +329,9 @@ def test_columns_say_what_they_hold(scrub, tmp_path):
     columns = ["--set", 'deid.columns={"who": "PERSON", "ssn": "text", "id": "ID_NUMBER"}', "--profile", "default"]
     code, out = scrub(source, *columns)
     assert code == 0
-    assert out.read_text() == "id,who,ssn,note\n<ID_NUMBER>,<PERSON>,n/a,password: <SECRET>\n<ID_NUMBER>,,pending,fine\n"
+    assert (
+        out.read_text() == "id,who,ssn,note\n<ID_NUMBER>,<PERSON>,n/a,password: <SECRET>\n<ID_NUMBER>,,pending,fine\n"
+    )
 
 
 @pytest.mark.parametrize(

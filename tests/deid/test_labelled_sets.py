@@ -72,4 +72,6 @@ def test_numbers_with_a_checksum_are_valid(path):
 
 def test_scanners_of_secrets_pass_the_files_by():
     for path in (TUNING, UNSEEN):
-        assert not re.search(r"PRIVATE KEY-|ghp_\w{36}|AKIA[A-Z0-9]{16}|sk_live_\w{24}", path.read_text(encoding="utf-8"))
+        assert not re.search(
+            r"PRIVATE KEY-|ghp_\w{36}|AKIA[A-Z0-9]{16}|sk_live_\w{24}", path.read_text(encoding="utf-8")
+        )

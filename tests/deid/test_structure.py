@@ -131,7 +131,9 @@ def test_a_strict_profile_counts_countries_and_companies_alone():
     assert {span.entity for span in strict.detect(["What is the capital of Norway?"])[0]} == {"LOCATION"}
 
 
-@pytest.mark.parametrize("unit", ["a.", "a-", "AB12", "GB12ABCD", "a@", "12 ", "A ", "password: ", "a_", "%20", "&a", "x1"])
+@pytest.mark.parametrize(
+    "unit", ["a.", "a-", "AB12", "GB12ABCD", "a@", "12 ", "A ", "password: ", "a_", "%20", "&a", "x1"]
+)
 def test_the_time_grows_with_the_length_and_no_faster(detector, unit):
     """Compare processor seconds, which other work on the machine does not change much."""
 
