@@ -19,15 +19,19 @@ NUMBERS = frozenset({
 _OPERATOR = re.compile(
     r"\d\s?[*=^×÷·<>]\s?[\d(.-]|\d\s?[+]\s?[\d(]|\d [-−–] \d|\d\s?/\s?\d|\d\s?%|[)\d]\s?=|=\s?[(\d]|[a-z]\s?=\s?-?\d"
 )
-_BESIDE = re.compile(r"\s?[*=^×÷·/+%<>]|\s[-−–]\s?[\d(]|\s?\)\s?[*/+=^-]")
+_BESIDE = re.compile(r"\.\d|\s?[*=^×÷·/+%<>]|\s[-−–]\s?[\d(]|\s?\)\s?[*/+=^-]")
 _BEFORE = re.compile(r"[*=^×÷·/%<>(]\s?$|\d\s?\+\s?$|[\d)]\s[-−–]\s?$|\\$")
 _UNIT = re.compile(
     r"[ -]?(?:square|cubic|sq\.?)? ?(?:feet|foot|ft|miles?|yards?|inch(?:es)?|met(?:er|re)s?|cm|mm|km|kg|grams?|lbs?|pounds?|ounces?|oz|lit(?:er|re)s?|gallons?|acres?|hectares?"
     r"|dollars?|cents?|euros?|percent|degrees?|hours?|minutes?|seconds?|days?|weeks?|months?|square|cubic|watts?|volts?|calories|points?|pages?|people|pieces?|tickets?|bottles?)\b"
 )
-_FULL_DATE = re.compile(r"\b\d{1,4}[/.-]\d{1,2}[/.-]\d{2,4}\b|[A-Za-z]{3}|\d:\d\d")
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
+)
+_SUM = re.compile(r"\d\s?[*^×÷]\s?[\d(]|\d\s?\+\s?\d|\d [-−–] \d|[\d)%]\s?=\s?[-(\d]")
+_ERRAND = re.compile(r"@|\b(?:card|account|order|transfer|patient|phone)\b")
+_DATE_WORD = re.compile(
+    r"(?i)\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|\d:\d\d|\b\d{1,4}[/.-]\d{1,2}[/.-]\d{2,4}\b"
 )
 _MATHS = re.compile(
     r"(?i)\bhow (?:many|much|old|far|long|tall|fast)\b|\bwhat (?:is|was) the (?:sum|total|average|difference|product|probability|area|perimeter|value|ratio|median|mean)\b"
@@ -90,9 +94,7 @@ class Doubts:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.maths = len(_OPERATOR.findall(text)) >= 2 or (
-            bool(_MATHS.search(text)) and not re.search(r"@|\bcard\b|\baccount\b|\border\b|\btransfer\b", text)
-        )
+        self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
         closed = [match.span() for match in _FORMULA.finditer(text) if not _MONEY.match(match[0])]
         closed += [match.span() for match in _BRACES.finditer(text)]
         self.closed = _Ranges(closed)
@@ -132,7 +134,7 @@ class Doubts:
         if span.entity in ("LOCATION", "ORGANIZATION", "PERSON"):
             return self.maths or not re.search(r"[^\W\d_]{3}", surface)
         if span.entity == "DATE_TIME":
-            if _FULL_DATE.search(surface):
+            if "=" not in surface and _DATE_WORD.search(surface):
                 return False
             return not _DATE_CUE.search(before) or bool(_BESIDE.match(after))
         if surface[:1] == "+" and not re.search(r"\d\s?$", before):
@@ -228,11 +230,19 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
     people = any(span.entity in PERSONAL for span in private)
     if people:
         return list(spans)
-    kept = []
+    kept, lives = [], bool(_RESIDENCE.search(text))
     for span in private:
         word = _plain(text, span)
-        if span.entity in NAMES and (
-            word in words("companies") or (word in countries() and not _RESIDENCE.search(text))
+        if span.entity in NAMES and (word in words("companies") or (word in countries() and not lives)):
+            continue
+        if (
+            span.entity == "LOCATION"
+            and not lives
+            and (
+                text[span.start : span.end].islower()
+                or re.search(r"(?i)\bthe $", text[max(0, span.start - 4) : span.start])
+                or word.startswith("the ")
+            )
         ):
             continue
         if span.entity == "DATE_TIME" and not any(character.isdigit() for character in word):

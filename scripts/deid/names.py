@@ -151,6 +151,8 @@ def _lone(text: str) -> Iterator[Span]:
             yield Span(*match.span(), "PERSON", 0.5)
 
 
+_LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
+_LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
 _LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*)\W*$")
 _LEADING = re.compile(
     r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+",
@@ -184,8 +186,19 @@ def extend_names(text: str, spans: Sequence[Span]) -> list[Span]:
     for span in spans:
         if span.entity == "PERSON" and any(c.isalpha() for c in text[span.start : span.end]):
             span = span._replace(start=_grow_left(text, span, taken), end=_grow_right(text, span, taken))
+            span = _whole_login(text, span)
         extended.append(span)
     return extended
+
+
+def _whole_login(text: str, span: Span) -> Span:
+    """Let a name within h.okafor or okafor_h take in the rest of the word."""
+    start, end = span.start, span.end
+    if before := _LOGIN_START.search(text, max(0, start - 30), start):
+        start = before.start()
+    if after := _LOGIN_END.match(text, end):
+        end = after.end()
+    return span._replace(start=start, end=end)
 
 
 def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
@@ -210,6 +223,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
         )
         if lower:
             named = word.islower() and folded in family_names()
+            initial = len(word) == 1 and not re.match(r"\s?\w", text[match.end() : match.end() + 2])
         if not (initial or named) or (len(word) == 1 and not initial):
             break
         if text[match.end() : match.end() + 1] in ("(", "=", "_"):

@@ -22,6 +22,11 @@ RAMPART_LABELS = {
     "ZIP_CODE": "ZIP_CODE",
 }  # fmt: skip
 _TOKENS, _OVERLAP = 192, 32
+# A capitalised word, or in small letters a kind of street or dwelling.
+_STREET = re.compile(
+    r"\b[^\W\d_a-zß-öø-ÿ][^\W\d_]+|\b(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl|square|sq|terrace|close"
+    r"|crescent|grove|row|alley|apt|apartment|suite|flat|unit|\w+(?:strasse|straße|weg|gasse|straat|gatan|vej))\b"
+)
 
 
 class Rampart:
@@ -102,7 +107,7 @@ def _in_addresses(text: str, spans: list[Span]) -> list[Span]:
             near = [other for other in spans[max(0, index - 1) : index + 2] if other.entity in ADDRESS_PARTS]
             near = [other for other in near if max(other.start - span.end, span.start - other.end) <= 2]
             whole = " ".join(text[other.start : other.end] for other in near)
-            if not (re.search(r"\d", whole) and re.search(r"[^\W\d_]{3}", whole)) or re.search(r"[=*]", surface):
+            if not (re.search(r"\d", whole) and _STREET.search(whole)) or re.search(r"[=*]", surface):
                 continue
         believable.append(span)
     return believable
