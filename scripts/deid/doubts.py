@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 
+from scripts.deid.names import CUE, WORDS
 from scripts.deid.spans import Span
 from scripts.deid.words import words
 
@@ -65,6 +67,7 @@ _IDENTIFIER = re.compile(
     r"^[$@]?\w*_\w*$|[a-z]\w*\.[a-z]\w*|\w\(|[=<>{}$\\^~]|^[a-z]+[A-Z]\w*$|^\w+\[|^[A-Z]+\d+$|::|^\.|\.\w{1,4}$(?<=[a-z])(?<!\s\w)(?<!^[A-Z]\.)"
 )
 _TOUCHING = re.compile(r"[_(=\[]|\.[a-z]\w*[\[(,)\s]|\.[a-z]\w*$|::|\s?=[=>\s]")
+_JSON_KEY = re.compile(r"\"(?:[^\"\\]|\\.){0,200}\"\s*:")
 _PLACEHOLDER_HOST = re.compile(
     r"(?i)(?:^|@|//)(?:(?:www|api|docs|app|my|your)\.)?(?:example|domain|yourdomain|mydomain|yoursite|mysite|your-?company|yourapp|test|email)\.(?:com|org|net|io|edu)(?=$|[/:?#])"
 )
@@ -75,6 +78,10 @@ _BRACES = re.compile(
     r"\{\{[^{}\n]*\}\}|\$\{[^{}\n]*\}|\{%[^\n]*?%\}|\{[a-z_]+\}|<(?:your|my|the|first|last|full|user|e?mail|name|address|date|insert|phone|id|token|key|password)[a-z_ -]*>|%\([a-z_]+\)s|\[(?:YOUR|INSERT|FIRST|LAST|NAME|ADDRESS|DATE)[A-Z _-]*\]"
 )
 _LOCAL = re.compile(r"^(?:127\.\d+\.\d+\.\d+|0\.0\.0\.0|255\.255\.255\.\d+|::1|::|localhost)$")
+_NUMBER_LABEL = re.compile(
+    r"(?i)\b(?:phone|tel|telephone|mobile|cell|fax|call|ring|text|sms|whatsapp|contact|reach|dial|number|num|no|nr|id|account|acct|passport|licen[cs]e|policy|claim|case|member|patient"
+    r"|customer|ssn|sin|nhs|npi|mrn|tax|zip|post\w*|ref\w*|serial|imei|routing|iban|card)\b|#"
+)
 _RESIDENCE = re.compile(
     r"(?i)\b(?:i|he|she|we|they|who|friend|mother|father|brother|sister|wife|husband|son|daughter|family|grew|native)\b[^.!?\n]{0,40}\b(?:from|live[sd]?|living|moved|born|resid\w+|based|native|grew up|settled|arriv\w+|flew|moving|visited)\b"
     r"|\b(?:live[sd]? in|living in|born in|resid\w+ (?:in|of)|originally from|native of|based in|grew up in|moved (?:here|from|to)|arrived (?:at|from|in))\b|\b(?:i'm|i am|we're|we are) (?:in|from|at)\b|\b(?:to visit|visited|coming to|a trip to)\b"
@@ -97,6 +104,7 @@ class Doubts:
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
         closed = [match.span() for match in _FORMULA.finditer(text) if not _MONEY.match(match[0])]
         closed += [match.span() for match in _BRACES.finditer(text)]
+        self.keys = _Ranges([match.span() for match in _JSON_KEY.finditer(text)] if _is_json(text) else [])
         self.closed = _Ranges(closed)
         self.code = _Ranges(_code(text))
 
@@ -115,7 +123,7 @@ class Doubts:
             and self._calculation(span, surface)
         ):
             return True
-        if span.entity in NAMES and (self.code.hold(span) or self._identifier(span, surface)):
+        if span.entity in NAMES and (self.code.hold(span) or self.keys.hold(span) or self._everyday(span, surface) or self._identifier(span, surface)):
             return True
         if span.entity == "HANDLE":
             line = self.text[self.text.rfind("\n", 0, span.start) + 1 :]
@@ -128,6 +136,10 @@ class Doubts:
                 r"@|\bat\b|%40" if span.entity == "EMAIL_ADDRESS" else r"\.", surface
             )
         return span.entity == "IP_ADDRESS" and bool(_LOCAL.match(surface))
+
+    def _everyday(self, span: Span, surface: str) -> bool:
+        """Say whether a name is one everyday word in small letters that nothing introduces."""
+        return surface.islower() and surface in WORDS and not CUE.search(self.text, max(0, span.start - 24), span.start)
 
     def _calculation(self, span: Span, surface: str) -> bool:
         after, before = self.text[span.end : span.end + 24], self.text[max(0, span.start - 12) : span.start]
@@ -192,6 +204,16 @@ def _is_placeholder_address(entity: str, surface: str) -> bool:
     return bool(_PLACEHOLDER_HOST.search(surface)) and "@" not in surface and "%40" not in surface
 
 
+def _is_json(text: str) -> bool:
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class _Ranges:
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.ranges = sorted(ranges)
@@ -221,34 +243,33 @@ def _code(text: str) -> list[tuple[int, int]]:
 
 
 def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
-    """Return the spans without companies, countries, weekdays and figures of history where nobody else is near.
+    """Return the spans without places, firms, figures of history, days and bare numbers where nobody else is near.
 
-    A country counts beside a person, or where somebody is said to live or come from there.
+    A place counts beside a person, or where somebody is said to live or come from there.
     """
     public = [span for span in spans if span.entity == "PERSON" and _plain(text, span) in words("figures")]
     private = [span for span in spans if not any(one.start <= span.start and span.end <= one.end for one in public)]
-    people = any(span.entity in PERSONAL for span in private)
-    if people:
+    labelled = [span for span in private if not _is_bare(text, span)]
+    if any(span.entity in PERSONAL for span in labelled):
         return list(spans)
-    kept, lives = [], bool(_RESIDENCE.search(text))
-    for span in private:
+    lives = _RESIDENCE.search(text)
+    kept = []
+    for span in labelled:
         word = _plain(text, span)
-        if span.entity in NAMES and (word in words("companies") or (word in countries() and not lives)):
-            continue
-        if (
-            span.entity == "LOCATION"
-            and not lives
-            and (
-                text[span.start : span.end].islower()
-                or re.search(r"(?i)\bthe $", text[max(0, span.start - 4) : span.start])
-                or word.startswith("the ")
-            )
-        ):
-            continue
-        if span.entity == "DATE_TIME" and not any(character.isdigit() for character in word):
-            continue
-        kept.append(span)
+        if span.entity in ("LOCATION", "ORGANIZATION", "NRP"):
+            if lives and not (span.entity == "ORGANIZATION" and word in words("companies")):
+                kept.append(span)
+        elif span.entity != "DATE_TIME" or re.search(r"\d{4}|\d\D\d+\D\d", word):
+            kept.append(span)
     return kept
+
+
+def _is_bare(text: str, span: Span) -> bool:
+    """Say whether a number has neither a label before it nor a form of its own, so that it may count anything."""
+    if span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID") or span.score >= 0.95:
+        return False
+    plain = re.fullmatch(r"[\d\s,.]+", text[span.start : span.end])
+    return bool(plain) and not _NUMBER_LABEL.search(text, max(0, span.start - 50), span.start)
 
 
 def _plain(text: str, span: Span) -> str:

@@ -19,7 +19,7 @@ WORDS = words("everyday")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"
 # Words that lead to a name in a text whose author does not care for capitals.
-_CUE = re.compile(
+CUE = re.compile(
     r"(?i)\b(?:(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|this is|it'?s|i'?m|i am|im|ask(?: for)?|tell|told|call|calls me|from|to|for|with|and|by|met|meet|mr|mrs|ms|miss|mx"
     r"|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|partner|friend|mate"
     r"|colleague|boss|manager|neighbour|neighbor|customer|patient|pt|agent|caller|driver|witness|witnesses|signed(?: for)? by|cc|thx|thanks|ty|hi|hey|hello|dear|love|is|old|little|big|did|does|has|@)\b\.?,?\s{1,2}$"
@@ -136,7 +136,7 @@ def _lone(text: str) -> Iterator[Span]:
         if after in ("_", "(", "=", "[") or after.isdigit():
             continue
         folded = word.casefold()
-        cued = bool(_CUE.search(text, max(0, match.start() - 24), match.start()))
+        cued = bool(CUE.search(text, max(0, match.start() - 24), match.start()))
         if word[0].isupper():
             found = (
                 folded in given_names()

@@ -290,7 +290,7 @@ CANARIES = {
     "LOCATION": "He moved to Germany in spring.",
     "MAC_ADDRESS": "The card 00:1B:44:11:3A:B7 is up.",
     "MEDICAL_LICENSE": "DEA number BB1388568 was used.",
-    "ORGANIZATION": "He works for Microsoft Corporation.",
+    "ORGANIZATION": "Maria Gonzalez works for Microsoft Corporation.",
     "PERSON": "Maria Gonzalez signed the letter.",
     "PHONE_NUMBER": "Call (415) 555-2671 today.",
     "SECRET": "password: hunter2-canary",
