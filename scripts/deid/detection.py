@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.common.schema import Deid
 from scripts.deid.doubts import Doubts, impersonal
+from scripts.deid.labels import find_cells
 from scripts.deid.names import extend_names, find_names, titled, trim_names
 from scripts.deid.rampart import Rampart
 from scripts.deid.secret_values import find_secrets, is_placeholder
-from scripts.deid.spans import Span, cut, normalise, to_original
+from scripts.deid.spans import TAG, Span, cut, normalise, to_original
 from scripts.deid.words import words
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ _DATE_LIKE = re.compile(
 # Every key with a format of its own holds one of these, so that most texts are spared some fifty patterns.
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
 _HEADING = re.compile(r":\s")
+# A digit, or a capitalised word that does not begin a sentence.
+_LEFT_OVER = re.compile(r"\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w")
 _WINDOW, _OVERLAP = 20_000, 400
 
 
@@ -73,28 +76,48 @@ class Detector:
         return found
 
     def _analyse(self, texts: Sequence[str]) -> Iterator[list[Span]]:
-        rampart = self.rampart.detect(texts) if self.rampart else [[] for _ in texts]
         engine = self.analyzer.nlp_engine
         by_name = "PERSON" in self.entities
         wordy = [name for name in self.entities if name not in DIGIT_ENTITIES - self.user_entities]
+        unknown = [number for number, text in enumerate(texts) if not _is_spent(text)]
+        learnt: list[list[Span]] = [[] for _ in texts]
+        if self.rampart:
+            for number, found in zip(unknown, self.rampart.detect([texts[n] for n in unknown]), strict=True):
+                learnt[number] = found
         with _doubts_raise(), engine.nlp[self.settings.language].memory_zone():
             read = [titled(text) for text in texts] if by_name else texts
-            batches = engine.process_batch(read, language=self.settings.language, batch_size=256)
-            for text, (_, artifacts), more in zip(texts, batches, rampart, strict=True):
+            artifacts = self._artifacts(read, frozenset(unknown))
+            for number, (text, more) in enumerate(zip(texts, learnt, strict=True)):
                 entities = [*self.entities] if re.search(r"\d", text) else wordy
                 if "SECRET" in entities and "SECRET" not in self.user_entities and not _KEY_LIKE.search(text):
                     entities = [name for name in entities if name != "SECRET"]
                 results = self.analyzer.analyze(
-                    text, self.settings.language, entities=entities, nlp_artifacts=artifacts
+                    text, self.settings.language, entities=entities, nlp_artifacts=artifacts[number]
                 )
                 spans = [Span(r.start, r.end, r.entity_type, r.score) for r in results] + more + find_secrets(text)
                 if by_name and self.settings.language == "en":
                     spans += find_names(text)
+                spans += find_cells(text, self.entities)
                 doubts = Doubts(text)
                 spans = trim_names(text, cut(text, spans))
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
                 believed = extend_names(text, believed)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed
+
+    def _artifacts(self, texts: Sequence[str], unknown: frozenset[int]) -> list[Any]:
+        """Return spaCy's reading of each text; what is spent is only cut into words."""
+        engine, language = self.analyzer.nlp_engine, self.settings.language
+        models = [name for name in engine.nlp[language].pipe_names if name in ("tok2vec", "ner", "transformer")]
+        read: list[Any] = [None] * len(texts)
+        for numbers, disabled in (
+            ([n for n in range(len(texts)) if n in unknown], []),
+            ([n for n in range(len(texts)) if n not in unknown], models),
+        ):
+            with engine.nlp[language].select_pipes(disable=disabled):
+                batches = engine.process_batch([texts[n] for n in numbers], language=language, batch_size=256)
+                for number, (_, artifacts) in zip(numbers, batches, strict=True):
+                    read[number] = artifacts
+        return read
 
     def _counts(self, text: str, span: Span) -> bool:
         if span.entity not in self.entities:
@@ -113,6 +136,14 @@ class Detector:
         if span.entity == "DATE_TIME" and self.settings.profile != "strict":
             return bool(_DATE_LIKE.search(text[span.start : span.end]))
         return True
+
+
+def _is_spent(text: str) -> bool:
+    """Say whether a text with our tags in it holds nothing more for the models of names: no capital, no digit, few words.
+
+    It was read by them before its findings were replaced. The patterns still search it.
+    """
+    return bool(TAG.search(text)) and not _LEFT_OVER.search(TAG.sub("x", text))
 
 
 class RecognizerError(RuntimeError):

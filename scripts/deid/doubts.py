@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from scripts.deid.names import CUE, WORDS
-from scripts.deid.spans import Span
+from scripts.deid.spans import TAG, Span
 from scripts.deid.words import words
 
 NAMES = frozenset({"PERSON", "LOCATION", "ORGANIZATION", "NRP"})
@@ -84,7 +84,7 @@ _NUMBER_LABEL = re.compile(
 )
 _RESIDENCE = re.compile(
     r"(?i)\b(?:i|he|she|we|they|who|friend|mother|father|brother|sister|wife|husband|son|daughter|family|grew|native)\b[^.!?\n]{0,40}\b(?:from|live[sd]?|living|moved|born|resid\w+|based|native|grew up|settled|arriv\w+|flew|moving|visited)\b"
-    r"|\b(?:live[sd]? in|living in|born in|resid\w+ (?:in|of)|originally from|native of|based in|grew up in|moved (?:here|from|to)|arrived (?:at|from|in))\b|\b(?:i'm|i am|we're|we are) (?:in|from|at)\b|\b(?:to visit|visited|coming to|a trip to)\b"
+    r"|\b(?:live[sd]? in|living in|born in|resid\w+ (?:in|of)|originally from|native of|based in|grew up in|moved (?:here|from|to)|arrived (?:at|from|in))\b|\b(?:i'm|i am|we're|we are) (?:in|from|at)\b|\b(?:works?|worked|working|employed|hired) (?:at|for|by)\b|\b(?:to visit|visited|coming to|a trip to)\b"
 )
 
 
@@ -123,7 +123,12 @@ class Doubts:
             and self._calculation(span, surface)
         ):
             return True
-        if span.entity in NAMES and (self.code.hold(span) or self.keys.hold(span) or self._everyday(span, surface) or self._identifier(span, surface)):
+        if span.entity in NAMES and (
+            self.code.hold(span)
+            or self.keys.hold(span)
+            or self._everyday(span, surface)
+            or self._identifier(span, surface)
+        ):
             return True
         if span.entity == "HANDLE":
             line = self.text[self.text.rfind("\n", 0, span.start) + 1 :]
@@ -250,7 +255,9 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
     public = [span for span in spans if span.entity == "PERSON" and _plain(text, span) in words("figures")]
     private = [span for span in spans if not any(one.start <= span.start and span.end <= one.end for one in public)]
     labelled = [span for span in private if not _is_bare(text, span)]
-    if any(span.entity in PERSONAL for span in labelled):
+    if any(span.entity in PERSONAL for span in labelled) or any(
+        tag[0][1:].startswith(tuple(PERSONAL)) for tag in TAG.finditer(text)
+    ):
         return list(spans)
     lives = _RESIDENCE.search(text)
     kept = []
@@ -266,7 +273,10 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
 
 def _is_bare(text: str, span: Span) -> bool:
     """Say whether a number has neither a label before it nor a form of its own, so that it may count anything."""
-    if span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID") or span.score >= 0.95:
+    if (
+        span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID")
+        or span.score >= 0.95
+    ):
         return False
     plain = re.fullmatch(r"[\d\s,.]+", text[span.start : span.end])
     return bool(plain) and not _NUMBER_LABEL.search(text, max(0, span.start - 50), span.start)

@@ -60,8 +60,8 @@ class Rampart:
                 pieces.append((number, encoding.ids[start:stop], encoding.offsets[start:stop]))
         first, last = (self.tokenizer.token_to_id(name) or 0 for name in ("[CLS]", "[SEP]"))
         pieces.sort(key=lambda piece: len(piece[1]))
-        for begin in range(0, len(pieces), 4):
-            batch = pieces[begin : begin + 4]
+        for begin in range(0, len(pieces), 8):
+            batch = pieces[begin : begin + 8]
             width = len(batch[-1][1]) + 2
             ids = np.zeros((len(batch), width), dtype=np.int64)
             mask = np.zeros((len(batch), width), dtype=np.int64)

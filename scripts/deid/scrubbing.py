@@ -16,6 +16,7 @@ from typing import Any
 from scripts.common.schema import Deid
 from scripts.dataset.files import BadRow
 from scripts.deid.detection import NER_ENTITIES, Detector
+from scripts.deid.labels import entity_of_label
 from scripts.deid.names import WORDS, is_full_name
 from scripts.deid.replacement import Replacer
 from scripts.deid.spans import TAG, Span, cut, merge_addresses, tidy
@@ -36,22 +37,6 @@ PROSE_FIELDS = frozenset(
         "response",
     ]
 )
-FIELD_ENTITIES = {
-    "PERSON": r"(?:full|first|last|middle|maiden|given|family|patient|customer|client|user|contact|employee)?name|surname",
-    "EMAIL_ADDRESS": r"e?mail(?:address)?",
-    "PHONE_NUMBER": r"(?:tele|cell|mobile|home|work)?phone(?:number|no)?|tel|mobile|fax(?:number)?",
-    "US_SSN": r"ssn|socialsecurity(?:number|no)?",
-    "STREET_ADDRESS": r"(?:street|home|billing|shipping|mailing|postal)?address|street",
-    "ZIP_CODE": r"zip(?:code)?|post(?:al)?code",
-    "DATE_TIME": r"dob|birthda(?:y|te)|dateofbirth|birthdate",
-    "AGE": r"age",
-    "ID_NUMBER": r"mrn|(?:account|acct|policy|passport|member|licen[cs]e|patient)(?:number|no|id)",
-    "CREDIT_CARD": r"(?:credit)?card(?:number|no)",
-    "HANDLE": r"username|handle|login",
-    "SECRET": r"password|passwd|secret|api_?key|token",
-    "IP_ADDRESS": r"ip(?:address)?",
-}
-_FIELD_PATTERNS = {entity: re.compile(pattern) for entity, pattern in FIELD_ENTITIES.items()}
 # Of what is found in a field that is never replaced, these hold the record back. A code of digits or a date may be an id.
 UNMISTAKABLE = frozenset({
     "EMAIL_ADDRESS", "SECRET", "US_SSN", "US_ITIN", "US_MBI", "IBAN_CODE", "CREDIT_CARD", "PHONE_NUMBER", "UK_NHS", "CRYPTO",
@@ -157,7 +142,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
         if _BLOB.search(text):
             raise HeldBackError("binary content (base64), which may be an image or a fingerprint")
         declared = settings.columns.get(name)
-        whole = declared if declared not in (None, "text") else _entity_of_field(name, detector.entities)
+        whole = declared if declared not in (None, "text") else entity_of_label(name, detector.entities)
         whole = None if declared == "text" else whole
         if isinstance(value, str) or whole or len(text) >= 5:
             label = "" if name in PROSE_FIELDS or declared or not name else f"{name.replace('_', ' ')}: "
@@ -223,11 +208,6 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, float):
         return format(value, ".0f") if value.is_integer() else repr(value)
     return None
-
-
-def _entity_of_field(name: str, entities: Sequence[str]) -> str | None:
-    plain = re.sub(r"[\W_]", "", name.casefold())
-    return next((e for e, pattern in _FIELD_PATTERNS.items() if e in entities and pattern.fullmatch(plain)), None)
 
 
 def search_until_stable(records: dict[int, list[Leaf]], detector: Detector) -> dict[int, str]:

@@ -49,7 +49,7 @@ _BREAK = re.compile(
     r"|<[A-Za-z][\w:-]{0,30}>(?=[^<>\n]*</)|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}"
 )
 _NAME_BREAK = re.compile(
-    _BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=[^\s\d])|(?P<maybe>;)(?=\S)|&(?=\w+=)'
+    _BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=\S)|(?P<maybe>;)(?=\S)|&(?=\w+=)'
 )
 _ENTITY = re.compile(r"&#?\w{2,8}$")
 _LIST_MARK = re.compile(r"[\s*•·#>+–—-]+(?=\w)")

@@ -43,6 +43,23 @@ def test_lines_cells_and_tags_stay_where_they_are(scrub, text):
     assert MARKS.findall(OUR_TAG.sub("", left)) == MARKS.findall(text)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", " | "])
+def test_the_head_of_a_column_says_what_its_cells_hold(scrub, separator):
+    table = [
+        ["item", "owner", "iban"],
+        ["lamp", "Quuxley Vrandt", "XX00-1"],
+        ["chair", "", "none"],
+        ["desk", "Blorn", "ZZ99-7"],
+    ]
+    text = "\n".join(separator.join(row) for row in table)
+    left = scrub({"text": text})[0].row["text"]
+    assert [value for value in ("Quuxley", "Vrandt", "Blorn", "XX00", "ZZ99") if value in left] == []
+    assert [line.count(separator) for line in left.split("\n")] == [2] * 4
+    assert "none" in left
+    things = "name,price\nred lamp,12\nblue vase,54"
+    assert scrub({"text": things})[0].row == {"text": things}
+
+
 @pytest.mark.parametrize(
     "value",
     [
