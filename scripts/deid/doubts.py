@@ -24,11 +24,15 @@ _OPERATOR = re.compile(
 _BESIDE = re.compile(r"\.\d|\s?[*=^×÷·/+%<>]|\s[-−–]\s?[\d(]|\s?\)\s?[*/+=^-]")
 _BEFORE = re.compile(r"[*=^×÷·/%<>(]\s?$|\d\s?\+\s?$|[\d)]\s[-−–]\s?$|\\$")
 _UNIT = re.compile(
-    r"[ -]?(?:square|cubic|sq\.?)? ?(?:feet|foot|ft|miles?|yards?|inch(?:es)?|met(?:er|re)s?|cm|mm|km|kg|grams?|lbs?|pounds?|ounces?|oz|lit(?:er|re)s?|gallons?|acres?|hectares?"
-    r"|dollars?|cents?|euros?|percent|degrees?|hours?|minutes?|seconds?|days?|weeks?|months?|square|cubic|watts?|volts?|calories|points?|pages?|people|pieces?|tickets?|bottles?)\b"
+    r"(?i)[ -]?(?:square|cubic|sq\.?)? ?(?:feet|foot|ft|miles?|yards?|inch(?:es)?|met(?:er|re)s?|cm|mm|km|kg|grams?|lbs?|pounds?|ounces?|oz|lit(?:er|re)s?|gallons?|acres?|hectares?"
+    r"|dollars?|cents?|euros?|percent|degrees?|hours?|minutes?|seconds?|days?|weeks?|months?|square|cubic|watts?|volts?|calories|points?|pages?|people|pieces?|tickets?|bottles?|hz|khz|mph|kph|rpm)\b"
 )
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
+)
+# What a number after it counts, so that no street begins there.
+_COUNTED = re.compile(
+    r"(?i)(?:^|\W)(?:pages?|houses?|figures?|fig|tables?|chapters?|sections?|lines?|steps?|days?|weeks?|bus|gate|port|divide|add|subtract|multiply|rows?|questions?|exercises?|problems?|level|grade)\.? \d"
 )
 _SUM = re.compile(r"\d\s?[*^×÷]\s?[\d(]|\d\s?\+\s?\d|\d [-−–] \d|[\d)%]\s?=\s?[-(\d]")
 _ERRAND = re.compile(r"@|\b(?:card|account|order|transfer|patient|phone)\b")
@@ -36,7 +40,7 @@ _DATE_WORD = re.compile(
     r"(?i)\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|\d:\d\d|\b\d{1,4}[/.-]\d{1,2}[/.-]\d{2,4}\b"
 )
 _MATHS = re.compile(
-    r"(?i)\bhow (?:many|much|old|far|long|tall|fast)\b|\bwhat (?:is|was) the (?:sum|total|average|difference|product|probability|area|perimeter|value|ratio|median|mean)\b"
+    r"(?i)\bhow (?:many|much|old|far|long|tall|fast)\b|\bwhat(?:'s| is| was| will be)(?: the)? (?:sum|total|average|difference|product|probability|area|perimeter|value|ratio|median|mean)\b"
     r"|\b(?:solve|calculate|evaluate|simplify|twice as|times as|in total|altogether|equation)\b|<<[^<>]*>>"
 )
 _CODE_LINE = re.compile(
@@ -154,6 +158,10 @@ class Doubts:
             if "=" not in surface and _DATE_WORD.search(surface):
                 return False
             return not _DATE_CUE.search(before) or bool(_BESIDE.match(after))
+        if re.match(r",\d{3}(?!\d)", after) or (
+            span.entity == "STREET_ADDRESS" and _COUNTED.search(before + surface[:12])
+        ):
+            return True
         if surface[:1] == "+" and not re.search(r"\d\s?$", before):
             return False
         letters = re.search(r"[A-Za-z]{3}", surface)
@@ -165,7 +173,7 @@ class Doubts:
             return True
         if _UNIT.match(after) and span.entity != "AGE" and re.search(r"\d\s?$", surface):
             return True
-        if span.entity == "STREET_ADDRESS" and re.search(r"\d\s(?:square|sq|cubic)$", surface):
+        if span.entity == "STREET_ADDRESS" and re.search(r"\d\s(?:square|sq|cubic)\.?$", surface):
             return True
         if self.maths and span.entity in (
             "AGE",

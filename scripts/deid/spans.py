@@ -48,9 +48,7 @@ _BREAK = re.compile(
     rf"[\r\n\t|\u2028\u2029\x85\v\f]+|</[A-Za-z][\w:-]{{0,30}}>|<(?:{_ELEMENTS})(?:\s[^<>\n]{{0,300}})?/?>|<[A-Za-z][\w:-]{{0,30}}(?:\s[^<>\n]{{0,300}}=[^<>\n]{{0,300}}|/)>"
     r"|<[A-Za-z][\w:-]{0,30}>(?=[^<>\n]*</)|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}"
 )
-_NAME_BREAK = re.compile(
-    _BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=\S)|(?P<maybe>;)(?=\S)|&(?=\w+=)'
-)
+_NAME_BREAK = re.compile(_BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=\S)|(?P<maybe>;)(?=\S)|&(?=\w+=)')
 _ENTITY = re.compile(r"&#?\w{2,8}$")
 _LIST_MARK = re.compile(r"[\s*•·#>+–—-]+(?=\w)")
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})

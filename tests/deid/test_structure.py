@@ -109,6 +109,8 @@ def test_people_in_the_comments_and_strings_of_code_are_found(scrub):
         "5 + 7 = 12, 12 - 4 = 8", "Add 2 1/2 cups to 1 3/4 cups.", "1234567 + 7654321 = 8888888", "From 1998 to 2016 there are 18 years.",
         "4150 x 26 = 107900", "24.50 and 220.50", "How old is she? Twice 12 is 24.", "98 - 45 - 12 = 41", "(15 + 27) * 3 - 18/6 = 123",
         "7 boxes of 144 screws are 7*144=1008 screws.", "It rained 4 inches in 2.5 hours.", "What is 15% of 640? 640*0.15 = 96",
+        "Divide 98,765 by 5 to get 19,753.", "The frequencies are 440 880 1320 Hz.", "The digits of 123456789 add up to 45.", "On page 12 Chapter 3 begins.",
+        "1 000 000 divided by 8 is 125 000.",
     ],
 )  # fmt: skip
 def test_calculations_keep_their_numbers(scrub, text):
