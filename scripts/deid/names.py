@@ -153,7 +153,7 @@ def _lone(text: str) -> Iterator[Span]:
 
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
 _LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
-_LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*)\W*$")
+_LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*|\d[\d.,/]*)\W*$")
 _LEADING = re.compile(
     r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+",
     re.I,
