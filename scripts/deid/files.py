@@ -24,8 +24,21 @@ def check_paths(source: Path, out: Path, *, overwrite: bool) -> None:
         raise UserError(f"--out {out}: found the ending `{out.suffix}`, wanted `{source.suffix}` as in --in.")
     if out.resolve() == source.resolve() or (out.exists() and out.samefile(source)):
         raise UserError(f"--out {out}: is the input file. Choose another name; the original is never overwritten.")
+    _check_encoding(source)
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists already. Choose another name, or replace it with --overwrite.")
+
+
+def _check_encoding(source: Path) -> None:
+    """Refuse UTF-16 and UTF-32, with a byte order mark or without: read as UTF-8 they are one bad line after the other."""
+    with source.open("rb") as file:
+        start = file.read(4096)
+    if source.suffix.lower() == ".parquet" or (b"\0" not in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff")):
+        return
+    raise UserError(
+        f"--in {source}: holds zero bytes as UTF-16 and UTF-32 do, wanted UTF-8. Save the file as UTF-8: in Excel as "
+        "`CSV UTF-8`, in an editor under Encoding, or `iconv -f UTF-16 -t UTF-8 OLD > NEW`."
+    )
 
 
 def read_input(path: Path) -> Iterator[tuple[str, Any]]:

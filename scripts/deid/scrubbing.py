@@ -16,8 +16,10 @@ from typing import Any
 from scripts.common.schema import Deid
 from scripts.dataset.files import BadRow
 from scripts.deid.detection import NER_ENTITIES, Detector
+from scripts.deid.labels import entity_of_label
+from scripts.deid.names import WORDS, is_full_name
 from scripts.deid.replacement import Replacer
-from scripts.deid.spans import TAG, Span, merge_addresses, tidy
+from scripts.deid.spans import TAG, Span, cut, merge_addresses, tidy
 
 # Prose needs no label; every other field is read as "name of the field: value", which distinguishes an SSN from a number.
 PROSE_FIELDS = frozenset(
@@ -35,32 +37,15 @@ PROSE_FIELDS = frozenset(
         "response",
     ]
 )
-FIELD_ENTITIES = {
-    "PERSON": r"(?:full|first|last|middle|maiden|given|family|patient|customer|client|user|contact|employee)?name|surname",
-    "EMAIL_ADDRESS": r"e?mail(?:address)?",
-    "PHONE_NUMBER": r"(?:tele|cell|mobile|home|work)?phone(?:number|no)?|tel|mobile|fax(?:number)?",
-    "US_SSN": r"ssn|socialsecurity(?:number|no)?",
-    "STREET_ADDRESS": r"(?:street|home|billing|shipping|mailing|postal)?address|street",
-    "ZIP_CODE": r"zip(?:code)?|post(?:al)?code",
-    "DATE_TIME": r"dob|birthda(?:y|te)|dateofbirth|birthdate",
-    "AGE": r"age",
-    "ID_NUMBER": r"mrn|(?:account|acct|policy|passport|member|licen[cs]e|patient)(?:number|no|id)",
-    "CREDIT_CARD": r"(?:credit)?card(?:number|no)",
-    "HANDLE": r"username|handle|login",
-    "SECRET": r"password|passwd|secret|api_?key|token",
-    "IP_ADDRESS": r"ip(?:address)?",
-}
-_FIELD_PATTERNS = {entity: re.compile(pattern) for entity, pattern in FIELD_ENTITIES.items()}
-# Names that are everyday words as well: found as a name once, they are not taken for it elsewhere.
-COMMON_WORDS = frozenset(
-    """And Art Best Bill Black Blue Brook Brown Car Case Christian Church Cook Dale Day Dean Dear Don Drew Earth Faith Field
-    Ford Frank Gene Grace Grant Gray Green Guy Hall Hill Home Hope House Jack Joy King Lane Law Little Long Lord Love Mark
-    Max May Miles Miss North Page Park Pat Paul Price Ray Rich Rob Rose Sale Short Sir Small South Stone Street Summer Sue
-    The Van Von Wall Walker Way Wells West White Will Wood Young Star Major Nick Sky Dawn Eve April June August You""".split()  # noqa: SIM905 - a list of words reads better so
-)
+# Of what is found in a field that is never replaced, these hold the record back. A code of digits or a date may be an id.
+UNMISTAKABLE = frozenset({
+    "EMAIL_ADDRESS", "SECRET", "US_SSN", "US_ITIN", "US_MBI", "IBAN_CODE", "CREDIT_CARD", "PHONE_NUMBER", "UK_NHS", "CRYPTO",
+    "STREET_ADDRESS", "CUSTOM",
+})  # fmt: skip
 _NAME_TOKEN = re.compile(r"[^\W\d_][\w'’-]*[^\W_]")
 _BLOB = re.compile(r"data:[\w/+.-]+;base64,|(?<![\w+/])(?=[\w+/]*\d)(?=[\w+/]*[a-z])(?=[\w+/]*[A-Z])[\w+/]{400,}={0,2}")
 MAX_ROUNDS = 8
+FIELD_NAME = "the name of a field"
 MAX_CHARACTERS = 1_000_000
 
 
@@ -72,7 +57,7 @@ class Leaf:
     text: str
     label: str
     whole: str | None
-    is_key: bool = False
+    kept: str = ""  # what it is when it is never replaced, so that a finding holds the record back
     spans: list[Span] = field(default_factory=list)
 
     def view(self) -> tuple[str, list[tuple[int, int, int]]]:
@@ -92,7 +77,7 @@ class Leaf:
         before = [span[:3] for span in self.spans]
         tags = [(match.start(), match.end()) for match in TAG.finditer(self.text)]
         fresh = tidy(self.text, found, sorted([*tags, *((span.start, span.end) for span in self.spans)]))
-        self.spans = merge_addresses(self.text, sorted([*self.spans, *fresh]))
+        self.spans = cut(self.text, merge_addresses(self.text, sorted([*self.spans, *fresh])))
         return [span[:3] for span in self.spans] != before
 
 
@@ -106,7 +91,6 @@ class Outcome:
     found: list[tuple[str, str, float]] = field(default_factory=list)  # field, entity, score
     spans_of_text: list[Span] = field(default_factory=list)  # of a row that holds nothing but `text`
     characters: int = 0
-    id: str | int | None = None
 
 
 class HeldBackError(Exception):
@@ -115,7 +99,7 @@ class HeldBackError(Exception):
 
 def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, replacer: Replacer) -> list[Outcome]:
     """Scrub rows given as (number, file:line, row); every row comes back, scrubbed or held back."""
-    outcomes = [Outcome(source, id=_id_of(row, detector.settings)) for _, source, row in chunk]
+    outcomes = [Outcome(source) for _, source, _ in chunk]
     leaves: dict[int, list[Leaf]] = {}
     for index, (_, _, row) in enumerate(chunk):
         try:
@@ -128,7 +112,7 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
     for index, found in leaves.items():
         number, _, row = chunk[index]
         try:
-            _finish(number, outcomes[index], row, found, replacer)
+            _finish(number, outcomes[index], row, found, detector, replacer)
         except Exception as error:  # a row that failed in any way must not pass
             outcomes[index].reason = str(error) if isinstance(error, HeldBackError) else _named(error)
     return outcomes
@@ -144,7 +128,10 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
     settings = detector.settings
     if missing := missing_fields(row, settings.fields or ()):
         raise HeldBackError(f"the field {missing[0]} is missing")
-    leaves = [Leaf(path, str(path[-1]), "", None, is_key=True) for path in _odd_keys(row, ())]
+    leaves = [Leaf(path, str(path[-1]), "", None, kept=FIELD_NAME) for path in _odd_keys(row, ())]
+    leaves += [
+        Leaf(path, text, "", None, kept=f"the safe field {path[-1]}") for path, text in _safe_texts(row, (), settings)
+    ]
     for path, value in _scalars(row, (), settings):
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
         text = _as_text(value)
@@ -154,9 +141,11 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
             raise HeldBackError(f"a text of more than {MAX_CHARACTERS:,} characters")
         if _BLOB.search(text):
             raise HeldBackError("binary content (base64), which may be an image or a fingerprint")
-        whole = _entity_of_field(name, detector.entities)
+        declared = settings.columns.get(name)
+        whole = declared if declared not in (None, "text") else entity_of_label(name, detector.entities)
+        whole = None if declared == "text" else whole
         if isinstance(value, str) or whole or len(text) >= 5:
-            label = "" if name in PROSE_FIELDS or not name else f"{name.replace('_', ' ')}: "
+            label = "" if name in PROSE_FIELDS or declared or not name else f"{name.replace('_', ' ')}: "
             leaves.append(Leaf(path, text, label, whole))
     return leaves
 
@@ -164,7 +153,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
 def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if settings.fields is not None or key not in settings.safe_fields:
+            if settings.fields is not None or key not in settings.safe_fields or key in settings.columns:
                 yield from _scalars(inner, (*path, key), settings)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -173,6 +162,19 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
         dotted = ".".join(part for part in path if isinstance(part, str))
         if settings.fields is None or any(dotted == f or dotted.startswith(f + ".") for f in settings.fields):
             yield path, value
+
+
+def _safe_texts(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """List the texts below the safe fields, which are read but never changed; a number there is a code."""
+    if settings.fields is not None:
+        return
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, str):
+                if any(part in settings.safe_fields and part not in settings.columns for part in (*path, key)):
+                    yield (*(part for part in path if isinstance(part, str)), key), inner
+            else:
+                yield from _safe_texts(inner, (*path, key), settings)
 
 
 def _odd_keys(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
@@ -206,11 +208,6 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, float):
         return format(value, ".0f") if value.is_integer() else repr(value)
     return None
-
-
-def _entity_of_field(name: str, entities: Sequence[str]) -> str | None:
-    plain = re.sub(r"[\W_]", "", name.casefold())
-    return next((e for e, pattern in _FIELD_PATTERNS.items() if e in entities and pattern.fullmatch(plain)), None)
 
 
 def search_until_stable(records: dict[int, list[Leaf]], detector: Detector) -> dict[int, str]:
@@ -263,37 +260,36 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
     values: dict[str, str] = {}
     allowed = {word.casefold() for word in detector.settings.allow_list}
     for leaf in leaves:
-        for span in leaf.spans:
+        for span in leaf.spans if not leaf.kept else ():
             surface = leaf.text[span.start : span.end]
             if span.entity == "PERSON":
-                names = [name for name in _NAME_TOKEN.findall(surface) if len(name) >= 3 and name[0].isupper()]
-                tokens |= {name: "PERSON" for name in names if name not in COMMON_WORDS and not name.isupper()}
-                if len(surface.split()) > 1:
+                tokens |= {name: "PERSON" for name in name_tokens(surface)}
+                if len(surface.split()) > 1 or (len(surface) >= 4 and not surface.isalpha()):
                     values[surface.casefold()] = "PERSON"
+            elif span.entity in ("ORGANIZATION", "LOCATION"):
+                if len(surface) >= 4 and surface[0].isupper() and surface.casefold() not in WORDS:
+                    values.setdefault(surface.casefold(), span.entity)
             elif span.entity not in NER_ENTITIES and _is_distinctive(surface):
                 values[surface.casefold()] = span.entity
-    changed = set()
-    for forms, flags in ((tokens, 0), (values, re.IGNORECASE)):
-        forms = {form: entity for form, entity in forms.items() if form.casefold() not in allowed}
-        if not forms:
-            continue
-        pattern = re.compile(
-            rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})(?!\w)", flags
-        )
-        for leaf in leaves:
-            hits = [
-                Span(m.start(), m.end(), forms.get(m[0]) or forms.get(m[0].casefold(), "PERSON"), 0.6)
-                for m in pattern.finditer(leaf.text)
-            ]
-            if hits and leaf.add(hits):
-                changed.add(id(leaf))
+    forms = {form: entity for form, entity in {**values, **tokens}.items() if form not in allowed}
+    changed: set[int] = set()
+    if not forms:
+        return changed
+    longest_first = sorted(forms, key=lambda form: (-len(form), form))
+    pattern = re.compile(rf"(?<![^\W_])(?:{'|'.join(map(re.escape, longest_first))})(?![^\W_])", re.IGNORECASE)
+    for leaf in leaves:
+        hits = [
+            Span(m.start(), m.end(), forms.get(m[0].casefold(), "PERSON"), 0.6) for m in pattern.finditer(leaf.text)
+        ]
+        if hits and leaf.add(hits):
+            changed.add(id(leaf))
     return changed
 
 
-def _id_of(row: Any, settings: Deid) -> str | int | None:
-    """Return the record's own id where it is declared safe; it names a record in the quarantine list."""
-    value = row.get("id") if isinstance(row, dict) and "id" in settings.safe_fields else None
-    return value if isinstance(value, str | int) else None
+def name_tokens(surface: str) -> set[str]:
+    """Return the words of a name, in small letters, that are names wherever they stand."""
+    words = {word.casefold() for word in _NAME_TOKEN.findall(surface.replace("_", " "))}
+    return {word for word in words if len(word) >= 3 and word not in WORDS}
 
 
 def _is_distinctive(surface: str) -> bool:
@@ -301,10 +297,12 @@ def _is_distinctive(surface: str) -> bool:
     return len(surface) >= 5 and not all(character.isalpha() or character.isspace() for character in surface)
 
 
-def _finish(number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], replacer: Replacer) -> None:
+def _finish(
+    number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], detector: Detector, replacer: Replacer
+) -> None:
     """Replace what was found, and check that no original value is left anywhere in the row."""
-    if any(leaf.spans for leaf in leaves if leaf.is_key):
-        raise HeldBackError("the name of a field holds personal data; rename it")
+    leaves, kept = [leaf for leaf in leaves if not leaf.kept], [leaf for leaf in leaves if leaf.kept]
+    _check_kept(kept, leaves, detector)
     scrubbed = copy.deepcopy(row)
     replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
     surfaces: set[str] = set()
@@ -324,7 +322,29 @@ def _finish(number: int, outcome: Outcome, row: Any, leaves: Sequence[Leaf], rep
     outcome.found = [(_dotted(leaf.path), span.entity, span.score) for leaf in leaves for span in leaf.spans]
     outcome.characters = sum(len(leaf.text) for leaf in leaves)
     if row.keys() == {"text"}:
-        outcome.spans_of_text = leaves[0].spans
+        outcome.spans_of_text = leaves[0].spans if leaves else []
+
+
+def _check_kept(kept: Sequence[Leaf], leaves: Sequence[Leaf], detector: Detector) -> None:
+    """Hold a record back whose field names or safe fields hold what cannot be an id or a label."""
+    people = {
+        name
+        for leaf in leaves
+        for span in leaf.spans
+        if span.entity == "PERSON"
+        for name in name_tokens(leaf.text[span.start : span.end])
+    }
+    for leaf in kept:
+        for span in leaf.spans:
+            surface = leaf.text[span.start : span.end]
+            if span.entity == "PERSON":
+                hit = is_full_name(surface) or bool(name_tokens(surface) & people)
+            else:
+                hit = span.entity in UNMISTAKABLE | detector.user_entities and not surface.isdigit()
+            if hit and leaf.kept == FIELD_NAME:
+                raise HeldBackError(f"{FIELD_NAME} holds personal data ({span.entity}); rename it")
+            if hit:
+                raise HeldBackError(f"{leaf.kept} holds {span.entity}; taken out of deid.safe_fields, it is scrubbed")
 
 
 def _put(row: Any, path: tuple[str | int, ...], text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+from urllib.parse import unquote
 
 
 class Span(NamedTuple):
@@ -31,6 +33,24 @@ TAG = re.compile(rf"<(?:{'|'.join(PRIORITY)}|CUSTOM)(?:_\d{{1,6}}|:[0-9a-f]{{16}
 
 _SPECIAL = str.maketrans(dict.fromkeys("‐‑‒–−﹣－", "-") | dict.fromkeys("‘’‛´", "'") | dict.fromkeys("“”„", '"'))
 _INVISIBLE = frozenset("\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
+_DISGUISED = re.compile(
+    r"(?P<entity>&(?:[A-Za-z]{2,8}|#\d{2,6}|#x[0-9A-Fa-f]{2,5});)|(?<=[\w=/&?+.:-])(?P<percent>(?:%[0-9A-Fa-f]{2})+)"
+    r"|(?P<query>(?<=[?&=])[^\W\d_][^\s&#?\"'<>=+%]*(?:\+[^\W\d_][^\s&#?\"'<>=+%]*)+)|(?P<marked>[^\W\d_][\u0300-\u036f]+)"
+    r"|(?P<spaced>(?<!\S)[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,}(?: {2,4}[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,})*)"
+)
+# What a finding never crosses: the end of a line, a cell, a tag, a quotation of JSON, and LaTeX's breaks.
+_ELEMENTS = (
+    "a|abbr|article|aside|b|blockquote|body|br|button|caption|center|code|dd|details|div|dl|dt|em|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input|label"
+    "|legend|li|link|main|mark|meta|nav|ol|optgroup|option|p|pre|q|s|samp|script|section|select|small|span|strong|style|sub|summary|sup|svg|table|tbody|td"
+    "|textarea|tfoot|th|thead|title|tr|tt|u|ul|var|video"
+)
+_BREAK = re.compile(
+    rf"[\r\n\t|\u2028\u2029\x85\v\f]+|</[A-Za-z][\w:-]{{0,30}}>|<(?:{_ELEMENTS})(?:\s[^<>\n]{{0,300}})?/?>|<[A-Za-z][\w:-]{{0,30}}(?:\s[^<>\n]{{0,300}}=[^<>\n]{{0,300}}|/)>"
+    r"|<[A-Za-z][\w:-]{0,30}>(?=[^<>\n]*</)|\\\\|\\[rnt](?![a-z])|\\[a-z]{2,}"
+)
+_NAME_BREAK = re.compile(_BREAK.pattern + r'|[{}\[\]=\u2022]|"[^\w\s]|(?<=\S)","|,(?=\S)|(?P<maybe>;)(?=\S)|&(?=\w+=)')
+_ENTITY = re.compile(r"&#?\w{2,8}$")
+_LIST_MARK = re.compile(r"[\s*•·#>+–—-]+(?=\w)")
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
 _JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
 # What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
@@ -39,33 +59,79 @@ _TAIL = re.compile(
     r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
 )
 _HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")
-_OWNER = re.compile(
-    r"(?:^|\n)[^\w\n]{0,5}((?:[^\W\d_a-z][\w'’.-]*[ ]){0,3}[^\W\d_a-z][\w'’.-]*)\s*\n(?=\W*$|[^\n]*\n\W*$)"
-)
+_OWNER = re.compile(r"[^\w\n]{0,5}((?:[^\W\d_][\w'’.&-]*[ ]){0,5}[^\W\d_][\w'’.&-]*)[ ]*")
+_POSTAL_CODE = re.compile(r",?\s{1,3}\d{4,6}(?:-\d{4})?\b(?!\s*[-*/+=])")
 
 
 def normalise(text: str) -> tuple[str, Sequence[int]]:
     """Return the text as detection reads it and, for each of its characters, the offset in the original.
 
-    Full-width letters, unusual dashes, quotes and spaces become plain; invisible characters go. One entry more marks
-    the end.
+    Full-width letters, unusual dashes, quotes and spaces become plain, as do HTML entities, URL encoding, decomposed accents
+    and s p a c e d letters; invisible characters go. One entry more marks the end.
     """
-    if text.isascii():
+    if text.isascii() and not _DISGUISED.search(text):
         return text, range(len(text) + 1)
     characters: list[str] = []
     offsets: list[int] = []
-    for offset, character in enumerate(text):
-        if character in _INVISIBLE:
-            continue
-        plain = unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+    position = 0
+    for start, end, plain in [*_disguises(text), (len(text), len(text), "")]:
+        for offset in range(position, start):
+            character = text[offset]
+            if character in _INVISIBLE:
+                continue
+            read = (
+                unicodedata.normalize("NFKC", character).translate(_SPECIAL) if not character.isascii() else character
+            )
+            characters.append(read)
+            offsets.extend([offset] * len(read))
         characters.append(plain)
-        offsets.extend([offset] * len(plain))
+        offsets.extend([start] * len(plain))
+        position = end
     return "".join(characters), [*offsets, len(text)]
+
+
+def _disguises(text: str) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, what it means) of letters written as HTML entity, in URL encoding, decomposed, or spaced out."""
+    position = 0
+    for match in _DISGUISED.finditer(text):
+        if match.start() < position:
+            continue
+        found, position = match[0], match.end()
+        if match["entity"]:
+            plain = html.unescape(found)
+            if len(plain) == 1:
+                yield *match.span(), plain
+        elif match["percent"]:
+            plain = unquote(found, errors="strict") if _is_utf8(found) else found
+            step = len(found) // len(plain) // 3 * 3 if plain != found else 0
+            for index, character in enumerate(plain if step else ""):
+                start = match.start() + index * step
+                yield start, match.end() if index == len(plain) - 1 else start + step, character
+        elif match["query"]:
+            for plus in re.finditer(r"\+(?=[^\W\d_])", found):
+                yield match.start() + plus.start(), match.start() + plus.end(), " "
+        elif match["marked"]:
+            plain = unicodedata.normalize("NFC", found)
+            yield *match.span(), plain
+        else:
+            for gap in re.finditer(r" +", found):
+                yield match.start() + gap.start(), match.start() + gap.end(), " " if len(gap[0]) > 1 else ""
+
+
+def _is_utf8(encoded: str) -> bool:
+    try:
+        unquote(encoded, errors="strict")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def to_original(span: Span, offsets: Sequence[int]) -> Span:
     """Move a span from the normalised text to the original."""
-    return span._replace(start=offsets[span.start], end=offsets[span.end - 1] + 1)
+    last, end = offsets[span.end - 1], span.end
+    while offsets[end] == last:  # one original character that is read as several
+        end += 1
+    return span._replace(start=offsets[span.start], end=offsets[end] if isinstance(offsets, list) else last + 1)
 
 
 def tidy(text: str, spans: Iterable[Span], protected: Sequence[tuple[int, int]] = ()) -> list[Span]:
@@ -85,6 +151,28 @@ def union(spans: Iterable[Span]) -> list[Span]:
         else:
             joined.append(span)
     return joined
+
+
+def cut(text: str, spans: Iterable[Span]) -> list[Span]:
+    """Cut findings where the structure of the text has a break, so that lines, cells and tags stay; a key may have many lines."""
+    pieces: list[Span] = []
+    for span in spans:
+        if span.entity == "SECRET":
+            pieces.append(span)
+            continue
+        named = span.entity in ("PERSON", "ORGANIZATION", "LOCATION", "NRP")
+        breaks = [
+            match.span()
+            for match in (_NAME_BREAK if named else _BREAK).finditer(text, span.start, span.end)
+            if not (named and match["maybe"] and _ENTITY.search(text, max(0, match.start() - 10), match.start()))
+        ]
+        for part in _around(span, breaks):
+            mark = _LIST_MARK.match(text, part.start, part.end) if named else None
+            part = part._replace(start=mark.end()) if mark else part
+            part = _trim(text, part) if breaks or mark else part
+            if part.start < part.end:
+                pieces.append(part)
+    return pieces
 
 
 def _snap(text: str, span: Span) -> Span:
@@ -119,6 +207,7 @@ def _around(span: Span, protected: Sequence[tuple[int, int]]) -> list[Span]:
 def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
     """Join a street with the places and numbers around it into one address, and take the lines above it for its owner."""
     merged: list[Span] = []
+    anywhere = any(span.entity == "STREET_ADDRESS" for span in spans)
     index = 0
     while index < len(spans):
         block = [spans[index]]
@@ -130,7 +219,8 @@ def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
             index += 1
         street = next((span for span in block if span.entity == "STREET_ADDRESS"), None)
         if street is None:
-            merged += block
+            code = _POSTAL_CODE.match(text, block[-1].end) if anywhere and block[-1].entity == "LOCATION" else None
+            merged += [*block[:-1], block[-1]._replace(end=code.end() if code else block[-1].end)]
             continue
         if block[0].entity == "ORGANIZATION":
             merged.append(block.pop(0))
@@ -142,6 +232,23 @@ def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
         start = block[0].start
         number = _HOUSE_NUMBER.search(text, max(low, start - 8), start)
         start = number.start() if number else start
-        merged += [Span(low + m.start(1), low + m.end(1), "PERSON", 0.6) for m in _OWNER.finditer(text[low:start])]
+        merged += _owners(text, low, start)
         merged.append(Span(start, end, "STREET_ADDRESS", max(part.score for part in block)))
     return merged
+
+
+def _owners(text: str, low: int, street: int) -> list[Span]:
+    """Take the lines right above a street for the person, the job and the firm of the address, up to four of them."""
+    owners: list[Span] = []
+    line_start = text.rfind("\n", 0, street) + 1
+    if line_start == 0 or any(character.isalnum() for character in text[line_start:street]):
+        return owners
+    for _ in range(4):
+        end, line_start = line_start - 1, text.rfind("\n", 0, max(line_start - 1, 0)) + 1
+        match = _OWNER.fullmatch(text, max(line_start, low), max(end, low))
+        if not match:
+            break
+        owners.append(Span(*match.span(1), "PERSON", 0.6))
+        if line_start <= low:
+            break
+    return owners[::-1]

@@ -20,26 +20,9 @@ from scripts.deid.recognizers import load_detector
 from scripts.deid.replacement import Replacer, check_operators, decrypt, identify
 from scripts.deid.scrubbing import scrub_chunk
 from scripts.deid.spans import TAG, Span
+from tests.deid.conftest import KEY
 
-KEY = b"k" * 32
 PEOPLE = ["Maria Gonzalez", "Peter Hansen", "Amelia Thompson", "Robert Mitchell", "Karen Sanderson"]
-
-
-@pytest.fixture(scope="session")
-def detector():
-    """Load the default profile once; Rampart is left out, so that results do not depend on what is installed."""
-    return load_detector(Deid(rampart="off"))
-
-
-@pytest.fixture
-def scrub(detector):
-    """Return a function that scrubs rows with any operator."""
-
-    def run(*rows, **settings):
-        replacer = Replacer(Deid(**settings), seed=0, key=KEY)
-        return scrub_chunk([(n, f"f:{n}", row) for n, row in enumerate(rows, 1)], detector, replacer)
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -139,7 +122,7 @@ def repository_samples():
 
 def test_nothing_but_text_changes(scrub):
     row = {
-        "id": "Maria Gonzalez", "n": 3, "x": 1.5, "none": None, "flag": True, "label": "PERSON of Berlin",
+        "id": "mg-1", "n": 3, "x": 1.5, "none": None, "flag": True, "label": "PERSON of Berlin",
         "messages": [{"role": "user", "content": "I am Maria Gonzalez"}, {"role": "assistant", "content": ""}], "list": [[], {}],
     }  # fmt: skip
     [outcome] = scrub(row)
@@ -176,6 +159,7 @@ def test_a_number_found_by_its_label_is_covered_where_it_stands_bare(scrub):
         ({"text": b"bytes"}, "type bytes"),
         ({"text": "data:image/png;base64,iVBORw0KGgo"}, "binary"),
         ({"maria.gonzalez@example.com": "hello"}, "name of a field"),
+        ({"notes of Rachel Bergstrom": "hello"}, "name of a field"),
         ({"text": "half a pair \ud800 of Maria Gonzalez"}, "UnicodeEncodeError"),
         ({"text": "x" * 1_000_001}, "more than"),
         ({"text": "MRN: 00482913", "label": "00482913"}, "not scrubbed"),
@@ -293,11 +277,38 @@ def test_a_configuration_that_cannot_work_is_refused(settings, message):
         load_detector(Deid(rampart="off", **settings))
 
 
-def test_safe_fields_are_left_alone_and_no_others(tmp_path):
-    row = {"text": "password: hunter2x", "note": "password: swordfish7"}
+@pytest.mark.parametrize(
+    ("field", "value", "entity"),
+    [
+        ("id", "maria.g@fjord.test", "EMAIL_ADDRESS"), ("source", "Interview with Rachel Bergstrom", "PERSON"), ("category", "536-90-4399", "US_SSN"),
+        ("label", "card 4111 1111 1111 1111", "CREDIT_CARD"), ("split", "password: hunter2x", "SECRET"), ("lang", "ring +49 30 901820", "PHONE_NUMBER"),
+        ("id", "gonzalez_17", "PERSON"),  # the name of somebody whom the record speaks of
+    ],
+)  # fmt: skip
+def test_personal_data_in_a_safe_field_holds_the_record_back(scrub, field, value, entity):
+    held, passed = scrub({field: value, "text": "I am Maria Gonzalez."}, {field: "train", "text": "All is well."})
+    assert held.row is None
+    assert f"the safe field {field} holds {entity}" in held.reason
+    assert value not in held.reason
+    assert passed.row[field] == "train"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["r-17", "20240318", "536904399", "123e4567-e89b-42d3-a456-426614174000", "https://en.wikipedia.org/wiki/Norway", "2024-03-18", "user",
+     "Apple Pay", "card_arrival", "Wikipedia", "7c4a8d09ca3762af61e59520943dc26494f8941b", "en"],
+)  # fmt: skip
+def test_ids_and_labels_in_safe_fields_keep_their_value(scrub, value):
+    rows = [{name: value, "text": "All is well."} for name in ("id", "source", "category")]
+    assert [outcome.row for outcome in scrub(*rows)] == rows
+
+
+def test_safe_fields_are_the_ones_configured():
     detector = load_detector(Deid(profile="secrets-only", safe_fields=["note"]))
-    [outcome] = scrub_chunk([(1, "f", row)], detector, Replacer(Deid(), 0, None))
-    assert outcome.row == {"text": "password: <SECRET>", "note": "password: swordfish7"}
+    rows = [{"id": "password: hunter2x", "note": "fine"}, {"id": "a", "note": "password: swordfish7"}]
+    outcomes = scrub_chunk([(n, "f", row) for n, row in enumerate(rows)], detector, Replacer(Deid(), 0, None))
+    assert outcomes[0].row == {"id": "password: <SECRET>", "note": "fine"}
+    assert "safe field note holds SECRET" in outcomes[1].reason
 
 
 def test_rampart_is_asked_for_by_its_key():

@@ -94,7 +94,7 @@ def test_tests_that_a_reader_is_asked_to_run_exist(command: str) -> None:
 def test_every_command_is_of_a_kind_that_is_checked() -> None:
     """Beside those of this project: the server, MLflow's page, requests to the server, and setting up by hand."""
     kinds = (
-        r"(\w+=\S+ )*(uvicorn|mlflow) ", "make ", "curl ", "Invoke-RestMethod ", "pip install( -r \\S+)+$", "(python3|py) -m venv ",
+        r"(\w+=\S+ )*(uvicorn|mlflow) ", "make ", "curl ", "Invoke-RestMethod ", "pip install( -r \\S+)+$", r"pip install --no-deps \S+==\S+$", "(python3|py) -m venv ",
         "torchrun ", "accelerate launch ", r"(source )?\.venv\S+/?activate", r"vllm serve ",
     )  # fmt: skip
     unchecked = [c for c in COMMANDS if c not in PYTHON + TESTS and not re.match("|".join(kinds), c, re.IGNORECASE)]

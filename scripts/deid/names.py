@@ -1,0 +1,266 @@
+"""Names where a language model misses them: speakers, lists, lower case, capitals, and names that were found in part.
+
+What counts as a name comes from Faker's lists of some 90 countries; what is a word as well is left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from scripts.deid.spans import Span
+from scripts.deid.words import words
+
+WORDS = words("everyday")
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"
+# Words that lead to a name in a text whose author does not care for capitals.
+CUE = re.compile(
+    r"(?i)\b(?:(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|this is|it'?s|i'?m|i am|im|ask(?: for)?|tell|told|call|calls me|from|to|for|with|and|by|met|meet|mr|mrs|ms|miss|mx"
+    r"|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|partner|friend|mate"
+    r"|colleague|boss|manager|neighbour|neighbor|customer|patient|pt|agent|caller|driver|witness|witnesses|signed(?: for)? by|cc|thx|thanks|ty|hi|hey|hello|dear|love|is|old|little|big|did|does|has|@)\b\.?,?\s{1,2}$"
+)
+# Before the colon of a speaker: a time, quotation marks, list marks, a bracket.
+_SPEAKER = re.compile(
+    r"(?m)^[\s>*_#-]{0,6}(?:[\[(]?\d[\d:.,/ T-]{2,20}(?:[AaPp][Mm])?[\])]?\s*[-–]?\s*)?[<*_]{0,2}"
+    r"(?P<name>@?[^\W\d_][\w.'’-]{1,24}(?: [^\W\d_][\w.'’-]{0,24}){0,3})(?P<role> ?\([\w ]{2,20}\))?[>*_]{0,2}\s?(?::[*_]{0,2}(?=\s|$)|(?<=>)\s)"
+)
+_LISTED = re.compile(
+    rf"(?<![\w,] )(?<![\w-])(?P<last>{_CAPITAL}(?:[ -]{_CAPITAL})?),\s?(?P<first>{_CAPITAL}(?:[ ]{_CAPITAL}|[ ][^\W\d_]\.?(?!\w)){{0,2}})(?=\s*(?:$|[\n;:()/|<—–,.]|\d|-|is\b|was\b|has\b|says?\b))"
+)
+# Firms named after people: Davis, Reynolds and Williamson; Weeks-Rivas.
+_FIRM = re.compile(
+    r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b"
+)
+_SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
+_PARTICLES = words("particles")
+_NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
+_PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)$")
+_NOT_AFTER = words("beside_names")
+
+
+@cache
+def given_names() -> frozenset[str]:
+    """Return given names in small letters, without those that are everyday words."""
+    return _listed("first_names") - WORDS
+
+
+@cache
+def family_names() -> frozenset[str]:
+    """Return family names in small letters, without those that are everyday words."""
+    return _listed("last_names") - WORDS
+
+
+@cache
+def _english_names() -> frozenset[str]:
+    return frozenset(name for name in _listed("first_names", "en_") - WORDS if len(name) >= 3)
+
+
+@cache
+def _every_name() -> frozenset[str]:
+    return _listed("first_names") | _listed("last_names")
+
+
+def _listed(kind: str, locale: str = "") -> frozenset[str]:
+    import faker.providers.person as package
+
+    names: set[str] = set()
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith(locale):
+            provider: Any = importlib.import_module(f"{package.__name__}.{module.name}").Provider
+            for ending in ("", "_male", "_female", "_nonbinary"):
+                found = getattr(provider, kind + ending, ())
+                if not isinstance(found, property):
+                    names.update(name.casefold() for name in found if isinstance(name, str) and len(name) > 1)
+    return frozenset(names)
+
+
+def is_name(word: str) -> bool:
+    """Say whether a word alone is a given or family name and nothing else."""
+    folded = word.casefold()
+    return folded in given_names() or folded in family_names()
+
+
+def is_full_name(text: str) -> bool:
+    """Say whether a text is a name of two to four words, one of which is on the lists."""
+    words = _WORD.findall(text)
+    return 2 <= len(words) <= 4 and any(word.casefold() in given_names() for word in words)
+
+
+def find_names(text: str) -> list[Span]:
+    """Return names that their place in the text gives away, and given names that nothing else could be."""
+    return sorted({*_speakers(text), *_lists(text), *_lone(text)})
+
+
+def _speakers(text: str) -> Iterator[Span]:
+    matches = list(_SPEAKER.finditer(text))
+    for match in matches:
+        words = re.split(r"[\W\d_]+", match["name"])
+        words = [word for word in words if word]
+        if (
+            words
+            and any(is_name(word) and len(word) >= 3 for word in words)
+            and not any(word.casefold() in _NOT_AFTER for word in words)
+        ):
+            yield Span(*match.span("name"), "PERSON", 0.6)
+
+
+def _lists(text: str) -> Iterator[Span]:
+    for match in _LISTED.finditer(text):
+        last, first = _WORD.findall(match["last"]), _WORD.findall(match["first"])
+        known = any(word.casefold() in given_names() for word in first)
+        if known and not any(word.casefold() in WORDS | _NOT_AFTER for word in [*last, first[0]]):
+            yield Span(match.start(), match.end(), "PERSON", 0.6)
+    for match in _FIRM.finditer(text):
+        words = [word for word in re.split(r"\W+|\band\b", match["names"]) if word and word != "Sons"]
+        folded = [word.casefold() for word in words]
+        if any(map(is_name, words)) and all(word in _every_name() and len(word) >= 3 for word in folded):
+            yield Span(*match.span(), "PERSON", 0.5)
+    for match in _SLASHED.finditer(text):
+        if any(is_name(word) for word in _WORD.findall(match["name"])):
+            yield Span(match.start(), match.end(), "PERSON", 0.6)
+
+
+def _lone(text: str) -> Iterator[Span]:
+    for match in _WORD.finditer(text):
+        word = match[0]
+        if len(word) < 3 or (
+            text[match.start() - 1 : match.start()] in ("_", ".", "/", "\\", "$", "&", "=") and match.start()
+        ):
+            continue
+        after = text[match.end() : match.end() + 1]
+        if after in ("_", "(", "=", "[") or after.isdigit():
+            continue
+        folded = word.casefold()
+        cued = bool(CUE.search(text, max(0, match.start() - 24), match.start()))
+        if word[0].isupper():
+            found = (
+                folded in given_names()
+                and (word.isupper() or word[1:].islower())
+                and (len(word) >= 4 or folded in _english_names())
+            )
+        else:
+            found = (
+                word.islower() and folded in (given_names() if cued else _english_names()) and (cued or len(word) >= 4)
+            )
+        if found:
+            yield Span(*match.span(), "PERSON", 0.5)
+
+
+_LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
+_LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
+_LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*|\d[\d.,/]*)\W*$")
+_LEADING = re.compile(
+    r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+",
+    re.I,
+)
+
+
+def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Take the small words off the ends of names."""
+    trimmed = []
+    for span in spans:
+        if span.entity == "PERSON":
+            surface = text[span.start : span.end]
+            leading = _LEADING.match(surface)
+            start, end = span.start + (leading.end() if leading else 0), span.end
+            while (
+                text[start : start + 1].isupper()
+                and (last := _LAST_WORD.search(text, start, end))
+                and not is_name(last[1])
+            ):
+                end = last.start()
+            span = span._replace(start=start, end=end)
+        trimmed.append(span)
+    return [span for span in trimmed if span.start < span.end]
+
+
+def extend_names(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Let a name that was found in part take in the capitalised words, initials and particles beside it."""
+    taken = [(span.start, span.end) for span in spans]
+    extended = []
+    for span in spans:
+        if span.entity == "PERSON" and any(c.isalpha() for c in text[span.start : span.end]):
+            span = span._replace(start=_grow_left(text, span, taken), end=_grow_right(text, span, taken))
+            span = _whole_login(text, span)
+        extended.append(span)
+    return extended
+
+
+def _whole_login(text: str, span: Span) -> Span:
+    """Let a name within h.okafor or okafor_h take in the rest of the word."""
+    start, end = span.start, span.end
+    if before := _LOGIN_START.search(text, max(0, start - 30), start):
+        start = before.start()
+    if after := _LOGIN_END.match(text, end):
+        end = after.end()
+    return span._replace(start=start, end=end)
+
+
+def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
+    end, shown, capitals = span.end, span.end, text[span.start : span.end].isupper() and span.end - span.start > 2
+    lower = text[span.start : span.end].islower()
+    for _ in range(4):
+        match = _NEXT.match(text, end)
+        if not match:
+            break
+        word = match["word"]
+        folded = word.casefold()
+        if any(start <= match.start("word") < stop for start, stop in taken if (start, stop) != (span.start, span.end)):
+            break
+        if folded in _PARTICLES:
+            end = match.end("word")
+            continue
+        initial = len(word) == 1 and word.isupper() and (match["dot"] or capitals)
+        named = (
+            word[0].isupper()
+            and folded not in _NOT_AFTER
+            and (capitals or not word.isupper() or initial or len(word) == 1)
+        )
+        if lower:
+            named = word.islower() and folded in family_names()
+            initial = len(word) == 1 and not re.match(r"\s?\w", text[match.end() : match.end() + 2])
+        if not (initial or named) or (len(word) == 1 and not initial):
+            break
+        if text[match.end() : match.end() + 1] in ("(", "=", "_"):
+            break
+        end = shown = match.end() if initial and match["dot"] else match.end("word")
+    return shown
+
+
+def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
+    start, shown = span.start, span.start
+    lower = text[span.start : span.end].islower()
+    for _ in range(3):
+        match = _PREVIOUS.search(text, max(0, start - 30), start)
+        if not match or lower:
+            break
+        word = match["word"]
+        if any(begin < match.end("word") and match.start("word") < stop for begin, stop in taken):
+            break
+        folded = word.casefold()
+        if folded in _PARTICLES and word.islower():
+            start = match.start("word")
+            continue
+        initial = len(word) == 1 and word.isupper() and bool(match["dot"])
+        if not (initial or (word[0].isupper() and is_name(word))):
+            break
+        start = shown = match.start("word")
+    return shown
+
+
+def titled(text: str) -> str:
+    """Write runs of capitals as names are written elsewhere, so that a model trained on prose can read them; offsets stay."""
+
+    def lowered(match: re.Match[str]) -> str:
+        new = "".join(word if len(word) < 2 else word[0] + word[1:].lower() for word in re.split(r"(\W+)", match[0]))
+        return new if len(new) == len(match[0]) else match[0]
+
+    return _CAPITALS.sub(lowered, text)
+
+
+_CAPITALS = re.compile(r"(?<![\w-])[^\W\d_a-z][^\W\d_a-z'’-]+(?:[ ,]{1,3}(?:[^\W\d_a-z][^\W\d_a-z'’-]*))+(?![\w-])")

@@ -1,0 +1,97 @@
+"""Names as people write them, and that a name found once is found everywhere in its record."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+
+pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
+
+from scripts.deid.names import extend_names, find_names, is_full_name, titled, trim_names
+from scripts.deid.spans import Span
+
+
+def apart(text: str) -> str:
+    """Write accents as marks of their own."""
+    return unicodedata.normalize("NFD", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("thanks, ask deborah about it", ["deborah"]),
+        ("hey this is gustavo, can you call me", ["gustavo"]),
+        ("PLEASE CALL ROSEMARIE HOFFMANN TODAY", ["ROSEMARIE", "HOFFMANN"]),
+        ("Tell Ludmila that the parcel is here.", ["Ludmila"]),
+        ("Register: Fernandez, Carlos; Adeyemi, Grace", ["Fernandez", "Carlos", "Adeyemi", "Grace"]),
+        ("deborah_k: morning\ntyrone2: hello deborah_k", ["deborah_k", "tyrone2"]),
+        ("[09:12] Deborah: are you there?\n[09:13] Tyrone: yes", ["Deborah", "Tyrone"]),
+        ("<tyrone> anybody here", ["tyrone"]),
+        ("<p>Ren&eacute;e Fontaine and Andr&#233; Fontaine called.</p>", ["Ren&eacute;e", "Andr&#233;", "Fontaine"]),
+        ("/hello?name=Carlos%20Fernandez&lang=es", ["Carlos%20Fernandez"]),
+        ("/hello?name=Carlos+Fernandez&lang=es", ["Carlos+Fernandez"]),
+        (apart("Dear Zoë Lefèvre, we met José."), [apart("Zoë Lefèvre"), apart("José")]),
+        ("signed D E B O R A H   K L E I N", ["D E B O R A H   K L E I N"]),
+        ("We spoke to Carlos Fernandez-Ito, then to Deborah van der Meer.", ["Carlos", "Ito", "Deborah", "van der Meer"]),
+        ("GUTIERREZ/CARLOS MR on the list", ["GUTIERREZ", "CARLOS"]),
+        ("mr hoffmann and MS KLEIN are here", ["hoffmann", "KLEIN"]),
+        ("Dear Candice, your order is on its way.", ["Candice"]),
+    ],
+)  # fmt: skip
+def test_a_name_is_found_however_it_is_written(scrub, text, names):
+    [outcome] = scrub({"text": text})
+    assert "<PERSON>" in outcome.row["text"]
+    assert [name for name in names if name in outcome.row["text"]] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "i will ask my friend about it", "The mark on the wall may rise in june.", "Add a dash of salt and a bay leaf.",
+        "note: the art class is full", "User: hello\nAgent: hi", "Subject: holiday plans\nTo: all", "status: open\nprice: 12",
+        "THE STORE IS CLOSED TODAY", "Python, Java and C are languages.",
+    ],
+)  # fmt: skip
+def test_words_that_are_names_elsewhere_stay(scrub, text):
+    assert scrub({"text": text})[0].row == {"text": text}
+
+
+def test_a_name_is_spread_over_fields_and_cases(scrub):
+    row = {
+        "prompt": "My name is Odalys Marchetti.", "chosen": "Hello ODALYS!", "rejected": "odalys marchetti wrote to o.marchetti",
+        "messages": [{"role": "user", "content": "Marchetti Ltd is mine"}],
+    }  # fmt: skip
+    text = str(scrub(row)[0].row).casefold()
+    assert "odalys" not in text
+    assert "marchetti" not in text
+
+
+def test_what_is_an_organisation_once_is_covered_everywhere(scrub):
+    [outcome] = scrub({"a": "She works at Brightwater Holdings Ltd.", "b": "brightwater holdings ltd. pays late"})
+    assert "brightwater" not in str(outcome.row).casefold()
+
+
+def test_a_name_found_in_part_takes_in_the_rest():
+    text = "Odile Marchand, J. R. Sommer and Ana de la Cruz met on Monday."
+    starts = [(text.index(word), text.index(word) + len(word)) for word in ("Odile", "Sommer", "Ana")]
+    spans = extend_names(text, [Span(start, end, "PERSON", 0.9) for start, end in starts])
+    assert [text[s.start : s.end] for s in spans] == ["Odile Marchand", "J. R. Sommer", "Ana de la Cruz"]
+
+
+def test_small_words_at_the_ends_are_no_part_of_a_name():
+    text = "ask Odile Marchand was"
+    assert [text[s.start : s.end] for s in trim_names(text, [Span(0, len(text), "PERSON", 0.9)])] == ["Odile Marchand"]
+
+
+def test_capitals_are_read_as_names_and_keep_their_offsets():
+    text = "IN RE: KLEIN, DEBORAH (STRAẞE) NHS"
+    assert len(titled(text)) == len(text)
+    assert "Klein, Deborah" in titled(text)
+    assert titled("only NHS stays") == "only NHS stays"
+
+
+def test_lists_of_names_know_names_and_leave_words():
+    assert is_full_name("Deborah Klein")
+    assert not is_full_name("Apple Pay")
+    assert find_names("the bill will rise") == []
