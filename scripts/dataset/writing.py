@@ -20,8 +20,9 @@ Write: TypeAlias = Callable[[Row], Any]
 def open_output(path: Path, source: Path) -> Iterator[Write]:
     """Open a file for writing rows in the format of its ending.
 
-    `source`, a file of that format, gives a CSV its columns, separator and byte order mark, and a Parquet file its schema. A line of plain text (.txt)
-    is a row with the one field `text`. The function given raises ValueError for a row that the format cannot hold.
+    `source`, a file of that format, gives a CSV its columns, separator and byte order mark, and a Parquet file its schema.
+    A line of plain text (.txt) is a row with the one field `text`. The function given raises ValueError for a row that the
+    format cannot hold.
     """
     writers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
     yield from writers[path.suffix.lower()](path, source)
