@@ -321,9 +321,17 @@ class ChatFormat:
         added = tokenizer.added_tokens_decoder
         return {added[token].content for token in ids if token in added and not added[token].content.isspace()}
 
-    @property
+    @cached_property
     def _template(self) -> str:
-        return str(self.tokenizer.get_chat_template())
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            template = str(self.tokenizer.get_chat_template())
+            _compile_jinja_template(template)
+        except Exception as error:  # of a tokenizer with several templates and no default, or of jinja's parser
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the model's chat template cannot be read: {reason}. Use another base model.") from None
+        return template
 
     def _probe(self, *answer: dict[str, str], add_generation_prompt: bool = False) -> str:
         """Write a question, with an answer or without; nothing where the template refuses it with a system prompt too.

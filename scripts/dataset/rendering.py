@@ -85,9 +85,12 @@ def render_completion(chat: ChatFormat, prompt: Sequence[Message], prompt_ids: S
     ends = [index for index, token in enumerate(ids) if token in stops]
     in_ending = sum(token in stops for token in chat.encode(written.ending))
     if len(ends) > in_ending:
+        stop = ids[ends[0]]
+        # Of what the answer says, added tokens that end answers are text; ordinary ones cannot be.
+        writer = "chat template itself writes" if stop in chat.tokenizer.added_tokens_decoder else "answer holds"
         raise UnfitRow(
-            f"the chat template itself writes {chat.tokenizer.decode(ids[ends[0]])!r}, which ends answers, before the end "
-            "of this one, so the server would end there. Use a base with another template."
+            f"the {writer} {chat.tokenizer.decode(stop)!r}, which ends answers, before the end of this one, so the server "
+            "would end there."
         )
     return ids[: ends[0] + 1] if ends else [*ids, chat.tokenizer.eos_token_id]
 

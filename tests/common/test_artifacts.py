@@ -254,9 +254,18 @@ def test_manifest_of_the_first_release_is_read_as_it_was_written(tmp_path: Path,
     content, now = json.loads(written), manifest.model_dump(mode="json", by_alias=True)
     for before, after in zip(content.pop("datasets"), now.pop("datasets"), strict=True):
         assert after == dict.fromkeys(after) | before, "what it lacks is null"
-    assert now == content
+    lacking = {"chat_template_kwargs": {}, "template_date": None, "system_prompt": None, "thinking": False}
+    assert now == content | lacking, "it prints today's date, and is given nothing"
     assert (manifest.parent is None) == (stage == "sft")
     assert manifest.section == manifest.config.get(stage, {})
+
+
+def test_an_earlier_manifest_has_the_system_prompt_of_its_configuration(tmp_path: Path) -> None:
+    content = json.loads((DATA / "manifest_sft.json").read_text(encoding="utf-8"))
+    content["config"]["data"]["system_prompt"] = "Be brief."
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+
+    assert read_manifest(tmp_path, verify=False).system_prompt == "Be brief."
 
 
 def test_what_an_earlier_manifest_lacks_is_null(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def run_in(folder: Path, *, fast_path: bool = True, **trainer: object) -> Run:
 
 def plan_of(steps: int) -> Plan:
     """Return a plan of so many steps, for which nothing special is needed."""
-    return Plan(steps, MemoryEstimate(0, 0, 0, 0, 0), checkpointing=False, compiled=False, reasons=())
+    return Plan(steps, MemoryEstimate(0, 0, 0, 0, 0, 0), checkpointing=False, compiled=False, reasons=())
 
 
 def make_trainer(

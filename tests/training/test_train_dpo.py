@@ -370,7 +370,10 @@ def test_answer_that_holds_a_stop_of_the_base_is_refused(stage: str, tmp_path: P
 
     assert main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 2
 
-    assert f"{stage}.jsonl:1: the trained tokens decode to 'red it, 0' with 2 end-of-turn" in capsys.readouterr().err
+    assert (
+        f"{stage}.jsonl:1: the answer holds ' is', which ends answers, before the end of this one"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -386,7 +389,7 @@ def test_such_an_answer_is_left_out_when_asked(stage: str, tmp_path: Path, capsy
 
     assert main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 2
     said = capsys.readouterr().err
-    assert f"1 of 13 records cannot be trained on\n  {tmp_path}/{stage}.jsonl:13: the trained tokens decode to" in said
+    assert f"1 of 13 records cannot be trained on\n  {tmp_path}/{stage}.jsonl:13: the answer holds ' is'" in said
     assert main(["--config", config, *WITHOUT_SFT, "--dry-run", "--set", "data.on_bad_row=skip"]) == 0
     assert "They are left out." in capsys.readouterr().err
 
