@@ -177,7 +177,7 @@ def describe_references(adapters: Sequence[Adapter]) -> list[str]:
         if original is None:
             note += (
                 " That adapter is not there any more, so nothing can say whether it has seen these prompts. "
-                f"Train {name} again to continue the one of now."
+                f"Train {name} again to be sure."
             )
         elif original.stage != name:
             note += f" To compare with it, --set {original.stage}.output_dir={parent.path}."

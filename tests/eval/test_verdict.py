@@ -13,7 +13,7 @@ from eval.verdict import decide
 class NoPairs:
     """Stand where no preference pairs were held out."""
 
-    chosen: tuple = ()
+    pairs: tuple = ()
 
 
 def planted(rate: float, count: int = 80) -> Measured:
