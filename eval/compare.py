@@ -21,15 +21,15 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.checks import check_rules
-from eval.held_out import check_split, leave_out_unfit, read_held_out
+from eval.held_out import describe_changes, leave_out_unfit, read_held_out
 from scripts.common.artifacts import FORMAT_FACTS, Manifest, RunFacts, read_manifest
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
+from scripts.common.lineage import ancestors, check_split
 from scripts.common.machine import apply_machine, choose_machine, peak_memory_gib
 from scripts.common.paths import portable_path
 from scripts.common.run import Run, open_run
 from scripts.common.stages import BASE, SFT, TRAINING_STAGES
-from scripts.dataset.records import sources_of
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
@@ -58,6 +58,7 @@ class Comparison:
     adapters: list[Adapter]
     base_folder: Path
     prepared: Prepared
+    notes: list[str]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,15 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_rules(config.values.eval.checks)
     with open_run("comparison", config, "eval.output_dir") as run:
         adapters = find_adapters(config)
+        runs = [find_run(Path(folder), adapters, config) for folder in arguments.runs]
 
         from scripts.common.tracking import tracked_run
 
         with tracked_run(config, "comparison", parent_run_id=adapters[-1].manifest.mlflow.run_id) as tracker:
-            comparison = prepare(config, adapters)
-            measured = measure(comparison, {adapter.name: adapter.folder for adapter in adapters})
-            metrics = describe_metrics(comparison, measured)
-            runs = measure_runs(comparison, arguments.runs, metrics)
-            report = describe(comparison, measured, metrics, runs)
+            comparison = prepare(config, adapters, runs)
+            measured = measure(comparison, adapters)
+            metrics = describe_metrics(comparison, adapters, measured)
+            spread = measure_runs(comparison, runs, metrics)
+            report = describe(comparison, measured, metrics, spread)
             publish_report(run, report, adapters, tracker)
     assert report.verdict is not None
     log.info("%s\n  report  %s", report.verdict.text, run.output_dir / "report.html")
@@ -104,30 +106,33 @@ def find_adapters(config: LoadedConfig) -> list[Adapter]:
     """
     adapters = []
     for stage in TRAINING_STAGES.values():
-        section = getattr(config.values, stage.name)
-        folder = Path(section.output_dir)
+        folder = Path(getattr(config.values, stage.name).output_dir)
         if not folder.is_dir():
             log.warning("%s: no adapter there, so %s is left out of the comparison", folder, stage.name)
             continue
-        manifest = read_manifest(folder, stages=(stage.name,))
-        check_split(folder, manifest, config)
-        trained_on = [source.path for source in manifest.datasets]
-        compared_on = {portable_path(source.path) for source in sources_of(section.dataset_path)}
-        if trained_on and set(trained_on) != compared_on:
-            log.warning(
-                "%s: was trained on %s, but is compared on what %s.dataset_path names; mean its own data? --set %s.dataset_path=%s",
-                folder, " and ".join(trained_on), stage.name, stage.name, trained_on[0],
-            )  # fmt: skip
-        adapters.append(Adapter(stage.name, folder, manifest))
+        adapters.append(find_adapter(stage.name, folder, config))
     if not adapters:
         raise UserError(f"there is no adapter to compare. Run `python -m {SFT.script}` with this configuration first.")
     return adapters
 
 
-def prepare(config: LoadedConfig, adapters: list[Adapter]) -> Comparison:
-    """Find the base, read what was held out, and turn it into token ids."""
+def find_adapter(name: str, folder: Path, config: LoadedConfig) -> Adapter:
+    """Return a whole adapter of this stage that has not seen what is held out."""
+    manifest = read_manifest(folder, stages=(name,))
+    check_split(folder, manifest, config.values.data)
+    return Adapter(name, folder, manifest)
+
+
+def find_run(run: Path, adapters: Sequence[Adapter], config: LoadedConfig) -> list[Adapter]:
+    """Return the adapters of another seed, checked as the first ones are."""
+    return [find_adapter(adapter.name, run / f"{adapter.name}_adapter", config) for adapter in adapters]
+
+
+def prepare(config: LoadedConfig, adapters: list[Adapter], runs: Sequence[Sequence[Adapter]] = ()) -> Comparison:
+    """Find the base, read what was held out, turn it into token ids, and say what of the lineage is not as it should be."""
     from eval.measuring import Prepared
     from scripts.dataset.chat_format import ChatFormat
+    from scripts.model.adapter import check_adapter_fits
     from scripts.model.base import load_tokenizer
     from scripts.model.find import find_model
     from scripts.model.shape import position_table
@@ -135,17 +140,56 @@ def prepare(config: LoadedConfig, adapters: list[Adapter]) -> Comparison:
     held_out = read_held_out(config, [adapter.name for adapter in adapters])
     base_folder = find_model(config.values.base_model_id, config.values.base_model_revision)
     chat = ChatFormat.of(load_tokenizer(base_folder), adapters[0].manifest)
+    notes = []
+    for group in (adapters, *runs):
+        for adapter in group:
+            check_adapter_fits(adapter.folder, base_folder, chat.tokenizer)
+            notes += describe_changes(adapter.folder, adapter.manifest, held_out)
+        notes += describe_references(group)
+    for note in notes:
+        log.warning("%s", note)
     held_out = leave_out_unfit(held_out, chat, position_table(base_folder), config.values.data)
     prepared = Prepared(chat.tokenizer, held_out, config.values)
     log.info("%d held-out prompts and %d pairs", len(prepared.questions), len(prepared.pairs))
-    return Comparison(config, adapters, base_folder, prepared)
+    return Comparison(config, adapters, base_folder, prepared, notes)
 
 
-def measure(comparison: Comparison, folders: Mapping[str, Path]) -> dict[str, Measured]:
-    """Measure the base and the adapters in these folders; the model is in memory only until this returns."""
+def describe_references(adapters: Sequence[Adapter]) -> list[str]:
+    """Say which adapters continue another one than stands beside them, and what follows from that."""
+    from eval.metrics import reference_of
+
+    manifests = {adapter.name: adapter.manifest for adapter in adapters}
+    notes = []
+    for name, folder in ((adapter.name, adapter.folder) for adapter in adapters):
+        parent = manifests[name].parent
+        if parent is None or any(other.sha256 == parent.sha256 for other in manifests.values()):
+            continue
+        beside = [
+            f"{other.name} is {other.folder} ({other.manifest.sha256[:12]}…)"
+            for other in adapters
+            if other.name != name
+        ]
+        note = f"{folder}: {name} continues {parent.path} ({parent.sha256[:12]}…), which is not compared here"
+        note += f": {', '.join(beside)}. What differs between them is not {name.upper()} alone." if beside else "."
+        if reference_of(manifests[name], manifests) is None:
+            note += f" {name} was trained against that adapter, so its implicit reward is left out."
+        _, original = next(ancestors(manifests[name]), (None, None))
+        if original is None:
+            note += (
+                " That adapter is not there any more, so nothing can say whether it has seen these prompts. "
+                f"Train {name} again to be sure."
+            )
+        elif original.stage != name:
+            note += f" To compare with it, --set {original.stage}.output_dir={parent.path}."
+        notes.append(note)
+    return notes
+
+
+def measure(comparison: Comparison, adapters: Sequence[Adapter]) -> dict[str, Measured]:
+    """Measure the base and these adapters; the model is in memory only until this returns."""
     from eval.measuring import measure_models
 
-    prepared = comparison.prepared
+    prepared, folders = comparison.prepared, {adapter.name: adapter.folder for adapter in adapters}
     model, chats = load_models(comparison.config, folders, comparison.base_folder, prepared.tokenizer)
     return measure_models(model, {BASE: None, **{name: name for name in folders}}, prepared, chats)
 
@@ -175,27 +219,27 @@ def load_models(
     return model.eval(), {BASE: next(iter(chats.values())), **chats}
 
 
-def describe_metrics(comparison: Comparison, measured: dict[str, Measured]) -> list[Metric]:
+def describe_metrics(
+    comparison: Comparison, adapters: Sequence[Adapter], measured: dict[str, Measured]
+) -> list[Metric]:
     """Turn what was measured into metrics."""
     from eval.metrics import build_metrics
 
-    manifests = {adapter.name: adapter.manifest for adapter in comparison.adapters}
+    manifests = {adapter.name: adapter.manifest for adapter in adapters}
     return build_metrics(measured, comparison.prepared, manifests)
 
 
-def measure_runs(comparison: Comparison, runs: Sequence[str], metrics: list[Metric]) -> Runs | None:
+def measure_runs(comparison: Comparison, runs: Sequence[Sequence[Adapter]], metrics: list[Metric]) -> Runs | None:
     """Measure the adapters of other seeds too, one run after the other, and return what varies between seeds."""
     from eval.metrics import spread_over_seeds
 
     if not runs:
         return None
-    adapters = comparison.adapters
-    per_run, seeds = [metrics], [seed_of(adapters[0].manifest)]
-    for run in runs:
-        log.info("measuring the adapters of %s", run)
-        folders = {adapter.name: Path(run) / f"{adapter.name}_adapter" for adapter in adapters}
-        per_run.append(describe_metrics(comparison, measure(comparison, folders)))
-        seeds.append(seed_of(read_manifest(folders[adapters[0].name])))
+    per_run, seeds = [metrics], [seed_of(comparison.adapters[0].manifest)]
+    for adapters in runs:
+        log.info("measuring the adapters of %s", adapters[0].folder.parent)
+        per_run.append(describe_metrics(comparison, adapters, measure(comparison, adapters)))
+        seeds.append(seed_of(adapters[0].manifest))
     return spread_over_seeds(per_run, seeds)
 
 
@@ -232,7 +276,7 @@ def describe(comparison: Comparison, measured: dict[str, Measured], metrics: lis
         samples=describe_samples(comparison.prepared, measured),
         benchmarks=benchmarks,
         runs=runs,
-        notes=notes + describe_formats(adapters) + ([left_out] if left_out else []),
+        notes=notes + comparison.notes + describe_formats(adapters) + ([left_out] if left_out else []),
     )
 
 
@@ -253,12 +297,16 @@ def describe_formats(adapters: Sequence[Adapter]) -> list[str]:
 
 def describe_lineage(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Say which data, configuration, seed and hashes made each column."""
+    from eval.metrics import reference_of
+
+    manifests = {adapter.name: adapter.manifest for adapter in adapters}
     lineage: dict[str, Any] = {BASE: adapters[0].manifest.base_model.model_dump()}
     for adapter in adapters:
         manifest = adapter.manifest
         lineage[adapter.name] = {
             "path": portable_path(adapter.folder),
             "sha256": manifest.sha256,
+            "reference": reference_of(manifest, manifests),
             "seed": manifest.config["seed"],
             "mlflow_run_id": manifest.mlflow.run_id,
             **manifest.model_dump(include={"created", "base_model", "parent", "datasets", "split", "git", "packages"}),

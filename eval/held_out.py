@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from scripts.common.artifacts import Manifest
+from scripts.common.artifacts import Manifest, sha256_json
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
+from scripts.common.paths import portable_path
 from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
@@ -36,22 +37,27 @@ class Question:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The records that no stage has trained on."""
+    """The records that no stage has trained on, and the files they come from: sha256 by path, for each stage."""
 
     records: tuple[Record | Preference, ...]
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def pairs(self) -> list[Preference]:
         """Return those that compare two answers."""
         return [record for record in self.records if isinstance(record, Preference)]
 
-    def questions(self, most: int | None) -> list[Question]:
-        """Return every different prompt once."""
+    def questions(self, most: int | None, seed: int = 0) -> list[Question]:
+        """Return every different prompt once, or a random sample of `most` that the seed fixes, in the order of the data.
+
+        A prompt is drawn by its own hash, so other records change little about which ones are in the sample.
+        """
         found: dict[tuple[tuple[str, str], ...], Question] = {}
         for record in self.records:
             key = tuple((message["role"], message["content"]) for message in record.prompt)
             found.setdefault(key, Question(record.source, record.prompt, record.answer))
-        return list(found.values())[:most]
+        drawn = set(sorted(found, key=lambda key: sha256_json([seed, key]))[:most])
+        return [question for key, question in found.items() if key in drawn]
 
 
 def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
@@ -62,13 +68,17 @@ def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
     """
     values = config.values
     data = values.data.model_copy(update={"system_prompt": None})
-    held_out = tuple(
-        record
-        for stage in TRAINING_STAGES.values()
-        if stage.name in stages
-        for file in load_datasets(
+    files = {
+        stage.name: load_datasets(
             getattr(values, stage.name).dataset_path, PARSERS[stage.records], data, f"{stage.name}.dataset_path"
         )
+        for stage in TRAINING_STAGES.values()
+        if stage.name in stages
+    }
+    held_out = tuple(
+        record
+        for several in files.values()
+        for file in several
         for record in file.records
         if is_validation(record.prompt, data)
     )
@@ -76,7 +86,8 @@ def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
         raise UserError(
             "data.validation_ratio: nothing is held out, so nothing can be compared. Raise it and train again."
         )
-    return HeldOut(held_out)
+    hashes = {stage: {portable_path(file.path): file.sha256 for file in several} for stage, several in files.items()}
+    return HeldOut(held_out, hashes)
 
 
 def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, data: Data) -> HeldOut:
@@ -101,7 +112,7 @@ def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, 
         if data.on_bad_row != "skip" or not fit:
             raise UserError(listing(head, unfit, "Change them, or set data.on_bad_row: skip to leave them out."))
         log.warning("%s", listing(head, unfit, "They are left out."))
-    return HeldOut(tuple(fit))
+    return replace(held_out, records=tuple(fit))
 
 
 def _checked_rows(chat: ChatFormat, record: Record | Preference) -> list[list[int]]:
@@ -114,15 +125,27 @@ def _checked_rows(chat: ChatFormat, record: Record | Preference) -> list[list[in
     return [row.input_ids for row in rows]
 
 
-def check_split(folder: Path, manifest: Manifest, config: LoadedConfig) -> None:
-    """Refuse a model that may know the held-out prompts, because other ones were held out when it was trained.
+def describe_changes(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[str]:
+    """Say where a model is compared on other data than it was trained on.
 
-    Raises: UserError naming both splits.
+    With the same split none of it can have trained on a prompt that is held out: its text alone decides the side. But
+    where a file has changed, the held-out prompt may be a trained one in new words.
     """
-    data, split = config.values.data, manifest.split
-    if (split.seed, split.ratio) != (data.split_seed, data.validation_ratio):
-        raise UserError(
-            f"{folder}: was trained with the split of seed {split.seed} and ratio {split.ratio}, but the configuration "
-            f"holds out by seed {data.split_seed} and ratio {data.validation_ratio}, so it may have seen these prompts. "
-            "Give the configuration it was trained with (--config)."
+    compared = held_out.files.get(manifest.stage)
+    trained = {source.path: source.sha256 for source in manifest.datasets}
+    if not compared or not trained or set(trained.values()) == set(compared.values()):
+        return []
+    changed = [path for path in trained if path in compared and trained[path] != compared[path]]
+    notes = [
+        f"{folder}: {path} has changed since it was trained on ({trained[path][:12]}…, now {compared[path][:12]}…). "
+        "Records that were added, removed or answered differently are no harm. But a prompt in new words may be held out "
+        "although it was trained on in the old ones: if there are such, train again."
+        for path in changed
+    ]
+    if set(trained) != set(compared):
+        key, first = f"{manifest.stage}.dataset_path", next(iter(trained))
+        notes.append(
+            f"{folder}: was trained on {' and '.join(trained)}, but is compared on {' and '.join(compared)}, which {key} "
+            f"names; mean its own data? --set {key}={first}"
         )
+    return notes

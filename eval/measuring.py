@@ -82,7 +82,7 @@ class Prepared:
 
     def __init__(self, tokenizer: Any, held_out: HeldOut, config: Config) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.questions, self.pairs = held_out.questions(config.eval.max_prompts), held_out.pairs
+        self.questions, self.pairs = held_out.questions(config.eval.max_prompts, config.data.split_seed), held_out.pairs
         self._items: dict[str, Items] = {}
 
     def items(self, chat: ChatFormat) -> Items:

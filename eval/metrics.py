@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Literal
@@ -137,15 +137,21 @@ def _loss_metric(measured: dict[str, Measured]) -> Metric:
     )
 
 
+def reference_of(manifest: Manifest, manifests: Mapping[str, Manifest]) -> str | None:
+    """Return the model among these that an adapter was trained against, by its hash; None where it is another one."""
+    if manifest.parent is None or manifest.section.get("reference", BASE) == BASE:
+        return BASE
+    return next((name for name, other in manifests.items() if other.sha256 == manifest.parent.sha256), None)
+
+
 def _preference_metrics(measured: dict[str, Measured], manifests: dict[str, Manifest]) -> list[Metric]:
     longer = next(iter(measured.values())).chosen_is_longer()
     baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}
-    references = {}
-    for name, manifest in manifests.items():
-        trained_against = manifest.section.get("reference", BASE)
-        references[name] = trained_against if trained_against in measured else BASE
+    found = {name: reference_of(manifest, manifests) for name, manifest in manifests.items()}
+    # A reward against any other model would not be the one that was trained.
+    references = {name: other for name, other in found.items() if other is not None}
     against = ", ".join(f"{name} against {other}" for name, other in references.items())
-    return [
+    metrics = [
         binary_metric(
             "preference_accuracy",
             "Chosen answer likelier per token",
@@ -154,17 +160,21 @@ def _preference_metrics(measured: dict[str, Measured], manifests: dict[str, Mani
             phrase="the share of pairs where the chosen answer is likelier",
             items="pairs",
             baselines=baselines,
-        ),
-        binary_metric(
-            "reward_accuracy",
-            f"Implicit-reward accuracy ({against})",
-            "preference",
-            {name: measured[name].rewards_chosen(measured[other]) for name, other in references.items()},
-            phrase="the share of pairs in which the chosen answer gets the higher implicit reward",
-            items="pairs",
-            baselines=baselines,
-        ),
+        )
     ]
+    if references:
+        metrics.append(
+            binary_metric(
+                "reward_accuracy",
+                f"Implicit-reward accuracy ({against})",
+                "preference",
+                {name: measured[name].rewards_chosen(measured[other]) for name, other in references.items()},
+                phrase="the share of pairs in which the chosen answer gets the higher implicit reward",
+                items="pairs",
+                baselines=baselines,
+            )
+        )
+    return metrics
 
 
 def _check_metrics(measured: dict[str, Measured]) -> list[Metric]:
@@ -309,14 +319,19 @@ def _difference(a: str, b: str, interval: Interval, p_value: float, test: str, n
 
 
 def spread_over_seeds(per_run: Sequence[Sequence[Metric]], seeds: list[int]) -> Runs:
-    """Collect mean and spread over seeds of each metric, for the models that were trained."""
+    """Collect mean and spread over seeds of each metric, for the models that were trained.
+
+    What was not measured in every run, as a reward whose reference is missing in one, has no spread.
+    """
     rows = []
-    for runs in zip(*per_run, strict=True):
-        first = runs[0]
+    for first in per_run[0]:
+        runs = [metric for metrics in per_run for metric in metrics if metric.name == first.name]
+        if len(runs) < len(per_run):
+            continue
         columns = {
             name: [value for run in runs if (value := run.models[name].value) is not None]
             for name in first.models
-            if name != BASE
+            if name != BASE and all(name in run.models for run in runs)
         }
         rows.append(
             SeedMetric(

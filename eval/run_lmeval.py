@@ -27,6 +27,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.checks import check_rules
+from eval.held_out import HeldOut, describe_changes, read_held_out
 from eval.lmeval.candidates import Candidate, find_base, find_candidates, formats_of, unseen_by
 from eval.lmeval.tasks import DOMAIN, Plan, build_plans, check_names
 from scripts.common.artifacts import (
@@ -113,11 +114,11 @@ def evaluate(
     machine = choose_machine(config.values)
     apply_machine(machine)
     log.info("%s; %d threads", "; ".join(machine.reasons), machine.threads)
-    stages = unseen_by(candidates, config) if DOMAIN in tasks else []
+    held_out = read_held_out(config, unseen_by(candidates, config)) if DOMAIN in tasks else None
     clock = Clock(len(candidates))
     entries: list[Entry] = []
     for group in group_by_base(candidates):
-        results, basis = evaluate_group(group, tasks, stages, limit, config, machine, clock)
+        results, basis = evaluate_group(group, tasks, held_out, limit, config, machine, clock)
         entries += results
     return entries, basis
 
@@ -150,7 +151,7 @@ class Clock:
 def evaluate_group(
     group: Sequence[Candidate],
     tasks: Sequence[str],
-    stages: Sequence[str],
+    held_out: HeldOut | None,
     limit: int | None,
     config: LoadedConfig,
     machine: Machine,
@@ -165,23 +166,27 @@ def evaluate_group(
     chats = formats_of(group, load_tokenizer(folder), config.values.data)
     # Held-out prompts are rendered as each model reads them, which is nearly always in one way.
     by_format = {sha256_json(chat.facts()): chat for chat in chats.values()}
-    planned = {key: build_plans(tasks, config, stages, chat) for key, chat in by_format.items()}
+    planned = {key: build_plans(tasks, config, held_out, chat) for key, chat in by_format.items()}
     model, effects = load_candidates(group, folder, chats, config.values, machine)
     entries: list[Entry] = []
     for candidate in group:
-        location = folder if candidate.label == BASE else candidate.folder
+        location, made = folder if candidate.label == BASE else candidate.folder, candidate.manifest
         about = {
             "model": portable_path(location),
             "label": candidate.label,
             "sha256": current_sha256(location),
+            "stage": made.stage if made else None,
+            "parent": made.parent.sha256 if made and made.parent else None,
             "largest_logit_change": effects.get(candidate.label),
         }
+        changes = describe_changes(candidate.folder, made, held_out) if made and held_out else []
         chat = chats[candidate.label]
         plans, manager = planned[sha256_json(chat.facts())]
         for plan in plans:
             clock.announce(candidate, plan, len(plans))
             with active(model, candidate):
-                entries += run_task(model, chat, plan, manager, about, limit, config, machine)
+                notes = changes if plan.ids is not None else []
+                entries += run_task(model, chat, plan, manager, about | {"notes": notes}, limit, config, machine)
     return entries, find_basis(group, base_id, revision, folder, chat.tokenizer, plans)
 
 

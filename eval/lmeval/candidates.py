@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.held_out import check_split
 from scripts.common.artifacts import MANIFEST, Manifest, read_manifest
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
+from scripts.common.lineage import check_split
 from scripts.common.paths import portable_path
 from scripts.common.schema import Data
 from scripts.common.stages import ADAPTER_STAGES, BASE, SFT, TRAINING_STAGES
@@ -96,7 +96,7 @@ def unseen_by(candidates: Sequence[Candidate], config: LoadedConfig) -> list[str
     stages = {SFT.name}
     for candidate in candidates:
         if candidate.manifest:
-            check_split(candidate.folder, candidate.manifest, config)
+            check_split(candidate.folder, candidate.manifest, config.values.data)
             stages |= _lineage(candidate.manifest.stage)
     return [name for name in TRAINING_STAGES if name in stages]
 

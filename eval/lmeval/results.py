@@ -17,7 +17,7 @@ from eval.report import Benchmarks, Report, number, render_report
 from scripts.common.artifacts import read_manifest, sha256_json
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path, resolve
-from scripts.common.stages import ADAPTER_STAGES, BASE
+from scripts.common.stages import ADAPTER_STAGES, BASE, TRAINING_STAGES
 
 RESULTS = "results.json"
 SAMPLES = "samples.jsonl"
@@ -157,8 +157,25 @@ def compare_entries(entries: list[Entry]) -> tuple[list[Metric], list[str]]:
             )
         if any(entry["settings"]["limit"] for entry in found):
             warnings.append(f"{task}: {NOT_PUBLISHED}")
+    warnings += [note for entry in entries for note in entry.get("notes", [])] + _strangers(entries)
     adjust_p_values(metrics)
-    return metrics, warnings
+    return metrics, list(dict.fromkeys(warnings))
+
+
+def _strangers(entries: list[Entry]) -> list[str]:
+    """Name the adapters that continue another one than that of the stage before which stands beside them."""
+    warnings = []
+    for entry in entries:
+        stage = TRAINING_STAGES.get(entry.get("stage") or "")
+        if not stage or not entry["parent"]:
+            continue
+        beside = {each["model"]: each["sha256"] for each in entries if each.get("stage") == stage.continues}
+        if beside and entry["parent"] not in beside.values():
+            warnings.append(
+                f"{entry['model']} continues another {stage.continues} adapter ({entry['parent'][:12]}…) than "
+                f"{', '.join(beside)}, so what differs between them is not {stage.title} alone."
+            )
+    return warnings
 
 
 def _names(group: list[Entry]) -> str:

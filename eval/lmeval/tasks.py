@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from eval.checks import passes
-from eval.held_out import leave_out_unfit, read_held_out
+from eval.held_out import HeldOut, leave_out_unfit
 from scripts.common.artifacts import DatasetFacts, sha256_file, sha256_json
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
@@ -76,7 +76,7 @@ def _task_name(path: Path) -> str:
 
 
 def build_plans(
-    names: Sequence[str], config: LoadedConfig, stages: Collection[str], chat: ChatFormat
+    names: Sequence[str], config: LoadedConfig, held_out: HeldOut | None, chat: ChatFormat
 ) -> tuple[list[Plan], Any]:
     """Return every task asked for with the manager that loads them, and prove that their data are there.
 
@@ -90,8 +90,8 @@ def build_plans(
         template, given, file = name.partition("=")
         if given:
             plans.append(_plan_file(template, Path(file)))
-        elif name == DOMAIN:
-            plans += _plan_domain(config, stages, chat)
+        elif name == DOMAIN and held_out:
+            plans += _plan_domain(config, held_out, chat)
         else:
             plans.append(Plan(_task_name(Path(name)) if name.endswith((".yaml", ".yml")) else name, name))
     named = [plan.spec for plan in plans if isinstance(plan.spec, str)]
@@ -166,13 +166,13 @@ def _problem_of(row: Any) -> str | None:
     return None
 
 
-def _plan_domain(config: LoadedConfig, stages: Collection[str], chat: ChatFormat) -> list[Plan]:
+def _plan_domain(config: LoadedConfig, held_out: HeldOut, chat: ChatFormat) -> list[Plan]:
     """Make two tasks of the held-out records, rendered once by the function that training and serving use."""
     values = config.values
     rows: list[dict[str, Any]] = []
     ids: Ids = {}
-    held_out = leave_out_unfit(read_held_out(config, stages), chat, None, values.data)
-    for question in held_out.questions(values.eval.max_prompts):
+    held_out = leave_out_unfit(held_out, chat, None, values.data)
+    for question in held_out.questions(values.eval.max_prompts, values.data.split_seed):
         prompt = with_system_prompt(question.prompt, chat.system_prompt)
         prompt_ids = render_prompt(chat, prompt)
         answer_ids = render_completion(chat, prompt, prompt_ids, question.target)
@@ -187,7 +187,7 @@ def _plan_domain(config: LoadedConfig, stages: Collection[str], chat: ChatFormat
                 "tokens": len(answer_ids),
             }
         )
-    data = DatasetFacts(path=f"held out of {' and '.join(stages)}", sha256=sha256_json(rows), items=len(rows))
+    data = DatasetFacts(path=f"held out of {' and '.join(held_out.files)}", sha256=sha256_json(rows), items=len(rows))
     checks = {f"check_{number}": check for number, check in enumerate(values.eval.checks, 1)}
     target_task = _template("domain_reference") | {"process_results": score_target}
     answers_task = _template("domain_answers") | {"process_results": partial(score_answer, checks)}

@@ -79,6 +79,8 @@ def save_adapter(
     if initialisation:
         weights = weights | initial_weights(run.run_dir / "initial_adapter")
     # save_embedding_layers would ask the Hub whether the vocabulary was resized, and lose the run when that fails.
+    adapter = model.peft_config["default"]
+    adapter.target_modules = sorted(adapter.target_modules)  # of a set, the same training would write another file
     model.save_pretrained(
         part,
         state_dict=weights,

@@ -15,6 +15,7 @@ from scripts.common.artifacts import MANIFEST, Manifest, Parent, read_manifest
 from scripts.common.config import add_config_arguments
 from scripts.common.distributed import broadcast_from_rank_0, join_process_group
 from scripts.common.errors import UserError
+from scripts.common.lineage import check_split
 from scripts.common.machine import Machine, apply_machine, check_launch, choose_machine
 from scripts.common.run import Run
 from scripts.dataset.chat_format import ChatFormat
@@ -66,7 +67,10 @@ def settle_machine(run: Run) -> Machine:
 def find_start(
     run: Run, records: Iterable[Record | Preference] = (), init_from: str | None = None, *, resume: bool = False
 ) -> Start:
-    """Find the base, prove that an adapter fits on it, and decide how conversations are written."""
+    """Find the base, prove that an adapter fits on it, and decide how conversations are written.
+
+    Raises: UserError when the adapter may have been trained on what this run holds out.
+    """
     from scripts.model.adapter import adapted_modules, check_adapter_fits
     from scripts.model.base import load_tokenizer
     from scripts.model.find import find_model
@@ -76,6 +80,8 @@ def find_start(
     base_folder = find_model(run.values.base_model_id, run.values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     parent = check_adapter_fits(init_from, base_folder, tokenizer) if init_from is not None else None
+    if init_from is not None and parent:
+        check_split(init_from, parent, run.values.data, f"{run.stage}.init_from")
     targets = run.values.lora.target_modules if init_from is None else adapted_modules(init_from)
     log.info("%s", targets_of_folder(base_folder, targets))
     chat = choose_format(run, tokenizer, records, parent, resume)

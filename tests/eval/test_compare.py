@@ -15,6 +15,7 @@ from eval.metrics import build_metrics
 from eval.report import Report, read_report
 from eval.verdict import decide
 from scripts import train_dpo, train_sft
+from scripts.common.artifacts import read_manifest
 from scripts.common.config import load_config
 from scripts.common.schema import Data
 from scripts.dataset.chat_format import ChatFormat, user_turn
@@ -251,13 +252,139 @@ def test_several_seeds_aggregate_to_mean_and_spread(compared: Path, tmp_path: Pa
             assert model["mean"] == pytest.approx(model["values"][0])
 
 
-def test_comparing_on_other_data_than_the_adapter_was_trained_on_is_reported(compared: Path, caplog) -> None:
+def test_comparing_on_other_data_than_the_adapter_was_trained_on_is_reported(
+    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Who trains with --set sft.dataset_path=… and forgets it here would read figures about the sample data."""
-    config = compared / "config.yaml"
+    moved = shutil.copy(compared / "sft.jsonl", tmp_path / "moved.jsonl")
 
-    compare.find_adapters(load_config(config))
-    assert caplog.text == ""
-    compare.find_adapters(load_config(config, ["sft.dataset_path=data/sft/sample_sft.jsonl"]))
+    assert notes(compared, []) == []
+    assert notes(compared, [f"sft.dataset_path={moved}"]) == [], "the same records under another name"
+    assert "WARNING" not in caplog.text
+    [note] = notes(compared, ["sft.dataset_path=data/sft/sample_sft.jsonl"])
 
-    assert f"--set sft.dataset_path={compared}/sft.jsonl" in caplog.text
-    assert "dpo.dataset_path" not in caplog.text
+    assert f"--set sft.dataset_path={compared}/sft.jsonl" in note
+    assert note in caplog.text
+
+
+def notes(folder: Path, settings: list[str]) -> list[str]:
+    """Return what a comparison says about its lineage before it measures anything."""
+    config = load_config(folder / "config.yaml", settings)
+    return compare.prepare(config, compare.find_adapters(config)).notes
+
+
+def copied(adapter: Path, folder: Path, **facts: object) -> Path:
+    """Copy a finished adapter and overwrite facts of its manifest."""
+    shutil.copytree(adapter, folder)
+    change_manifest(folder, **facts)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_file_that_has_changed_since_training_is_reported(compared: Path, tmp_path: Path, stage: str) -> None:
+    data = {"path": str(compared / f"{stage}.jsonl"), "sha256": "0" * 64, "train": 30, "validation": 10}
+    other = copied(compared / f"out/{stage}_adapter", tmp_path / "other", datasets=[data])
+
+    [note] = notes(compared, [f"{stage}.output_dir={other}"])
+
+    assert f"{other}: {compared}/{stage}.jsonl has changed since it was trained on (000000000000…, now " in note
+
+
+@pytest.mark.parametrize("split", [{"seed": 5, "ratio": 0.25}, {"seed": 0, "ratio": 0.1}])
+def test_adapters_of_other_seeds_are_refused_with_another_split(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture, split: dict
+) -> None:
+    copied(compared / "out/sft_adapter", tmp_path / "run/sft_adapter")
+    other = copied(compared / "out/dpo_adapter", tmp_path / "run/dpo_adapter", split=split)
+    settings = ["--set", f"eval.output_dir={tmp_path}/comparison", "--runs", str(tmp_path / "run")]
+
+    assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 2
+
+    said = capsys.readouterr().err
+    assert f"{other}: was trained with the split of seed {split['seed']} and ratio {split['ratio']}" in said
+    assert "may have seen these prompts" in said
+    assert "measuring" not in said
+
+
+def test_adapters_of_other_seeds_and_other_data_are_reported(compared: Path, tmp_path: Path) -> None:
+    data = {"path": str(compared / "sft.jsonl"), "sha256": "0" * 64, "train": 30, "validation": 10}
+    other = copied(compared / "out/sft_adapter", tmp_path / "run/sft_adapter", datasets=[data])
+    copied(compared / "out/dpo_adapter", tmp_path / "run/dpo_adapter")
+    config = load_config(compared / "config.yaml")
+    adapters = compare.find_adapters(config)
+
+    [note] = compare.prepare(config, adapters, [compare.find_run(tmp_path / "run", adapters, config)]).notes
+
+    assert note.startswith(f"{other}: {compared}/sft.jsonl has changed")
+
+
+def test_adapter_that_continues_one_of_another_split_is_refused(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = copied(compared / "out/sft_adapter", tmp_path / "first", split={"seed": 5, "ratio": 0.25})
+    parent = {"path": str(first), "sha256": read_manifest(first).sha256}
+    other = copied(compared / "out/dpo_adapter", tmp_path / "other", parent=parent)
+
+    assert compare.main(["--config", str(compared / "config.yaml"), "--set", f"dpo.output_dir={other}"]) == 2
+
+    assert f"{other}: continues {first}, which was trained with the split of seed 5" in capsys.readouterr().err
+
+
+def test_sft_trained_again_after_dpo_is_not_its_reference(compared: Path, tmp_path: Path) -> None:
+    """The reward of DPO is that against what it was trained against, or none."""
+    config, again = str(compared / "config.yaml"), tmp_path / "again"
+    assert train_sft.main(["--config", config, "--set", f"sft.output_dir={again}", "--set", "seed=1"]) == 0
+    parent = {"path": str(again), "sha256": read_manifest(compared / "out/sft_adapter").sha256}
+    replaced = copied(compared / "out/dpo_adapter", tmp_path / "replaced", parent=parent)
+    for dpo, advice in (
+        (compared / "out/dpo_adapter", f"--set sft.output_dir={compared}/out/sft_adapter"),
+        (replaced, "Train dpo again"),
+    ):
+        out = tmp_path / f"comparison_{dpo.name}"
+        settings = [f"sft.output_dir={again}", f"dpo.output_dir={dpo}", f"eval.output_dir={out}", "eval.max_prompts=2"]
+        assert compare.main(["--config", config, *(part for item in settings for part in ("--set", item))]) == 0
+
+        found = read_report(out)
+        [reward] = [metric for metric in found.metrics if metric.name == "reward_accuracy"]
+        assert (list(reward.models), reward.title) == (["sft"], "Implicit-reward accuracy (sft against base)")
+        assert (found.lineage["sft"]["reference"], found.lineage["dpo"]["reference"]) == ("base", None)
+        assert found.lineage["dpo"]["parent"]["sha256"] != found.lineage["sft"]["sha256"]
+        [note] = [note for note in found.notes if "its implicit reward is left out" in note]
+        assert f"sft is {again}" in note
+        assert advice in note
+        assert note.split(": ")[1] in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_reward_is_measured_against_the_adapter_it_was_trained_against(report: Report) -> None:
+    [reward] = [metric for metric in report.metrics if metric.name == "reward_accuracy"]
+    assert reward.title == "Implicit-reward accuracy (sft against base, dpo against sft)"
+    assert [report.lineage[name]["reference"] for name in ("sft", "dpo")] == ["base", "sft"]
+    assert not [note for note in report.notes if "continues" in note]
+
+
+def test_dpo_without_its_sft_has_no_reward(compared: Path, tmp_path: Path) -> None:
+    settings = [f"sft.output_dir={tmp_path}/none", f"eval.output_dir={tmp_path}/comparison", "eval.max_prompts=2"]
+    config = ["--config", str(compared / "config.yaml"), *(part for item in settings for part in ("--set", item))]
+
+    assert compare.main(config) == 0
+
+    found = read_report(tmp_path / "comparison")
+    assert {metric.name for metric in found.metrics} == {
+        "held_out_loss", "preference_accuracy", "checks_passed", "check_1", "check_2"
+    }  # fmt: skip
+    assert [note for note in found.notes if "which is not compared here. dpo was trained against that adapter" in note]
+
+
+def test_run_whose_dpo_continues_another_sft_has_no_spread_of_its_reward(compared: Path, tmp_path: Path) -> None:
+    copied(compared / "out/sft_adapter", tmp_path / "run/sft_adapter")
+    parent = {"path": "gone", "sha256": "0" * 64}
+    copied(compared / "out/dpo_adapter", tmp_path / "run/dpo_adapter", parent=parent)
+    settings = [f"eval.output_dir={tmp_path}/comparison", "eval.max_prompts=2"]
+    config = ["--config", str(compared / "config.yaml"), *(part for item in settings for part in ("--set", item))]
+
+    assert compare.main([*config, "--runs", str(tmp_path / "run")]) == 0
+
+    found = read_report(tmp_path / "comparison")
+    [reward] = [row for row in found.runs.metrics if row.title.startswith("Implicit-reward")]
+    assert set(reward.models) == {"sft"}
+    assert [note for note in found.notes if note.startswith(f"{tmp_path}/run/dpo_adapter: dpo continues gone")]

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import Metric, adjust_p_values, binary_metric, mean_metric, ratio_metric, spread_over_seeds
+from eval.metrics import (
+    Metric,
+    adjust_p_values,
+    binary_metric,
+    mean_metric,
+    ratio_metric,
+    reference_of,
+    spread_over_seeds,
+)
 from eval.report import read_report
 from eval.statistics import holm, mcnemar_exact, wilson
+from tests.support.manifests import complete_manifest
 
 BASE, SFT = [True, False, False, True, False, False], [True, True, True, True, True, False]
 
@@ -43,6 +52,31 @@ def test_the_spread_over_seeds_is_that_of_each_trained_model() -> None:
     assert (row.title, row.base) == ("Title", pytest.approx(1 / 3))
     assert row.models["sft"].values == pytest.approx([5 / 6, 1 / 3, 5 / 6])
     assert set(row.models) == {"sft"}
+
+
+@pytest.mark.parametrize(
+    ("trained_against", "continued", "reference"),
+    [
+        ("sft", "the sft beside it", "sft"),
+        ("sft", "another adapter", None),
+        ("base", "the sft beside it", "base"),
+        ("base", "another adapter", "base"),
+        ("base", "nothing", "base"),
+    ],
+)
+def test_the_reference_is_the_model_that_an_adapter_was_trained_against(
+    trained_against: str, continued: str, reference: str | None
+) -> None:
+    """Whether it is called by the same name or not: SFT may have been trained again since."""
+    sft = complete_manifest(files={"weights": "1"})
+    parents = {
+        "the sft beside it": sft.as_parent("elsewhere"),
+        "another adapter": complete_manifest(files={"weights": "2"}).as_parent("outputs/sft_adapter"),
+    }
+    dpo = complete_manifest("dpo", parent=parents.get(continued), config={"dpo": {"reference": trained_against}})
+
+    assert reference_of(dpo, {"sft": sft, "dpo": dpo}) == reference
+    assert reference_of(sft, {"sft": sft, "dpo": dpo}) == "base"
 
 
 OLD = {

@@ -384,6 +384,48 @@ def test_results_of_an_adapter_that_changed_are_dropped(place: Path, tmp_path: P
     assert "dropped" in results(out)["warnings"][0]
 
 
+def test_an_adapter_that_continues_another_one_than_stands_beside_it_is_marked(place: Path, tmp_path: Path) -> None:
+    """In one call or in two: SFT may have been trained again between them."""
+    task = ["--task", f"multiple_choice={place}/quiz.jsonl", "--limit", "3"]
+    own = read_manifest(place / "sft_adapter").as_parent(place / "sft_adapter").model_dump()
+    for name, parent in (("child", own), ("stranger", {**own, "sha256": "0" * 64})):
+        out, dpo = tmp_path / f"out_{name}", tmp_path / name
+        shutil.copytree(place / "dpo_adapter", dpo)
+        change_manifest(dpo, parent=parent)
+        for path in (dpo, place / "sft_adapter"):
+            assert call(place, out, "--model_path", str(path), *task) == 0
+        marked = [said for said in results(out)["warnings"] if "continues another sft adapter (000000000000…)" in said]
+        assert len(marked) == (name == "stranger")
+
+
+def test_domain_on_a_file_that_has_changed_since_training_is_marked(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "sft_adapter"
+    shutil.copytree(place / "sft_adapter", other)
+    change_manifest(other, datasets=[{"path": str(place / "sft.jsonl"), "sha256": "0" * 64}])
+    tasks = ["--task", "domain", f"multiple_choice={place}/quiz.jsonl", "--limit", "2"]
+
+    assert call(place, tmp_path / "out", "--model_path", str(other), *tasks) == 0
+
+    said = [
+        warning for warning in results(tmp_path / "out")["warnings"] if "has changed since it was trained on" in warning
+    ]
+    assert len(said) == 1
+
+
+def test_domain_refuses_an_adapter_that_continues_one_of_another_split(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(place / "sft_adapter", first)
+    change_manifest(first, split={"seed": 4, "ratio": 0.25})
+    shutil.copytree(place / "dpo_adapter", second)
+    change_manifest(second, parent=read_manifest(first).as_parent(first).model_dump())
+
+    assert call(place, tmp_path / "out", "--model_path", str(second), "--task", "domain") == 2
+
+    assert f"{second}: continues {first}, which was trained with the split of seed 4" in capsys.readouterr().err
+
+
 def test_a_metric_that_is_no_mean_of_its_items_is_shown_without_a_test() -> None:
     items = [{"metrics": {"f1": [0, 1]}}, {"metrics": {"f1": [1, 1]}}]
     figure = {"value": 0.66, "stderr": None, "better": "higher", "title": "f1"}
@@ -566,5 +608,5 @@ def test_public_files_are_read_as_they_are(name: str, shared_data: Path) -> None
 
     template = "continuation" if name == "copa" else "multiple_choice"
     path = shared_data / f"eval_gauntlet/{name}.jsonl"
-    (plan,), _ = build_plans([f"{template}={path}"], load_config("configs/demo.yaml"), [], None)
+    (plan,), _ = build_plans([f"{template}={path}"], load_config("configs/demo.yaml"), None, None)
     assert plan.data.items == {"arc_easy": 2376, "copa": 100}[name]

@@ -18,6 +18,7 @@ from scripts.common.artifacts import read_manifest, sha256_file
 from scripts.model.base import load_tokenizer
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import dpo_rows, manifest, start_stage, wait_for, write_chain
+from tests.support.manifests import change_manifest
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 from tests.support.training import build_trainer
 
@@ -330,6 +331,55 @@ def test_refuses_an_adapter_of_another_base(chain: Path, tmp_path: Path, capsys:
     settings = ["--set", f"base_model_id={other}", "--set", f"dpo.output_dir={tmp_path}/out"]
     assert train_dpo.main(["--config", str(chain / "config.yaml"), *settings]) == 2
     assert "another base model" in capsys.readouterr().err
+
+
+def dry_run_from(chain: Path, adapter: Path, *settings: str) -> int:
+    """Ask what DPO would do from this adapter."""
+    changes = [f"dpo.init_from={adapter}", f"dpo.output_dir={adapter}_out", *settings]
+    config = ["--config", str(chain / "config.yaml"), "--dry-run"]
+    return train_dpo.main([*config, *(part for item in changes for part in ("--set", item))])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["data.split_seed=3"], ["data.validation_ratio=0.5"], ["data.split_seed=3", "data.validation_ratio=0.1"]],
+)
+def test_refuses_an_adapter_that_may_have_trained_on_what_is_held_out_now(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture, settings: list[str]
+) -> None:
+    adapter = shutil.copytree(chain / "out/sft_adapter", tmp_path / "sft")
+
+    assert dry_run_from(chain, adapter, *settings) == 2
+
+    said = capsys.readouterr().err
+    assert f"dpo.init_from: {adapter}: was trained with the split of seed 0 and ratio 0.25, but" in said
+    assert "Set data.split_seed: 0 and data.validation_ratio: 0.25, or train it again" in said
+    real = [*settings, f"dpo.init_from={adapter}", f"dpo.output_dir={tmp_path}/out"]
+    config = ["--config", str(chain / "config.yaml")]
+    assert train_dpo.main([*config, *(part for item in real for part in ("--set", item))]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_takes_an_adapter_that_has_seen_nothing_of_what_is_held_out(chain: Path, tmp_path: Path) -> None:
+    """Whether it was trained on other files, or with more held out."""
+    adapter = shutil.copytree(chain / "out/sft_adapter", tmp_path / "sft")
+    change_manifest(adapter, datasets=[{"path": "other.jsonl", "sha256": "0" * 64, "train": 3, "validation": 1}])
+
+    assert dry_run_from(chain, adapter) == 0
+    assert dry_run_from(chain, adapter, "data.validation_ratio=0.1") == 0
+    assert dry_run_from(chain, adapter, "data.validation_ratio=0", "data.split_seed=3") == 0
+
+
+def test_refuses_an_adapter_whose_own_start_had_another_split(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = shutil.copytree(chain / "out/sft_adapter", tmp_path / "first")
+    change_manifest(first, split={"seed": 7, "ratio": 0.25})
+    second = shutil.copytree(chain / "out/dpo_adapter", tmp_path / "second")
+    change_manifest(second, parent={"path": str(first), "sha256": read_manifest(first).sha256})
+
+    assert dry_run_from(chain, second) == 2
+    assert f"{second}: continues {first}, which was trained with the split of seed 7" in capsys.readouterr().err
 
 
 def test_bad_pairs_are_named_by_line(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

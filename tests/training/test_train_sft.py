@@ -146,6 +146,8 @@ def test_manifest_of_a_finished_adapter_is_complete(in_finished) -> None:
         if path.is_file() and path.name != MANIFEST
     }
     assert manifest.metrics["held_out_loss"] < manifest.metrics["held_out_loss_before"] - 0.05
+    names = json.loads(Path("outputs/sft_adapter/adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    assert names == sorted(names), "the same training again gives the same artifact, by whose hash DPO knows its parent"
     assert manifest.metrics["steps"] > 0
     assert manifest.metrics["tokens_per_second"] > 0
 
