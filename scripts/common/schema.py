@@ -252,7 +252,8 @@ class Eval(Section):
     max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
     batch_size: Positive = Field(16, description="Prompts answered at once.")
     max_prompts: Positive | None = Field(
-        None, description="Largest number of held-out prompts to answer, a random sample that data.split_seed fixes; null answers all."
+        None,
+        description="Largest number of held-out prompts to answer, a random sample that data.split_seed fixes; null answers all.",
     )
     checks: list[Check] = Field(default_factory=list, description="Rules that answers are checked against.")
     judge: Judge = Judge()
