@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -138,9 +139,10 @@ class AnswerLogProbs:
         rows = max(1, TILE_BYTES // (weight.element_size() * weight.shape[0]))
         if len(hidden) <= rows:
             return score_tile(hidden, targets)
+        count = math.ceil(len(hidden) / rows)  # of equal size: for a small last one torch would copy the weight
         tiles = [
             torch.utils.checkpoint.checkpoint(score_tile, *tile, use_reentrant=False)
-            for tile in zip(hidden.split(rows), targets.split(rows), strict=True)
+            for tile in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True)
         ]
         return tuple(None if column[0] is None else torch.cat(column) for column in zip(*tiles, strict=True))
 

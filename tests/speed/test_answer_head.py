@@ -106,6 +106,23 @@ def test_log_probs_equal_a_direct_computation_in_one_piece_and_in_tiles(
     assert all(value is not None and len(value) == 50 for value in got)
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(49, [25, 25]), (20, [17, 17, 16]), (50, [50])])
+def test_answers_are_scored_in_tiles_of_equal_size(
+    monkeypatch: pytest.MonkeyPatch, rows: int, sizes: list[int]
+) -> None:
+    """A few left over would be a small product, for which torch copies the whole weight."""
+    monkeypatch.setattr(answer_head, "TILE_BYTES", rows * 4 * 97)
+    scored: list[int] = []
+    apply = answer_head._TargetStatistics.apply
+    monkeypatch.setattr(
+        answer_head._TargetStatistics, "apply", lambda logits, *more: scored.append(len(logits)) or apply(logits, *more)
+    )
+
+    AnswerLogProbs().apply(torch.randn(50, 8), torch.randn(97, 8), None, torch.arange(50), 1.0, 1, None, 1.0, OUTPUTS)
+
+    assert scored == sizes
+
+
 def test_outputs_that_were_not_asked_for_are_not_computed() -> None:
     got = AnswerLogProbs().apply(torch.randn(4, 8), torch.randn(9, 8), None, torch.arange(4), 1.0, 1, None, 1.0, ("log_probs",))  # fmt: skip
 
