@@ -15,7 +15,7 @@ from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
 from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets
-from scripts.dataset.rendering import check_rendered, check_rendered_pair, render_pair, render_record
+from scripts.dataset.rendering import render_and_check
 from scripts.dataset.split import is_validation
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, 
     unfit: list[str] = []
     for record in held_out.records:
         try:
-            longest = max(len(ids) for ids in _checked_rows(chat, record))
+            longest = max(len(row.input_ids) for row in render_and_check(chat, record))
         except UnfitRow as error:
             unfit.append(str(error))
             continue
@@ -113,16 +113,6 @@ def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, 
             raise UserError(listing(head, unfit, "Change them, or set data.on_bad_row: skip to leave them out."))
         log.warning("%s", listing(head, unfit, "They are left out."))
     return replace(held_out, records=tuple(fit))
-
-
-def _checked_rows(chat: ChatFormat, record: Record | Preference) -> list[list[int]]:
-    if isinstance(record, Preference):
-        pair = render_pair(chat, record)
-        check_rendered_pair(chat, record, pair)
-        return [pair.input_ids]
-    rows = render_record(chat, record)
-    check_rendered(chat, record, rows)
-    return [row.input_ids for row in rows]
 
 
 def describe_changes(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[str]:

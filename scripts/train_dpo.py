@@ -23,7 +23,7 @@ from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import Machine, seed_everything
 from scripts.common.run import Run, open_run
 from scripts.dataset.records import parse_preference
-from scripts.dataset.rendering import RenderedPair, check_rendered_pair, render_pair
+from scripts.dataset.rendering import RenderedPair
 from scripts.training.data import read_data, render_rows
 from scripts.training.start import Start, add_training_arguments, find_start, settle_machine
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = read_data(run, parse_preference, arguments.require_deid_report)
         machine = settle_machine(run)
         start = find_start(run, data.records, config.values.dpo.init_from, resume=arguments.resume)
-        train, validation = render_rows(run, start, data.split, render_pair, check_rendered_pair)
+        train, validation = render_rows(run, start, data.split)
 
         from scripts.training.dpo import check_trainable_names, length_bias, prove_start, reference_unchanged
 

@@ -23,7 +23,7 @@ from scripts.common.errors import entry_point
 from scripts.common.machine import Machine, seed_everything
 from scripts.common.run import Run, open_run
 from scripts.dataset.records import parse_record
-from scripts.dataset.rendering import Rendered, check_rendered, render_record
+from scripts.dataset.rendering import Rendered
 from scripts.training.data import read_data, render_rows
 from scripts.training.start import Start, add_training_arguments, find_start, settle_machine
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = read_data(run, parse_record, arguments.require_deid_report)
         machine = settle_machine(run)
         start = find_start(run, data.records, resume=arguments.resume)
-        train, validation = render_rows(run, start, data.split, render_record, check_rendered)
+        train, validation = render_rows(run, start, data.split)
         if run.dry:
             return show_dry_run(run, machine, start, data.files, train)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 from scripts.dataset.chat_format import ChatFormat, UnfitRow, Written, stop_token_ids
 from scripts.dataset.records import Message, Preference, Record
@@ -137,6 +137,24 @@ def render_pair(chat: ChatFormat, pair: Preference) -> RenderedPair:
                 "chosen and rejected become the same tokens, so there is nothing to prefer. Remove the pair."
             )
     return RenderedPair(prompt_ids, chosen, rejected)
+
+
+@overload
+def render_and_check(chat: ChatFormat, record: Record) -> list[Rendered]: ...
+@overload
+def render_and_check(chat: ChatFormat, record: Preference) -> list[RenderedPair]: ...
+def render_and_check(chat: ChatFormat, record: Record | Preference) -> list[Rendered] | list[RenderedPair]:
+    """Return the rows of a record, proven to train exactly its answers and their end-of-turn tokens.
+
+    Raises: UnfitRow when it does not survive tokenizer and template.
+    """
+    if isinstance(record, Preference):
+        pair = render_pair(chat, record)
+        check_rendered_pair(chat, record, pair)
+        return [pair]
+    rows = render_record(chat, record)
+    check_rendered(chat, record, rows)
+    return rows
 
 
 def check_rendered(chat: ChatFormat, record: Record, rows: Sequence[Rendered]) -> None:

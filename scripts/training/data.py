@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from scripts.common.artifacts import DatasetFacts
 from scripts.common.deid_report import check_deid_report
@@ -24,13 +23,11 @@ from scripts.dataset.records import (
     load_datasets,
     write_rejects,
 )
-from scripts.dataset.rendering import Rendered, RenderedPair
+from scripts.dataset.rendering import render_and_check
 from scripts.dataset.split import Split, shared_answers, split_records
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
-
-Row = TypeVar("Row", Rendered, RenderedPair)
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,9 @@ def render_rows(
     run: Run,
     start: Start,
     split: Split,
-    render: Callable[[ChatFormat, Any], list[Row] | Row],
-    check: Callable[[ChatFormat, Any, Any], None],
-) -> tuple[list[Row], list[Row]]:
-    """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut.
-
-    `render` makes one row of a record, or several; `check` proves that exactly the answers and their ends are trained.
-    """
-    sides = _rendered(run, start.chat, split, render, check)
+) -> tuple[list[Any], list[Any]]:
+    """Turn both sides into token ids; a record that does not fit is refused or set aside, never cut."""
+    sides = _rendered(run, start.chat, split)
     longest = max((len(row.input_ids) for side in sides for _, row in side), default=0)
     limit, reason, fix = _longest_record(run, start, longest)
     too_long = [(record, len(row.input_ids)) for side in sides for record, row in side if len(row.input_ids) > limit]
@@ -119,25 +111,16 @@ def render_rows(
     return train, validation
 
 
-def _rendered(
-    run: Run,
-    chat: ChatFormat,
-    split: Split,
-    render: Callable[[ChatFormat, Any], list[Row] | Row],
-    check: Callable[[ChatFormat, Any, Any], None],
-) -> list[list[tuple[Any, Row]]]:
+def _rendered(run: Run, chat: ChatFormat, split: Split) -> list[list[tuple[Any, Any]]]:
     """Render both sides; a record that does not survive the tokenizer is refused or set aside."""
-    sides: list[list[tuple[Any, Row]]] = [[], []]
+    sides: list[list[tuple[Any, Any]]] = [[], []]
     unfit: list[str] = []
     for side, records in zip(sides, (split.train, split.validation), strict=True):
         for record in records:
             try:
-                rows = render(chat, record)
-                check(chat, record, rows)
+                side.extend((record, row) for row in render_and_check(chat, record))
             except UnfitRow as error:
                 unfit.append(str(error))
-            else:
-                side.extend((record, row) for row in (rows if isinstance(rows, list) else [rows]))
     head = f"{len(unfit)} of {len(split.train) + len(split.validation)} records cannot be trained on"
     if unfit and (run.values.data.on_bad_row != "skip" or not sides[0]):
         raise UserError(listing(head, unfit, "Change them, or set data.on_bad_row: skip to leave them out."))

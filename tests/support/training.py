@@ -13,7 +13,6 @@ from scripts.common.run import Run
 from scripts.common.schema import Config
 from scripts.common.signals import StopSignal
 from scripts.dataset.records import parse_preference, parse_record
-from scripts.dataset.rendering import check_rendered, check_rendered_pair, render_pair, render_record
 from scripts.training.data import read_data, render_rows
 from scripts.training.start import find_start
 
@@ -32,9 +31,9 @@ def build_trainer(stage: str, config: Path, run_dir: Path, overrides: Sequence[s
     if stage == "sft":
         data = read_data(run, parse_record, None)
         start = find_start(run, data.records)
-        rows = render_rows(run, start, data.split, render_record, check_rendered)
+        rows = render_rows(run, start, data.split)
         return train_sft.build_trainer(run, machine, start, *rows)
     data = read_data(run, parse_preference, None)
     start = find_start(run, data.records, run.values.dpo.init_from)
-    pairs = render_rows(run, start, data.split, render_pair, check_rendered_pair)
+    pairs = render_rows(run, start, data.split)
     return train_dpo.build_trainer(run, machine, start, *pairs)

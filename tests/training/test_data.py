@@ -12,7 +12,6 @@ from scripts.common.artifacts import DatasetFacts
 from scripts.common.config import load_config
 from scripts.common.schema import Data, WeightedDataset
 from scripts.dataset.records import load_datasets, parse_preference, parse_record
-from scripts.dataset.rendering import check_rendered_pair, render_pair
 from scripts.dataset.split import split_records
 from scripts.training.data import TrainingData, read_data, render_rows
 from scripts.training.start import find_start
@@ -141,8 +140,6 @@ def test_pair_whose_sides_fit_alone_trains_in_one_row(gpt2: Path, tmp_path: Path
         run,
         start,
         read_data(run, parse_preference, None).split,
-        render_pair,
-        check_rendered_pair,
     )
     longest = max(pairs, key=lambda pair: len(pair.input_ids))
     assert len(longest.input_ids) <= POSITIONS < len(longest.in_one_row().input_ids)
