@@ -26,6 +26,7 @@ from scripts.dataset.rendering import (
     Rendered,
     check_rendered,
     check_rendered_pair,
+    render_and_check,
     render_completion,
     render_pair,
     render_prompt,
@@ -210,6 +211,22 @@ def test_check_shows_the_first_200_characters_of_both_sides(tokenizer) -> None:
         f"here:1: the trained tokens decode to {'y' * 200!r} with 0 end-of-turn tokens; wanted the answer {'y' * 200!r} and "
         "one. The tokenizer or its chat template cannot be used for training."
     )
+
+
+@pytest.mark.parametrize("kind", ["conversation", "pair"])
+def test_a_record_that_the_tokenizer_does_not_keep_is_refused_where_it_is_rendered(kind: str) -> None:
+    from tokenizers import decoders
+
+    tokenizer = tiny_tokenizer()
+    sample = (
+        record("Hi", "yes") if kind == "conversation" else Preference("here:1", tuple(user_turn("Hi")), "yes", "no")
+    )
+    assert len(render_and_check(ChatFormat(tokenizer), sample)) == 1
+    backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace("y", "?")])
+
+    with pytest.raises(UnfitRow, match=r"here:1: the trained tokens decode to '\?es'"):
+        render_and_check(ChatFormat(tokenizer), sample)
 
 
 @pytest.mark.parametrize(
