@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,29 +189,28 @@ def measure(comparison: Comparison, adapters: Sequence[Adapter]) -> dict[str, Me
     """Measure the base and these adapters; the model is in memory only until this returns."""
     from eval.measuring import measure_models
 
-    prepared, folders = comparison.prepared, {adapter.name: adapter.folder for adapter in adapters}
-    model, chats = load_models(comparison.config, folders, comparison.base_folder, prepared.tokenizer)
-    return measure_models(model, {BASE: None, **{name: name for name in folders}}, prepared, chats)
+    prepared = comparison.prepared
+    model, chats = load_models(comparison.config, adapters, comparison.base_folder, prepared.tokenizer)
+    return measure_models(model, {BASE: None, **{adapter.name: adapter.name for adapter in adapters}}, prepared, chats)
 
 
 def load_models(
-    config: LoadedConfig, folders: Mapping[str, Path], base_folder: Path, tokenizer: Any
+    config: LoadedConfig, adapters: Sequence[Adapter], base_folder: Path, tokenizer: Any
 ) -> tuple[Any, dict[str, ChatFormat]]:
-    """Load the base once with every adapter beside the others.
+    """Load the base once with every adapter beside the others; `prepare` has proven that they fit.
 
     Returns: the model, and how each arm reads prompts: as it was trained to, and the base as the first adapter.
     """
     from scripts.dataset.chat_format import ChatFormat
-    from scripts.model.adapter import check_adapter_fits, load_adapter
+    from scripts.model.adapter import load_adapter
     from scripts.model.base import load_base
 
     machine = choose_machine(config.values)
     apply_machine(machine)
-    manifests = {name: check_adapter_fits(folder, base_folder, tokenizer) for name, folder in folders.items()}
-    chats = {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
+    chats = {adapter.name: ChatFormat.of(tokenizer, adapter.manifest) for adapter in adapters}
     model = load_base(base_folder, config.values, machine)
-    for name, folder in folders.items():
-        model = load_adapter(model, folder, name=name)
+    for adapter in adapters:
+        model = load_adapter(model, adapter.folder, name=adapter.name)
     if config.values.performance.fast_path:
         from scripts.speed.speed_up import speed_up
 

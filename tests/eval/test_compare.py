@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_the_folder_is_a_finished_artifact_below_the_dpo_adapter(compared: Path)
     assert "eval/held_out_loss/dpo" in run.data.metrics
 
 
+def adapter_of(stage: str, compared: Path) -> compare.Adapter:
+    """Return one of the chain's adapters, as the comparison finds it."""
+    folder = compared / f"out/{stage}_adapter"
+    return compare.find_adapter(stage, folder, load_config(compared / "config.yaml"))
+
+
 def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> None:
     """What train_sft measured on its held-out records is what the comparison measures on the same records."""
     values = load_config(compared / "config.yaml").values
@@ -100,7 +107,7 @@ def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> 
     held_out = compare.read_held_out(load_config(compared / "config.yaml"), {"sft": None})
     prepared = Prepared(tokenizer, held_out, values)
     model, chats = compare.load_models(
-        load_config(compared / "config.yaml"), {"sft": compared / "out/sft_adapter"}, compared / "model", tokenizer
+        load_config(compared / "config.yaml"), [adapter_of("sft", compared)], compared / "model", tokenizer
     )
     result = measure_models(model, {"base": None, "sft": "sft"}, prepared, chats, with_answers=False)
     metrics = manifest(compared / "out/sft_adapter")["metrics"]
@@ -136,7 +143,8 @@ def test_the_same_adapter_twice_gives_exactly_zero(compared: Path, tmp_path: Pat
     loaded = load_config(compared / "config.yaml")
     tokenizer = load_tokenizer(compared / "model")
     manifests = {adapter.name: adapter.manifest for adapter in compare.find_adapters(loaded)}
-    twin = {"sft": compared / "out/sft_adapter", "dpo": compared / "out/sft_adapter"}
+    sft = adapter_of("sft", compared)
+    twin = [sft, dataclasses.replace(sft, name="dpo")]
     prepared = Prepared(tokenizer, compare.read_held_out(loaded, manifests), loaded.values)
     model, chats = compare.load_models(loaded, twin, compared / "model", tokenizer)
     measured = measure_models(model, {"base": None, "sft": "sft", "dpo": "dpo"}, prepared, chats)
@@ -168,8 +176,8 @@ def test_arms_that_read_prompts_differently_are_measured_each_in_its_way_and_mar
     loaded = load_config(compared / "config.yaml")
     tokenizer = load_tokenizer(compared / "model")
     prepared = Prepared(tokenizer, compare.read_held_out(loaded, {"sft": None}), loaded.values)
-    folders = {"sft": compared / "out/sft_adapter", "dpo": other}
-    _, chats = compare.load_models(loaded, folders, compared / "model", tokenizer)
+    adapters = [adapter_of("sft", compared), compare.find_adapter("dpo", other, loaded)]
+    _, chats = compare.load_models(loaded, adapters, compared / "model", tokenizer)
     plain, brief = (prepared.items(chats[name]) for name in ("sft", "dpo"))
     assert prepared.items(chats["base"]) is plain
     assert ["Be brief." in tokenizer.decode(items.prompts[0]) for items in (plain, brief)] == [False, True]
@@ -230,7 +238,7 @@ def test_answers_are_given_in_batches_of_the_size_asked_for(compared: Path) -> N
     adapters = {"sft": compared / "out/sft_adapter"}
     tokenizer = load_tokenizer(compared / "model")
     prepared = Prepared(tokenizer, compare.read_held_out(loaded, adapters), loaded.values)
-    model, chats = compare.load_models(loaded, adapters, compared / "model", tokenizer)
+    model, chats = compare.load_models(loaded, [adapter_of("sft", compared)], compared / "model", tokenizer)
     rows: list[int] = []
     generate = model.generate
     model.generate = lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs)
