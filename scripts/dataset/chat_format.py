@@ -143,7 +143,7 @@ class ChatFormat:
         if reasoning is not None:
             self._check_place(opening)
         if self.thinking and self.place_of_reasoning == "prompt":
-            marked = [self._marked(part, self._never_in_answers) for part in (reasoning or "", content)]
+            marked = map(self._as_answered, (reasoning or "", content))
             return Written(f"\n{END_THINK}\n\n".join(marked), frame.ending)
         written = self._behind_question(prompt, self._prepared({"role": "assistant", "content": text}))
         if not written.startswith(opening) or not written.endswith(frame.ending):
@@ -283,22 +283,20 @@ class ChatFormat:
         """Mark what is text though it looks like a control token, and hand reasoning over where the template takes it."""
         text = message["content"]
         if message["role"] != "assistant":
-            return {**message, "content": self._marked(text, self._never_typed)}
+            return {**message, "content": _marked(text, self._never_typed)}
         reasoning, content = self.split(text)
         if reasoning is None:
-            return {**message, "content": self._marked(text, self._never_in_answers)}
+            return {**message, "content": self._as_answered(text)}
         if self.place_of_reasoning == "text":
             start, opened, rest = text.partition(THINK)
             inside, closed, behind = rest.partition(END_THINK)
-            marked = [self._marked(part, self._never_in_answers) for part in (inside, behind)]
-            return {**message, "content": start + opened + marked[0] + closed + marked[1]}
-        marked_reasoning, marked_content = (self._marked(part, self._never_in_answers) for part in (reasoning, content))
-        return {**message, "content": marked_content, **dict.fromkeys(REASONING_KEYS, marked_reasoning)}
+            written = start + opened + self._as_answered(inside) + closed + self._as_answered(behind)
+            return {**message, "content": written}
+        places = dict.fromkeys(REASONING_KEYS, self._as_answered(reasoning))
+        return {**message, "content": self._as_answered(content), **places}
 
-    def _marked(self, text: str, tokens: re.Pattern[str]) -> str:
-        from transformers.utils.chat_template_utils import mark_control_tokens
-
-        return str(mark_control_tokens(text, tokens))
+    def _as_answered(self, text: str) -> str:
+        return _marked(text, self._never_in_answers)
 
     @cached_property
     def _never_typed(self) -> re.Pattern[str]:
@@ -428,9 +426,14 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def without_marks(text: str) -> str:
     """Return a written text as it reads, for those who encode it themselves."""
+    return _marked(text, _any_of(set()))
+
+
+def _marked(text: str, tokens: re.Pattern[str]) -> str:
+    """Mark these tokens in a text, and none that was marked before."""
     from transformers.utils.chat_template_utils import mark_control_tokens
 
-    return str(mark_control_tokens(text, _any_of(set())))
+    return str(mark_control_tokens(text, tokens))
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
