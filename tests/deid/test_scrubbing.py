@@ -365,7 +365,7 @@ def test_recall_on_the_development_set(detector, shared_data):
 
 def test_rampart_finds_names_and_addresses():
     if load_rampart(Deid()) is None:
-        pytest.skip("needs make setup-rampart")
+        pytest.skip("needs make setup")
     rampart = load_rampart(Deid(rampart="on"))
     texts = ["john lives at 12 oak lane", "", "word " * 600 + "My name is Maria Gonzalez."]
     found = rampart.detect(texts)

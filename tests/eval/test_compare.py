@@ -206,6 +206,22 @@ def test_refuses_adapters_of_another_split(compared: Path, capsys: pytest.Captur
     assert "may have seen these prompts" in capsys.readouterr().err
 
 
+def test_refuses_an_adapter_of_another_base_before_anything_is_measured(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "dpo_adapter"
+    shutil.copytree(compared / "out/dpo_adapter", other)
+    base = manifest(other)["base_model"]
+    change_manifest(other, base_model={**base, "fingerprint": "0" * 64})
+    settings = ["--set", f"dpo.output_dir={other}", "--set", f"eval.output_dir={tmp_path}/c"]
+
+    assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 2
+
+    said = capsys.readouterr().err
+    assert f"{other}: was trained on another base model" in said
+    assert "measuring" not in said
+
+
 def test_refuses_when_there_is_nothing_to_compare(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
