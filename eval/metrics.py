@@ -23,13 +23,14 @@ from eval.statistics import (
     ratio_interval,
     wilson,
 )
+from eval.tables import Better
 from scripts.common.artifacts import Manifest
 from scripts.common.stages import BASE
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
 
-Better = Literal["higher", "lower"]
+Outcome = Literal["better", "worse", "no_worse", "equivalent", "undecided"]
 
 # What the verdict rests on, fixed before anything is measured: these are what SFT and DPO are trained for.
 DECISIVE = ("checks_passed", "preference_accuracy")
@@ -56,13 +57,20 @@ class Difference(BaseModel):
     a: str
     b: str
     value: float
-    ci_low: float
-    ci_high: float
+    ci_low: float | None  # None where no interval can be given
+    ci_high: float | None
     p_value: float
     test: str
-    needed_n: int | None  # items that would show a difference of this size
+    needed_n: int | None = None  # items that would show a difference of this size
     p_adjusted: float = 1.0  # corrected for the number of comparisons
     shown: bool = False
+    seeds: int = 1  # over how many seeds the two are compared
+    df: float | None = None  # degrees of freedom of the test
+    sd_seeds: float | None = None  # how far the difference scatters between seeds, in the metric's unit
+    sd_items: float | None = None  # and between items
+    smallest_gap: float | None = None  # the smallest difference that these items and seeds show with power .8
+    margin: float | None = None  # of `eval.margins`
+    outcome: Outcome | None = None  # of the primary question only
 
 
 class Metric(BaseModel):
@@ -80,6 +88,8 @@ class Metric(BaseModel):
     models: dict[str, Estimate]
     baselines: dict[str, Estimate] = {}
     differences: list[Difference]
+    primary: bool = False  # the primary question rests on it
+    by_seed: dict[str, list[float]] = {}  # each arm's value for each of its seeds
 
 
 class Spread(BaseModel):

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval.metrics import Better, Difference, Estimate, Metric, Runs
-from eval.verdict import Verdict
+from eval.metrics import Difference, Estimate, Metric, Runs
+from eval.tables import Better
+from eval.verdict import Question, Verdict
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MINUS = "−"
@@ -54,6 +55,15 @@ class Judgement(BaseModel):
     rows: list[dict[str, Any]]
 
 
+class Arm(BaseModel):
+    """One column of the report: the base, or what one procedure made under one or several seeds."""
+
+    kind: Literal["base", "adapter", "merged"]
+    stage: str | None = None
+    seeds: list[int] = []
+    folders: list[str] = []
+
+
 class Report(BaseModel):
     """Everything that a report shows. What a run did not measure is empty or null."""
 
@@ -64,6 +74,10 @@ class Report(BaseModel):
     title: str
     verdict: Verdict | None = None
     models: list[str]
+    arms: dict[str, Arm] = {}
+    side: Literal["test", "validation"] = "test"
+    question: Question | None = None
+    looks: int | None = None  # how often a report was made of this side of these data
     metrics: list[Metric] = []
     health: dict[str, dict[str, float | None]] = {}
     training: dict[str, dict[str, Any]] = {}  # the metrics of each adapter's manifest

@@ -15,6 +15,18 @@ from scripts.common.stages import BASE
 Outcome = Literal["better", "worse", "mixed", "no_difference"]
 
 
+class Question(BaseModel):
+    """The primary question, fixed before anything is measured: is `a` better than `b` in these measures?"""
+
+    a: str
+    b: str
+    measures: list[str]
+    alpha: float = 0.05
+    margins: dict[str, float] = {}
+    planned: bool = False  # it stands in the manifests of the adapters as it is here
+    plan_sha256: str | None = None
+
+
 class Verdict(BaseModel):
     """The answer to whether the first of two models is better than the second."""
 
