@@ -115,7 +115,9 @@ def build_metrics(tables: Sequence[Table], question: Question) -> list[Metric]:
 
     The p-values of the primary question are corrected for its measures, all others as a family of their own.
     """
-    metrics, primary, others = [], [], []
+    metrics: list[Metric] = []
+    primary: list[tuple[Metric, Finding]] = []
+    others: list[tuple[Metric, Finding]] = []
     for table in tables:
         metric, findings = describe(table, (question.a, question.b))
         metrics.append(metric)

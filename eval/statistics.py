@@ -71,7 +71,7 @@ class Inference:
         if self.single and self.binary:
             return mcnemar_exact(*self._counts)
         p_value = 2 * float(special.stdtr(self.df, -abs(self.value) / self.se)) if self.se else 0.0
-        return min(1.0, max(p_value, 2.0 ** (1 - self.differing)))
+        return min(1.0, max(p_value, math.pow(2, 1 - self.differing)))
 
     def difference(self, confidence: float = 0.95) -> Interval:
         """Return the interval of a difference; it leaves out zero only where the p-value says so.
@@ -98,10 +98,8 @@ class Inference:
         bounds = [self.value - self._reach(confidence), self.value + self._reach(confidence)]
         rare = self._is_rare(self.clusters * min(self.value, 1 - self.value), confidence)
         if self.binary and (self.single or rare):
-            score = wilson(self.value * self.clusters, self.clusters, confidence)
-            assert score.low is not None and score.high is not None
-            both = [score.low, score.high]
-            bounds = both if self.single else [min(bounds[0], both[0]), max(bounds[1], both[1])]
+            score = _score_bounds(self.value * self.clusters, self.clusters, confidence)
+            bounds = list(score) if self.single else [min(bounds[0], score[0]), max(bounds[1], score[1])]
         elif not self.se or not self.clusters > 1:
             return Interval(self.value, None, None)
         if unit == "share":
@@ -129,7 +127,7 @@ class Inference:
 
     @staticmethod
     def _is_rare(count: float, confidence: float) -> bool:
-        return 2.0 ** (1 - count) > 1 - confidence
+        return math.pow(2, 1 - count) > 1 - confidence
 
     @property
     def _counts(self) -> tuple[float, float]:
@@ -251,13 +249,17 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
 
     A tie may count half, which scipy's `binomtest` does not take. Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
     """
-    if n == 0 or not -1e-9 <= successes <= n + 1e-9:
+    if n == 0 or not 0 <= successes <= n:
         raise ValueError(f"found {successes} successes of {n}; wanted 0 to n of at least one")
+    return Interval(successes / n, *_score_bounds(successes, n, confidence))
+
+
+def _score_bounds(successes: float, n: int, confidence: float) -> tuple[float, float]:
     rate, z = min(max(successes / n, 0.0), 1.0), float(special.ndtri((1 + confidence) / 2))
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     # At 0 and n the bound is the rate itself; rounding must not move it past.
-    return Interval(rate, min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half)))
+    return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -120,7 +120,8 @@ def _figures(metric: Metric, difference: Difference) -> str:
 def _change(difference: Difference, unit: str) -> str:
     """Write both values, with as many digits as it takes to tell them apart."""
     before, after = difference.value_b, difference.value_a
-    assert before is not None and after is not None, "build_metrics writes both"
+    assert before is not None, "build_metrics writes both"
+    assert after is not None, "build_metrics writes both"
     scale, digits = (100, 0) if unit == "share" else (1, 3)
     while difference.value and f"{scale * before:.{digits}f}" == f"{scale * after:.{digits}f}" and digits < 9:
         digits += 1
@@ -129,7 +130,11 @@ def _change(difference: Difference, unit: str) -> str:
 
 
 def _amount(gap: float, unit: str) -> str:
-    return f"{100 * gap:.3g} points" if unit == "share" else f"{gap:.2g} {unit}".rstrip()
+    return f"{_short(100 * gap)} points" if unit == "share" else f"{gap:.2g} {unit}".rstrip()
+
+
+def _short(points: float) -> str:
+    return f"{points:.0f}" if points >= 10 or points == round(points) else f"{points:.1f}"
 
 
 def _notes(asked: Sequence[tuple[Metric, Difference]], question: Question, seeds: int) -> list[str]:
