@@ -106,7 +106,7 @@ def save_adapter(
             **start.chat.facts(),
             parent=start.parent,
             datasets=list(datasets),
-            split=SplitFacts(seed=values.data.split_seed, ratio=values.data.validation_ratio),
+            split=SplitFacts.of(values.data),
             config=values.model_dump(mode="json"),
             mlflow=RunFacts(run_id=tracker.run_id),
             metrics=metrics,
