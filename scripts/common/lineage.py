@@ -36,15 +36,14 @@ Side = Literal["validation", "test"]
 def keeps_apart(split: SplitFacts, data: Data, sides: Collection[Side]) -> bool:
     """Tell whether a model of this split has not trained on what the configuration has on these sides.
 
-    A larger side than the configuration asks for holds all of it: sides grow at their inner ends.
+    A side that is larger than the configuration asks for holds all of it: sides grow at one end only.
     """
-    asked = {side: getattr(data, f"{side}_ratio") for side in sides}
-    if not any(asked.values()):
-        return True
     wanted = SplitFacts.of(data)
-    return all(
-        getattr(split, name) == getattr(wanted, name) for name in ("seed", "key_version", "group_field")
-    ) and all(ratio <= getattr(split, f"{side}_ratio") for side, ratio in asked.items())
+    ratios = {f"{side}_ratio" for side in sides}
+    if not any(getattr(wanted, ratio) for ratio in ratios):
+        return True
+    same = all(getattr(split, fact) == getattr(wanted, fact) for fact in ("seed", "key_version", "group_field"))
+    return same and all(getattr(wanted, ratio) <= getattr(split, ratio) for ratio in ratios)
 
 
 def check_split(
@@ -59,32 +58,38 @@ def check_split(
         if keeps_apart(split, data, sides):
             continue
         line = f"{f'{key}: ' if key else ''}{folder}: {'' if made is manifest else f'continues {where}, which '}"
-        again = commands_to_train(made.stage if made.stage in TRAINING_STAGES else None)
+        again = commands_to_train(made.stage)
         if split.key_version < SPLIT_KEY_VERSION:
             raise UserError(
                 f"{line}was trained by an earlier version, whose split had no test side, so it may have seen the prompts "
                 f"that are held out now. Train again: {again}. It can still be served and exported."
             )
-        changes = ", ".join(f"data.{name}: {json.dumps(value)}" for name, value in settings_of(split).items())
-        fix = "Train again" if split.key_version > SPLIT_KEY_VERSION else f"Set {changes}, or train again"
+        wanted = SplitFacts.of(data)
         raise UserError(
-            f"{line}was trained with another split ({split}) than the configuration's ({SplitFacts.of(data)}), so it may "
-            f"have seen the prompts that are held out now. {fix}: {again}."
+            f"{line}was trained with another split ({split}) than the configuration's ({wanted}), so it may have seen "
+            f"the prompts that are held out now. {_setting_to_match(split, wanted)}rain again: {again}."
         )
 
 
-def settings_of(split: SplitFacts) -> dict[str, Any]:
-    """Return the keys of `data` that lead to a split."""
-    return {
-        "split_seed": split.seed,
-        "validation_ratio": split.validation_ratio,
-        "test_ratio": split.test_ratio,
-    } | ({"group_field": split.group_field})
+def _setting_to_match(split: SplitFacts, wanted: SplitFacts) -> str:
+    """Begin a sentence with the keys of `data` that would lead to a split, where there are such."""
+    keys = {
+        "seed": "split_seed",
+        "validation_ratio": "validation_ratio",
+        "test_ratio": "test_ratio",
+        "group_field": "group_field",
+    }
+    changes = [
+        f"data.{key}: {json.dumps(getattr(split, fact))}"
+        for fact, key in keys.items()
+        if getattr(split, fact) != getattr(wanted, fact)
+    ]
+    return f"Set {' and '.join(changes)}, or t" if split.key_version == wanted.key_version else "T"
 
 
-def commands_to_train(stage: str | None) -> str:
-    """Say how to make an adapter again, with those it continues."""
-    chain = [SFT.name] if stage is None else [stage]
+def commands_to_train(stage: str) -> str:
+    """Say how to make an adapter again, with those it continues; a merged model may be of any stage."""
+    chain = [stage if stage in TRAINING_STAGES else SFT.name]
     while earlier := TRAINING_STAGES[chain[0]].continues:
         chain.insert(0, earlier)
     return ", then ".join(f"`python -m {TRAINING_STAGES[name].script}`" for name in chain)
