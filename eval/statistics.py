@@ -190,7 +190,7 @@ def crossed(
         variance = first = second = of_seeds = of_both = 0.0
     free = max(count - 1, 1)
     inverse = 1 / free
-    if seeds > 1 and variance:
+    if seeds > 1 and first:  # seeds that all give the same add nothing
         share = first / variance * first**2 / (first**2 + of_both**2 / 2)
         inverse = share / (seeds - 1) + (1 - share) / free
     return Inference(
