@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from eval.figures import number
 from eval.metrics import Difference, Estimate, Metric, adjust_p_values, binary_metric, mean_metric, ratio_metric
-from eval.report import Benchmarks, Report, number, render_report
+from eval.report import Benchmarks, Report, render_report
 from scripts.common.artifacts import read_manifest, sha256_json
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path, resolve
