@@ -62,7 +62,7 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return the ends and steps of a scale in round numbers that holds both bounds, with at most so many steps."""
     width = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(width / most))
-    for step in (power, 2 * power, 2.5 * power, 5 * power, 10 * power, 20 * power):
+    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         if last - first <= most:
             break

@@ -8,8 +8,9 @@ from itertools import pairwise
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
 
-from eval.figures import percent_of, round_ticks, spoken, spoken_change
+from eval.figures import SPACE, number, percent_of, round_ticks, spoken, spoken_change
 from eval.metrics import Difference, Metric
+from eval.tables import Better
 from scripts.common.stages import BASE, TRAINING_STAGES
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 LEADING = ("all_rules", "checks_passed", "preference_accuracy")  # what the first screen shows, the first that is there
 SIGNS = {"better": "▲", "worse": "▼", "no_worse": "≥", "equivalent": "≈", "undecided": "○"}
 RELATIONS = {"better": "than", "worse": "than", "no_worse": "than", "equivalent": "to"}
-ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
 TILES = 4
 METHODS = 3  # so many seeds speak of the procedures; fewer of the adapters that were compared
 LONG = 600  # letters of an answer that cannot be taken in at a glance
@@ -126,13 +126,13 @@ def _minus(value: float | None) -> float | None:
     return None if value is None else -value
 
 
-def finding(each: Difference, metric: Metric) -> str:
+def finding(each: Difference, better: Better) -> str:
     """Return what a difference shows: the outcome of the primary question, otherwise better, worse or undecided."""
     if each.outcome:
         return each.outcome
     if not each.shown:
         return "undecided"
-    return "better" if (each.value > 0) == (metric.better == "higher") else "worse"
+    return "better" if (each.value > 0) == (better == "higher") else "worse"
 
 
 def title_of(name: str) -> str:
@@ -170,12 +170,13 @@ def sentence(report: Report, metrics: Sequence[Metric], lead: Metric | None) -> 
     groups = {outcome: [metric for metric in metrics if found[metric.name] == outcome] for outcome in RELATIONS}
     decided = {outcome: _lead_first(group, lead)[:2] for outcome, group in groups.items() if group}
     first, second = full_title(report, a), full_title(report, b)
+    verb = "are" if first.startswith("these ") else "is"
     pieces = []
     for place, (outcome, group) in enumerate(decided.items()):
         link = f" {RELATIONS[outcome]} {second}" if place == 0 else ""
         where = " and in ".join(_measured(metric, b, a) for metric in group)
         pieces += [
-            Piece(f"{first} is " if place == 0 else " but "),
+            Piece(f"{_capital(first)} {verb} " if place == 0 else " but "),
             Piece(outcome.replace("_", " "), outcome),
             Piece(f"{link} in {where}"),
         ]
@@ -183,12 +184,11 @@ def sentence(report: Report, metrics: Sequence[Metric], lead: Metric | None) -> 
     if not decided:
         named = _lead_first([metric for metric in metrics if found[metric.name]], lead)[:1]
         pieces = [
-            Piece(f"between {first} and {second} "),
+            Piece(f"Between {first} and {second} "),
             Piece("no difference can be shown", "undecided"),
             Piece(f" in {_measured(named[0], b, a)}"),
         ]
-    pieces += _beginning(lead, b, lead in named)
-    pieces[0] = Piece(pieces[0].text[:1].upper() + pieces[0].text[1:])
+    pieces += _beginning(lead, b, lead in named, again=not decided)
     return [*pieces, Piece(".")]
 
 
@@ -198,7 +198,7 @@ def _finding_of(report: Report, metric: Metric, a: str, b: str) -> str | None:
         return None
     # Earlier versions let the seeds overrule a difference that its own items show.
     overruled = report.verdict is not None and report.verdict.outcome == "no_difference"
-    return "undecided" if overruled else finding(each, metric)
+    return "undecided" if overruled else finding(each, metric.better)
 
 
 def _lead_first(group: Sequence[Metric], lead: Metric) -> list[Metric]:
@@ -207,20 +207,35 @@ def _lead_first(group: Sequence[Metric], lead: Metric) -> list[Metric]:
 
 def _measured(metric: Metric, before: str, after: str) -> str:
     phrase = metric.phrase or f"“{metric.title}”"
+    return f"{phrase} ({_values(metric, before, after)})"
+
+
+def _values(metric: Metric, before: str, after: str) -> str:
+    """Write two values with as many digits as tell them apart."""
     values = [metric.models[name].value if name in metric.models else None for name in (before, after)]
-    return f"{phrase} ({spoken(values[0], metric.unit)}{ARROW}{spoken(values[1], metric.unit)})"
+    texts = [spoken(value, metric.unit) for value in values]
+    if texts[0] == texts[1] and values[0] != values[1] and metric.unit == "share":
+        texts = [f"{number(value, metric.unit)}{SPACE}%" for value in values]
+    return f"{texts[0]}{SPACE}→{SPACE}{texts[1]}"
 
 
-def _beginning(lead: Metric, b: str, same: bool) -> list[Piece]:
+def _capital(name: str) -> str:
+    """Begin a sentence with an arm, whose own name stays as it is."""
+    article = name.partition(" ")[0]
+    return name[:1].upper() + name[1:] if article in ("the", "this", "these") else name
+
+
+def _beginning(lead: Metric, b: str, same: bool, *, again: bool) -> list[Piece]:
     """Say how the second arm stands to the base, so that the last question is not the whole story."""
     each = difference(lead, b, BASE) if b != BASE else None
     if each is None:
         return []
-    found = finding(each, lead)
-    values = f"{spoken(lead.models[BASE].value, lead.unit)}{ARROW}{spoken(lead.models[b].value, lead.unit)}"
+    found = finding(each, lead.better)
+    values = _values(lead, BASE, b)
     where = "" if same else f" in {lead.phrase or lead.title}"
     if found == "undecided":
-        return [Piece(f"; between {title_of(b)} and the base "), Piece("none", found), Piece(f"{where} ({values})")]
+        none = "none" if again else "no difference can be shown"
+        return [Piece(f"; between {title_of(b)} and the base "), Piece(none, found), Piece(f"{where} ({values})")]
     return [Piece(f"; {title_of(b)} is "), Piece(found, found), Piece(f" than the base{where} ({values})")]
 
 
@@ -237,10 +252,9 @@ def tiles(report: Report, metric: Metric) -> list[Tile]:
         if each is None:
             made.append(Tile(name, value))
             continue
-        found = (_finding_of(report, metric, name, before) if (name, before) == key_pair(report) else None) or finding(
-            each, metric
-        )
-        made.append(Tile(name, value, found, spoken_change(each.value, metric.unit), title_of(before)))
+        decisive_one = (name, before) == key_pair(report)
+        found = _finding_of(report, metric, name, before) if decisive_one else finding(each, metric.better)
+        made.append(Tile(name, value, found or "", spoken_change(each.value, metric.unit), title_of(before)))
     return made
 
 
@@ -275,7 +289,7 @@ def picture(metric: Metric) -> Picture | None:
                 [percent_of(scale * value, ticks) for value in seeds] if len(seeds) > 1 else [],
             )
         )
-    unit = "\N{NO-BREAK SPACE}%" if metric.unit == "share" else ""
+    unit = f"{SPACE}%" if metric.unit == "share" else ""
     return Picture(metric, [(percent_of(tick, ticks), f"{tick:g}{unit}") for tick in ticks], rows)
 
 
@@ -283,7 +297,7 @@ def _interval(metric: Metric, value: float, low: float | None, high: float | Non
     text = spoken(value, metric.unit)
     if low is None or high is None:
         return text
-    ends = [spoken(end, metric.unit).replace("\N{NO-BREAK SPACE}%", "") for end in (low, high)]
+    ends = [spoken(end, metric.unit).replace(f"{SPACE}%", "") for end in (low, high)]
     return f"{text} ({ends[0]} to {ends[1]})"
 
 
@@ -329,12 +343,15 @@ def facts(report: Report, metrics: Sequence[Metric]) -> list[str]:
     pair = key_pair(report)
     if pair and metrics:
         count = _compared_seeds(metrics, pair) if report.runs is None else len(report.runs.seeds)
-        what = "these two adapters" if count == 1 else "these adapters" if count < METHODS else "the methods"
-        told.append(f"{'one seed' if count == 1 else f'{count} seeds'}: it speaks of {what}")
+        adapters = "this adapter" if BASE in pair else "these two adapters"
+        what = adapters if count == 1 else "these adapters" if count < METHODS else "the methods"
+        told.append(f"{'one seed' if count == 1 else f'{count} seeds'}, so it speaks of {what}")
     if report.question:
         told.append("planned before training" if report.question.planned else "not planned before training")
     if report.looks:
-        told.append("first look at these data" if report.looks == 1 else f"these data were looked at {report.looks} times")
+        told.append(
+            "first look at these data" if report.looks == 1 else f"these data were looked at {report.looks} times"
+        )
     if report.side == "validation":
         told.append("validation side: it has chosen checkpoints, so it proves nothing")
     return told

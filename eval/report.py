@@ -17,6 +17,7 @@ from eval import overview
 from eval.drawing import axis, draw_curves, zero_axis
 from eval.figures import duration, number, p_value
 from eval.metrics import Difference, Metric, Runs
+from eval.tables import Better
 from eval.verdict import Question, Verdict
 from scripts.common.curves import Curves, read_curves
 
@@ -152,15 +153,18 @@ def render_report(report: Report) -> str:
         signs=overview.SIGNS, folded_after=FOLDED_AFTER, few=overview.TILES,
     )  # fmt: skip
     page = environment.get_template(TEMPLATE.name).render(
-        dict(report), overview=overview.overview(report), decisive=overview.decisive(report), key=overview.key_pair(report)
+        dict(report),
+        overview=overview.overview(report),
+        decisive=overview.decisive(report),
+        key=overview.key_pair(report),
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be saved
 
 
-def reading(difference: Difference, metric: Metric) -> str:
+def reading(difference: Difference, better: Better) -> str:
     """Say in words what a difference between two models means."""
     value, needed = difference.value, difference.needed_n
-    found = overview.finding(difference, metric)
+    found = overview.finding(difference, better)
     if found != "undecided":
         return f"{difference.a} is {found.replace('_', ' ')}"
     if value == difference.ci_low == difference.ci_high == 0:

@@ -17,7 +17,12 @@ import numpy as np
 from eval.report import Report, render_report
 from scripts.common.curves import Curves
 
-RULES = ("starts with a status and a title", "one paragraph without bullets", "ends with the next step", "35 to 80 words")
+RULES = (
+    "starts with a status and a title",
+    "one paragraph without bullets",
+    "ends with the next step",
+    "35 to 80 words",
+)
 CHAIN = ("base", "sft", "dpo")
 ANSWERS = {
     "base": "The migration is going well so far and the team is very excited about it! Here are some key points to "
@@ -58,9 +63,10 @@ def measure(
         seeds = max(len(by_seed[a]), len(by_seed[b]))
         outcome = outcomes.get((a, b), "undecided")
         gap = values[a] - values[b]
+        width = {"undecided": 1.2 * half, "no_worse": 0.03, "equivalent": 0.06}.get(outcome, 0.6 * abs(gap))
         differences.append(
             {
-                "a": a, "b": b, "value": gap, "ci_low": gap - 1.2 * half, "ci_high": gap + 1.2 * half,
+                "a": a, "b": b, "value": gap, "ci_low": gap - width, "ci_high": gap + width,
                 "p_value": 0.2 if outcome == "undecided" else 0.0004, "p_adjusted": 0.4 if outcome == "undecided" else 0.0008,
                 "test": "t, seeds × prompts", "shown": outcome in ("better", "worse"), "needed_n": 412, "seeds": seeds,
                 "df": 4.6 if seeds > 1 else None, "sd_seeds": stdev(by_seed[a]) if seeds > 1 else None,
@@ -104,7 +110,9 @@ def curves(stage: str, seeds: int = 1) -> list[Curves]:
     return made
 
 
-def sample(place: int, answers: Mapping[str, str], kept: Mapping[str, int], prompt: str | None = None) -> dict[str, Any]:
+def sample(
+    place: int, answers: Mapping[str, str], kept: Mapping[str, int], prompt: str | None = None
+) -> dict[str, Any]:
     """Return a prompt with answers that keep the first so many rules."""
     return {
         "source": "data/sft/sample_sft.jsonl",
@@ -142,7 +150,7 @@ def compared(
     """Return a complete report of these arms, whose share of answers that keep all rules is given."""
     arms = list(values)
     a, b = arms[-1], arms[-2]
-    found = {(arms[1], "base"): "better", (a, "base"): "better", **(steps or {}), (a, b): outcome}
+    found = {**{(arm, "base"): "better" for arm in arms[1:]}, **(steps or {}), (a, b): outcome}
     by_seed = scattered(values, seeds)
     margin = (margins or {}).get("all_rules")
     metrics = [
@@ -162,7 +170,14 @@ def compared(
     ]  # fmt: skip
     answers = answers or {arm: ANSWERS.get(arm, ANSWERS["dpo"]) for arm in arms}
     kept = {arm: round(len(RULES) * (0.4 + 0.55 * value)) for arm, value in values.items()}
-    health = {"mean_tokens": 41.5, "repetition": 0.031, "eos_rate": 0.9875, "distinct_2": 0.74, "kl_to_base": 0.4, "kl_to_sft": 0.01}
+    health = {
+        "mean_tokens": 41.5,
+        "repetition": 0.031,
+        "eos_rate": 0.9875,
+        "distinct_2": 0.74,
+        "kl_to_base": 0.4,
+        "kl_to_sft": 0.01,
+    }
     cost = {"train_seconds": 312.4, "train_tokens": 182_400, "peak_memory_gib": 2.31, "steps": 120, "tokens_per_second": 584.0,
             "held_out_loss_before": 2.23, "held_out_loss": 1.21}  # fmt: skip
     report = {
@@ -207,7 +222,9 @@ def worse() -> Report:
 
 def many_arms() -> Report:
     """Return eight arms under ten seeds."""
-    arms = {"base": 0.02, "sft": 0.72} | {f"beta-{beta}": 0.7 + place / 40 for place, beta in enumerate((0.01, 0.05, 0.1, 0.2, 0.5, 1.0))}
+    arms = {"base": 0.02, "sft": 0.72} | {
+        f"beta-{beta}": 0.7 + place / 40 for place, beta in enumerate((0.01, 0.05, 0.1, 0.2, 0.5, 1.0))
+    }
     return compared(arms, "better", "beta-1.0 is better than beta-0.5.", seeds=10, planned=True)
 
 
@@ -228,7 +245,9 @@ def equivalent() -> Report:
 
 def bare() -> Report:
     """Return a comparison without checks and pairs: only the loss was measured."""
-    made = compared({"base": 0.0, "sft": 0.8}, "better", "SFT is better than the base in the loss of the target answers.")
+    made = compared(
+        {"base": 0.0, "sft": 0.8}, "better", "SFT is better than the base in the loss of the target answers."
+    )
     metric = made.metrics[2].model_copy(update={"primary": True})
     metric.differences[0].shown = True
     samples = [each.model_copy(update={"checks": {}}) for each in made.samples[:3]]
