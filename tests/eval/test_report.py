@@ -515,7 +515,10 @@ addEventListener("load", () => {
   const facts = {
     width: innerWidth, content: document.documentElement.scrollWidth, tiles: bottom(".tiles"), picture: bottom(".picture"),
     example: bottom(".example"), keys: all(".keyed .key").length, cut: cut(), title: document.title,
-    outside: all("main *").filter((e) => !e.closest(".scroll") && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.className),
+    outside: all("main *").filter((e) => {
+      const box = e.closest(".reached, .example") || document.documentElement;
+      return !e.closest(".scroll") && e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1;
+    }).map((e) => e.className),
     last: all("section[id]").at(-1).id,
   };
   all(".scroll").forEach((e) => { e.scrollLeft = 10000; });
