@@ -385,7 +385,9 @@ def test_the_sentence_speaks_of_the_measure_in_which_something_was_found():
         metric.differences[-1].outcome = outcome
     report.verdict = report.verdict.model_copy(update={"outcome": "worse"})
     assert "is worse than this SFT adapter in the share of pairs where the chosen answer is likelier" in said(report)
-    assert said(report).endswith("; SFT is better than the base in the share of answers that keep all rules (0 % → 81 %).")
+    assert said(report).endswith(
+        "; SFT is better than the base in the share of answers that keep all rules (0 % → 81 %)."
+    )
     report.metrics[0].differences[-1].outcome = "better"
     assert "in the share of answers that keep all rules (81 % → 75 %) but worse in the share of pairs" in said(report)
 
@@ -558,4 +560,7 @@ def test_the_first_screen_holds_the_story_and_no_key_column_is_cut(tmp_path, wid
         assert (facts["cut"], facts["cutAfterScrolling"]) == (0, 0), name
         assert width > 1000 or facts["scrolled"] > 0, "there was something to scroll"
         assert facts["last"] == "lineage"
-    assert sorted({(facts["open"], *facts["folded"], facts["unfolded"]) for facts in found}) == [(3, 0, 0, 0), (5, 4, 0, 4)]
+    assert sorted({(facts["open"], *facts["folded"], facts["unfolded"]) for facts in found}) == [
+        (3, 0, 0, 0),
+        (5, 4, 0, 4),
+    ]

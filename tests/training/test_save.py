@@ -34,7 +34,11 @@ def test_curves_are_drawn_with_and_without_rewards(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_the_curves_are_kept_and_what_is_no_number_is_left_out(tmp_path: Path) -> None:
-    history = [{"step": 1, "loss": 2.0, "learning_rate": 1e-4}, {"step": 2, "loss": float("nan")}, {"step": 3, "eval_loss": 1.9}]
+    history = [
+        {"step": 1, "loss": 2.0, "learning_rate": 1e-4},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "eval_loss": 1.9},
+    ]
 
     assert read_curves(tmp_path) is None, "an adapter of an earlier version has only the picture"
     write_curves(tmp_path, Curves.of(history, "sft", 7))
