@@ -139,7 +139,13 @@ def test_manifest_of_a_finished_adapter_is_complete(in_finished) -> None:
     assert manifest.split == SplitFacts(seed=0, ratio=0.2)
     assert manifest.config["seed"] == 7
     assert manifest.config["sft"]["learning_rate"] == 1e-2
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "curves.png"} <= manifest.files.keys()
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "curves.png",
+        "curves.json",
+    } <= manifest.files.keys()
     assert set(manifest.files) == {
         path.relative_to("outputs/sft_adapter").as_posix()
         for path in Path("outputs/sft_adapter").rglob("*")
