@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from eval.metrics import Difference, Estimate, Metric, Runs
 from eval.tables import Better
 from eval.verdict import Question, Verdict
+from scripts.common.artifacts import sha256_json
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MINUS = "−"
@@ -94,12 +95,18 @@ class Report(BaseModel):
 def write_report(folder: Path, report: Report) -> None:
     """Write the page, its figures, the answers and the pictures."""
     (folder / "report.html").write_text(render_report(report), encoding="utf-8")
-    samples = "".join(json.dumps(sample.model_dump(), ensure_ascii=False) + "\n" for sample in report.samples)
+    lines = [sample.model_dump() for sample in report.samples]
+    samples = "".join(json.dumps({**line, "sha256": sha256_json(line)}, ensure_ascii=False) + "\n" for line in lines)
     (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
-    figures = report.model_dump(by_alias=True, exclude={"samples", "curves"})
-    (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(figures_of(report), encoding="utf-8")
     for name, picture in report.curves.items():
         (folder / f"{CURVES}{name}.png").write_bytes(base64.b64decode(picture.removeprefix(PNG)))
+
+
+def figures_of(report: Report) -> str:
+    """Return the content of report.json."""
+    figures = report.model_dump(by_alias=True, exclude={"samples", "curves"})
+    return json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_report(folder: Path) -> Report:

@@ -116,7 +116,7 @@ class Inference:
 
     def smallest_gap(self, alpha: float = SIGNIFICANT) -> float | None:
         """Return the smallest true difference that would be shown in four of five such comparisons."""
-        return (_t(self.df, 1 - alpha / 2) + _t(self.df, POWER)) * self.se if self.se else None
+        return visible_gap(self.se, self.df, alpha) if self.se else None
 
     def needed_items(self, alpha: float = SIGNIFICANT) -> int | None:
         """Return how many items, more than there are, would show a difference of the size seen in four of five cases.
@@ -124,7 +124,7 @@ class Inference:
         None where no number would: the difference is zero, or too small for the scatter of so few seeds.
         """
         fixed = self.sd_seeds**2 / self.seeds if self.seeds > 1 else 0.0
-        wanted = (self.value / (_t(self.df, 1 - alpha / 2) + _t(self.df, POWER))) ** 2 - fixed
+        wanted = (self.value / visible_gap(1.0, self.df, alpha)) ** 2 - fixed
         if not self.se or wanted <= 0:
             return None
         more = max((self.se**2 - fixed) / wanted, (1 - math.log2(alpha)) / max(self.differing, 1))
@@ -165,12 +165,7 @@ def crossed(
     and Miller (Journal of Business & Economic Statistics 29, 2011), never below what one way alone gives, as MacKinnon,
     Nielsen and Webb advise (arXiv:2406.08880); C and R come from leaving out one cluster at a time, as theirs do.
 
-    Degrees of freedom. Satterthwaite's (Biometrics Bulletin 2, 1946) are too many where few seeds by chance lie close
-    together: up to 9 % false alarms at 5 %. These weigh the reciprocals by share: 1 / df = u / (S - 1) + (1 - u) / (G - 1).
-    u is A's share of the variance, times A² / (A² + R² / 2): seeds that scatter no more than their items explain borrow
-    df from these, seeds that scatter far more have S - 1. The factor is chosen by simulation, so that no scatter of seeds
-    gives more than 6 % false alarms: `python -m eval.benchmarks.verdict` shows it.
-    With one seed this is the cluster-robust variance with G - 1 df.
+    With one seed this is the cluster-robust variance with G - 1 degrees of freedom; with more see degrees_of_freedom.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
@@ -203,15 +198,10 @@ def crossed(
     variance = first + second
     if variance <= tiny**2:
         variance = first = second = of_seeds = of_both = 0.0
-    free = max(count - 1, 1)
-    inverse = 1 / free
-    if seeds > 1 and variance:
-        share = first / variance * first**2 / (first**2 + of_both**2 / 2)
-        inverse = share / (seeds - 1) + (1 - share) / free
     return Inference(
         value=value,
         se=math.sqrt(variance),
-        df=1 / inverse,
+        df=degrees_of_freedom(first, second, of_both, seeds, count),
         seeds=seeds,
         items=items,
         clusters=count,
@@ -223,6 +213,23 @@ def crossed(
         binary=binary,
         single=seeds == 1 and count == items,
     )
+
+
+def degrees_of_freedom(of_seeds: float, of_clusters: float, of_both: float, seeds: int, clusters: int) -> float:
+    """Return the degrees of freedom of a variance of_seeds + of_clusters, of which of_both would be there without either.
+
+    Satterthwaite's (Biometrics Bulletin 2, 1946) are too many where few seeds by chance lie close together: up to 9 % false
+    alarms at 5 %. These weigh the reciprocals by share: 1 / df = u / (S - 1) + (1 - u) / (G - 1). u is of_seeds' share of the
+    variance, times of_seeds² / (of_seeds² + of_both² / 2): seeds that scatter no more than their items explain borrow from
+    these, seeds that scatter far more have S - 1. The factor was chosen by simulation, so that no scatter of seeds gives
+    more than 6 % false alarms: `python -m eval.benchmarks.verdict` shows it.
+    """
+    free = max(clusters - 1, 1)
+    variance = of_seeds + of_clusters
+    if seeds == 1 or not variance:
+        return free
+    share = of_seeds / variance * of_seeds**2 / (of_seeds**2 + of_both**2 / 2)
+    return 1 / (share / (seeds - 1) + (1 - share) / free)
 
 
 def mcnemar_exact(only_a: float, only_b: float) -> float:
@@ -286,6 +293,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def visible_gap(se: float, df: float, alpha: float) -> float:
+    """Return the true difference that a t test shows in four of five cases, at this standard error."""
+    return se * (_t(df, 1 - alpha / 2) + _t(df, POWER))
 
 
 def _t(df: float, level: float) -> float:

@@ -4,6 +4,7 @@ Draws the items of comparisons in which the truth is known and puts each through
 metrics, verdict. Seeds scatter, prompts have several items, and many items tie. Needs requirements.txt.
 
     python -m eval.benchmarks.verdict
+    python -m eval.benchmarks.verdict --reports 200
 """
 
 from __future__ import annotations
@@ -11,26 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 from scipy.special import ndtri
+from tqdm import tqdm
 
+from eval.benchmarks.training_report import pasted
 from eval.metrics import build_metrics
 from eval.tables import Table
 from eval.verdict import Question, decide
 from scripts.common.errors import entry_point
-
+from scripts.common.machine import available_cores, hardware
 from scripts.common.paths import ROOT
 
 README = ROOT / "eval" / "README.md"
@@ -130,16 +134,107 @@ def _names(prompts: int, pairs: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def measure(cell: Cell, reports: int) -> dict[str, int]:
-    """Count the outcomes of so many reports; the seed of the chance follows from the cell."""
-    generator = np.random.default_rng([int(1e6 * abs(value)) for value in _key(cell)])
+    """Count the outcomes of so many reports; what chance does follows from the cell alone."""
+    numbers = (KINDS.index(cell.kind), cell.seeds, cell.prompts, cell.pairs, cell.scatter, cell.gap, cell.margin or 0)
+    generator = np.random.default_rng([round(1e6 * abs(number)) for number in numbers])
     margins = {} if cell.margin is None else {"measure": cell.margin}
     question = Question(a="dpo", b="sft", measures=["measure"], margins=margins)
-    outcomes: dict[str, int] = {}
+    outcomes: Counter[str] = Counter()
     for _ in range(reports):
         verdict, _ = decide(build_metrics([draw(cell, generator)], question), question)
-        outcomes[verdict.outcome] = outcomes.get(verdict.outcome, 0) + 1
-    return outcomes
+        outcomes[verdict.outcome] += 1
+    return dict(outcomes)
 
 
-def _key(cell: Cell) -> tuple[float, ...]:
-    return KINDS.index(cell.kind), cell.seeds, cell.prompts, cell.pairs, cell.scatter, cell.gap, cell.margin or 0
+def share_of(cell: Cell, outcomes: dict[str, int]) -> float:
+    """Return the share of reports with an outcome that is wrong, or in the cells of power of the one that is right."""
+    counted = (
+        ("better", "worse") if not cell.gap else ("better", "equivalent", "no_worse") if cell.margin else ("better",)
+    )
+    return sum(outcomes.get(outcome, 0) for outcome in counted) / sum(outcomes.values())
+
+
+def measure_all(asked: Sequence[Cell], reports: int, processes: int) -> list[tuple[Cell, float]]:
+    """Measure cells side by side, the largest first."""
+    order = sorted(asked, key=lambda cell: -cell.seeds * cell.prompts * cell.pairs)
+    with ProcessPoolExecutor(processes) as pool:
+        counts = pool.map(measure, order, [reports] * len(order))
+        found = {
+            cell: share_of(cell, outcomes) for cell, outcomes in zip(order, tqdm(counts, total=len(order)), strict=True)
+        }
+    return [(cell, found[cell]) for cell in asked]
+
+
+def errors_table(found: Sequence[tuple[Cell, float]], reports: int) -> list[str]:
+    """Render the share of wrong outcomes: the highest of all kinds and numbers of pairs for each number of seeds and prompts."""
+    head = " | ".join(f"seeds scatter by {100 * scatter:.0f} points" for scatter in SCATTER)
+    lines = [f"| seeds | prompts | {head} |", "|---|---|" + "---|" * len(SCATTER)]
+    for seeds in (1, 3, 5):
+        for prompts in PROMPTS:
+            row = []
+            for scatter in SCATTER:
+                mine = [
+                    (c, share) for c, share in found if (c.seeds, c.prompts, c.scatter) == (seeds, prompts, scatter)
+                ]
+                alarms = max((share for c, share in mine if not c.gap), default=None)
+                losses = max((share for c, share in mine if c.gap), default=None)
+                row.append("–" if alarms is None or losses is None else f"{100 * alarms:.1f} · {100 * losses:.1f}")
+            lines.append(f"| {seeds} | {prompts} | {' | '.join(row)} |")
+    highest = LIMIT + 2 * math.sqrt(LIMIT * (1 - LIMIT) / reports)
+    over = [cell for cell, share in found if share > highest]
+    lines += [
+        "",
+        f"{len(over)} of {len(found)} cells lie above {100 * highest:.2f} %, which is 6 % and two Monte-Carlo errors.",
+    ]
+    return lines
+
+
+def power_table(found: Sequence[tuple[Cell, float]]) -> list[str]:
+    """Render how often a true difference of 8 points is found."""
+    lines = ["| prompts | seeds scatter by | binary | continuous |", "|---|---|---|---|"]
+    rows: dict[tuple[int, float], dict[str, float]] = {}
+    for cell, share in found:
+        rows.setdefault((cell.prompts, cell.scatter), {})[cell.kind] = share
+    for (prompts, scatter), by_kind in rows.items():
+        lines.append(
+            f"| {prompts} | {100 * scatter:.0f} points | " + " | ".join(f"{by_kind[kind]:.2f}" for kind in KINDS) + " |"
+        )
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--reports", type=int, default=4000, metavar="N", help="simulated reports per cell (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="write the share of every cell as JSON")
+    add(
+        "--paste", nargs="?", const=str(README), metavar="FILE", help="also put the tables into eval/README.md, or FILE"
+    )
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every cell, and print the tables."""
+    arguments = build_parser().parse_args(argv)
+    start, processes = time.perf_counter(), available_cores()
+    errors = measure_all(list(cells()), arguments.reports, processes)
+    power = measure_all(list(power_cells()), arguments.reports, processes)
+    about = (
+        f"Measured on {hardware()}, {date.today()}: {arguments.reports:,} reports per cell, "
+        f"{(time.perf_counter() - start) / 60:.0f} minutes."
+    )
+    table = "\n".join([about, "", *errors_table(errors, arguments.reports), "", *power_table(power)])
+    sys.stdout.write(table + "\n")
+    if arguments.out:
+        rows = [{**asdict(cell), "share": share} for cell, share in (*errors, *power)]
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if arguments.paste:
+        path = Path(arguments.paste)
+        path.write_text(pasted(path, table, START, END), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
