@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
+from scipy.optimize import brentq
 
 Floats = NDArray[np.float64]
 
@@ -249,19 +250,14 @@ def tango(only_a: float, only_b: float, n: float, z: float) -> tuple[float, floa
     """
     difference = (only_a - only_b) / n
 
-    def score(gap: float) -> float:
+    def excess(gap: float) -> float:
         linear = -only_a - only_b + (2 * n - only_a + only_b) * gap
         rest = (math.sqrt(max(linear**2 + 8 * n * only_b * gap * (1 - gap), 0.0)) - linear) / (4 * n)
-        variance = n * (2 * rest + gap * (1 - gap))
-        distance = abs(only_a - only_b - n * gap)
-        return distance / math.sqrt(variance) if variance > 0 else math.inf
+        return (only_a - only_b - n * gap) ** 2 - z**2 * n * (2 * rest + gap * (1 - gap))
 
     def bound(end: float) -> float:
-        inside, outside = difference, end
-        for _ in range(45):
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if score(middle) < z else (inside, middle)
-        return outside
+        beside = difference + 1e-9 * (end - difference)  # where all items are alike, the difference itself is a root
+        return float(brentq(excess, beside, end)) if excess(beside) < 0 < excess(end) else end
 
     return bound(-1.0), bound(1.0)
 

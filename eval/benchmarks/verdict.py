@@ -88,7 +88,7 @@ def draw(cell: Cell, generator: np.random.Generator) -> Table:
     ties = TIES[cell.kind] if cell.ties is None else cell.ties
 
     def normal(*shape: int) -> np.ndarray:
-        return generator.standard_normal(shape)
+        return generator.standard_normal(shape, dtype=np.float32)
 
     prompt, prompt_seed, item = (math.sqrt(share) for share in SHARED)
     by_prompt = prompt * normal(1, cell.prompts) + prompt_seed * normal(seeds, cell.prompts)
