@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -233,6 +234,7 @@ def _difference(a: str, b: str, ours: Floats, theirs: Floats, inference: Inferen
     )
 
 
+@lru_cache(maxsize=8)  # most tables of a comparison have the same
 def _numbered(clusters: tuple[str, ...]) -> np.ndarray | None:
     """Number the clusters; None where each item is its own."""
     numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}

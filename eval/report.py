@@ -19,6 +19,7 @@ from eval.figures import duration, number, p_value
 from eval.metrics import Difference, Metric, Runs
 from eval.tables import Better
 from eval.verdict import Question, Verdict
+from scripts.common.artifacts import sha256_json
 from scripts.common.curves import Curves, read_curves
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -97,10 +98,10 @@ class Report(BaseModel):
 def write_report(folder: Path, report: Report) -> None:
     """Write the page, its figures, the answers and the pictures."""
     (folder / "report.html").write_text(render_report(report), encoding="utf-8")
-    samples = "".join(json.dumps(sample.model_dump(), ensure_ascii=False) + "\n" for sample in report.samples)
+    lines = [sample.model_dump() for sample in report.samples]
+    samples = "".join(json.dumps({**line, "sha256": sha256_json(line)}, ensure_ascii=False) + "\n" for line in lines)
     (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
-    figures = report.model_dump(by_alias=True, exclude={"samples", "curves"})
-    (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(figures_of(report), encoding="utf-8")
     drawn = {}
     for name, curves in report.curves.items():
         if isinstance(curves, str):
@@ -109,6 +110,12 @@ def write_report(folder: Path, report: Report) -> None:
             drawn[name] = [each.model_dump() for each in curves]
     if drawn:
         (folder / CURVES).write_text(json.dumps(drawn) + "\n", encoding="utf-8")
+
+
+def figures_of(report: Report) -> str:
+    """Return the content of report.json."""
+    figures = report.model_dump(by_alias=True, exclude={"samples", "curves"})
+    return json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_report(folder: Path) -> Report:
