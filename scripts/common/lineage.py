@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from scripts.common.artifacts import SPLIT_KEY_VERSION, Manifest, SplitFacts, read_manifest
 from scripts.common.errors import UserError

@@ -26,7 +26,7 @@ from scripts.model.base import load_base, load_tokenizer
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import manifest, write_chain
 from tests.support.exporting import save_adapter
-from tests.support.manifests import change_manifest
+from tests.support.manifests import change_manifest, split_facts
 from tests.support.models import CPU
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
@@ -70,13 +70,13 @@ def test_the_verdict_is_words_and_an_outcome(report: Report) -> None:
 
 def test_held_out_prompts_were_trained_on_by_no_stage(compared: Path, report: Report) -> None:
     from scripts.dataset.records import load_datasets, parse_preference, parse_record
-    from scripts.dataset.split import is_validation
+    from scripts.dataset.split import side_of
 
     values = load_config(compared / "config.yaml").values
     trained = set()
     for path, parse in ((values.sft.dataset_path, parse_record), (values.dpo.dataset_path, parse_preference)):
         for file in load_datasets(path, parse, values.data, "x"):
-            trained |= {r.prompt[-1]["content"] for r in file.records if not is_validation(r.prompt, values.data)}
+            trained |= {r.prompt[-1]["content"] for r in file.records if side_of(r, values.data) != "test"}
     samples = [json.loads(line) for line in (compared / "out/comparison/samples.jsonl").read_text().split("\n") if line]
     assert len(samples) == report.metrics[0].n > 5
     assert not trained & {sample["prompt"] for sample in samples}
@@ -189,7 +189,7 @@ def test_held_out_records_that_training_set_aside_are_left_out(tmp_path: Path, c
     config = write_chain(tmp_path)
     rows = [{"instruction": f"say {n} " + "la " * (120 if n % 5 == 3 else 30), "output": "yes"} for n in range(24)]
     write_jsonl(tmp_path / "sft.jsonl", rows)
-    settings = ["sft.trainer.max_steps=2", "data.validation_ratio=0.7", "eval.max_new_tokens=90"]
+    settings = ["sft.trainer.max_steps=2", "data.test_ratio=0.7", "eval.max_new_tokens=90"]
     common = ["--config", str(config), *(part for item in settings for part in ("--set", item))]
     assert train_sft.main([*common, "--set", "data.on_bad_row=skip"]) == 0
 
@@ -314,7 +314,7 @@ def test_file_that_has_changed_since_training_is_reported(compared: Path, tmp_pa
     assert f"{other}: {compared}/{stage}.jsonl has changed since it was trained on (000000000000…, now " in note
 
 
-@pytest.mark.parametrize("split", [{"seed": 5, "ratio": 0.25}, {"seed": 0, "ratio": 0.1}])
+@pytest.mark.parametrize("split", [split_facts(seed=5), split_facts(test_ratio=0.1), {"seed": 0, "ratio": 0.9}])
 def test_adapters_of_other_seeds_are_refused_with_another_split(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture, split: dict
 ) -> None:
@@ -325,7 +325,7 @@ def test_adapters_of_other_seeds_are_refused_with_another_split(
     assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 2
 
     said = capsys.readouterr().err
-    assert f"{other}: was trained with the split of seed {split['seed']} and ratio {split['ratio']}" in said
+    assert f"{other}: was trained {'by an earlier version' if 'ratio' in split else 'with another split'}" in said
     assert "may have seen these prompts" in said
     assert "measuring" not in said
 
@@ -345,7 +345,7 @@ def test_adapters_of_other_seeds_and_other_data_are_reported(compared: Path, tmp
 def test_adapter_that_continues_one_of_another_split_is_refused(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    first = copied(compared / "out/sft_adapter", tmp_path / "first", split={"seed": 5, "ratio": 0.25})
+    first = copied(compared / "out/sft_adapter", tmp_path / "first", split=split_facts(seed=5))
     parent = {"path": str(first), "sha256": read_manifest(first).sha256}
     other = copied(compared / "out/dpo_adapter", tmp_path / "other", parent=parent)
 
