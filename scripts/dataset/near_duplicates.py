@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Cosines of two prompts. Measured on public sets: data/README.md says what they find and what they miss.
-CANDIDATE = 0.3  # usual TF-IDF: worth a closer look
+CANDIDATE = 0.4  # usual TF-IDF: worth a closer look
 ALIKE = 0.7  # everything that is written counts the same
 ALIKE_IN_WHAT_IS_RARE = 0.7  # what is written in many prompts hardly counts: it is a template
 FEW = 4  # prompts that may share a text before it starts to count as one
@@ -57,8 +57,10 @@ def _closest(prompts: Sequence[str], ranks: Sequence[int]) -> dict[str, str]:
         same_where_rare = _cosines(rare, left, right) >= ALIKE_IN_WHAT_IS_RARE
         for at in np.lexsort((right, -score)):  # the closest first, and of these the first in the data
             one, other = prompts[left[at]], prompts[right[at]]
-            if _numbers(one) == _numbers(other) and (same_where_rare[at] or _differ_in_spelling(one, other)):
-                closest.setdefault(one, other)
+            if one in closest or _numbers(one) != _numbers(other):
+                continue
+            if same_where_rare[at] or _differ_in_spelling(one, other):
+                closest[one] = other
     return closest
 
 
@@ -72,7 +74,8 @@ def _vectors(prompts: Sequence[str]) -> list[Any]:
     times = np.asarray(pieces.sum(axis=0)).ravel()
     written = times <= max(FEW, len(prompts) / 2)  # what most share says nothing about any of them
     rarity = np.log(len(prompts) / np.maximum(1, times - FEW + 1))
-    weights: list[np.ndarray] = [written, rarity, rarity**4]
+    usual = rarity * (times <= max(FEW, len(prompts) / 10))  # what is frequent adds little but most of the work
+    weights: list[np.ndarray] = [written, usual, rarity**4]
     return [normalize(pieces.multiply(each.astype(np.float32)).tocsr()) for each in weights]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def test_spelling_does_not_move_a_prompt(spelling: str) -> None:
     """One more full stop, and a copy of a trained prompt would be held out."""
     assert cluster_of(asked(spelling)) == cluster_of(asked("Where is the café?")) == "whereisthecafé"
     data = [Data(split_seed=seed) for seed in range(40)]
-    assert [side_of(asked(spelling), each) for each in data] == [side_of(asked("Where is the café?"), each) for each in data]
+    assert [side_of(asked(spelling), each) for each in data] == [
+        side_of(asked("Where is the café?"), each) for each in data
+    ]
 
 
 def test_apostrophes_are_punctuation_however_they_are_typed() -> None:
@@ -131,7 +134,9 @@ def test_same_prompt_with_several_answers_stays_on_one_side(tmp_path: Path) -> N
     )
 
     assert len(split.train) + len(split.validation) + len(split.test) == 80
-    assert not train & validation and not train & test and not validation & test
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
 
 
 def test_split_seed_changes_which_prompts_and_ratios_how_many() -> None:
@@ -152,9 +157,11 @@ def test_split_seed_changes_which_prompts_and_ratios_how_many() -> None:
 
 def test_the_split_stays_as_it_is() -> None:
     """A changed hash would move test prompts into training, unless SPLIT_KEY_VERSION says so."""
-    found = [side_of(asked(f"Prompt {n}!"), Data(validation_ratio=0.2, test_ratio=0.2))[0] for n in range(30)]
+    data = Data(validation_ratio=0.2, test_ratio=0.2)
+    found = {side: [n for n in range(30) if side_of(asked(f"Prompt {n}!"), data) == side] for side in SIDES}
 
-    assert "".join(found) == "?"
+    assert found["validation"] == [0, 1, 2, 3, 8, 9, 10, 11, 17]
+    assert found["test"] == [7, 29]
 
 
 def test_one_prompt_only_cannot_be_split(tmp_path: Path) -> None:
@@ -178,7 +185,9 @@ GROUPED = Data(validation_ratio=0.3, test_ratio=0.3, group_field="customer")
 def test_a_group_stays_on_one_side_whatever_its_prompts_and_files(tmp_path: Path) -> None:
     names = [*range(20), *(f"Customer {n}" for n in range(20))]
     rows = [{**instruction(n), "customer": name} for n, name in enumerate(names * 3)]
-    pairs = [{"prompt": f"other {n}", "chosen": "a", "rejected": "b", "customer": str(name)} for n, name in enumerate(names)]
+    pairs = [
+        {"prompt": f"other {n}", "chosen": "a", "rejected": "b", "customer": str(name)} for n, name in enumerate(names)
+    ]
     records = [
         record
         for name, of in (("a.jsonl", rows), ("b.jsonl", pairs))
@@ -235,27 +244,237 @@ def test_a_field_that_no_row_has_is_said_once(tmp_path: Path) -> None:
 # --- near-duplicates
 
 
-def test_a_held_out_prompt_close_to_a_trained_one_is_left_out_and_named(tmp_path: Path) -> None:
-    rows = [{**instruction(n), "instruction": text} for n, text in enumerate(ESSAYS)]
-    first = sides(rows, tmp_path)
-    held_out = [text for text, side in first.items() if side != "train"]
-    copies = [f"Please, {text.lower()} Thank you" for text in held_out]
-    assert held_out
+def rows_of(*prompts: str) -> list[dict[str, str]]:
+    """Make a row of each prompt."""
+    return [{"instruction": prompt, "output": f"answer {n}"} for n, prompt in enumerate(prompts)]
 
-    plain = split_records(read(tmp_path / "b.jsonl", rows), THIRDS, seed=0)
-    split = split_records(read(tmp_path / "c.jsonl", [*rows, *({**rows[0], "instruction": c} for c in copies)]), THIRDS, 0)
 
-    closest = {near.record.prompt[0]["content"]: near for near in split.near_duplicates}
-    trained = {record.prompt[0]["content"] for record in split.train}
-    for text, copy in zip(held_out, copies, strict=True):
-        if copy in trained:
-            assert closest[text].like.prompt[0]["content"] == copy
-            assert str(closest[text]).endswith(f"is close to {closest[text].like.source} (train)")
-        elif first[text] == "validation":
-            assert text not in closest, "what is close to the test side stays"
-    assert not plain.near_duplicates
-    assert {r.prompt[0]["content"] for r in plain.train} <= trained, "training never changes"
-    assert any(copy in trained for copy in copies)
+def beside(held: str, trained: str, tmp_path: Path, *others: str, names: tuple[str, str] = ("test", "train")) -> Split:
+    """Split two prompts with others around them, with a seed that puts the two on the sides of these names."""
+    files = read(tmp_path / "near.jsonl", rows_of(held, trained, *(others or PROMPTS)))
+    for seed in range(500):
+        data = THIRDS.model_copy(update={"split_seed": seed})
+        if tuple(side_of(record, data) for record in files[0].records[:2]) == names:
+            return split_records(files, data, seed=0)
+    raise AssertionError("no seed does")
+
+
+def left_out(split: Split) -> dict[str, str]:
+    """Map each prompt that is left out to the one that it is close to."""
+    return {near.record.prompt[0]["content"]: near.like.prompt[0]["content"] for near in split.near_duplicates}
+
+
+PROMPTS = [
+    "How do I change the oil of an old lawn mower without spilling half of it?",
+    "Explain to a child why the moon seems to follow our car at night.",
+    "Which vegetables can be sown in the garden as early as March?",
+    "Write two sentences that thank a neighbour for watering the plants.",
+    "What should I check before I buy a second-hand violin for my daughter?",
+    "Describe the smell of a library to somebody who has never been in one.",
+    "Our bakery closes on Mondays; draft a sign for the door.",
+    "Why does bread go stale faster in the fridge than on the counter?",
+]
+TEXT = "The boiler on the second floor makes a rattling noise whenever the heating starts, and the tenants complain about it."
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        f"Please help: {TEXT}",
+        TEXT.replace("complain", "are complaining"),
+        TEXT.replace("boiler", "biolerr"[:6]).replace("tenants", "tennants"),
+        "Whenever the heating starts, the boiler on the second floor makes a rattling noise, and the tenants complain about it.",
+        TEXT.replace(" about it", ""),
+    ],
+)
+def test_a_held_out_prompt_close_to_a_trained_one_is_left_out_and_named(tmp_path: Path, copy: str) -> None:
+    split = beside(copy, TEXT, tmp_path)
+
+    assert left_out(split) == {copy: TEXT}
+    assert (
+        str(split.near_duplicates[0]) == f"{tmp_path}/near.jsonl:1 (test) is close to {tmp_path}/near.jsonl:2 (train)"
+    )
+    assert copy not in {record.prompt[0]["content"] for record in split.test}
+    assert TEXT in {record.prompt[0]["content"] for record in split.train}, "training never changes"
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("validation", "train"), True),
+        (("test", "validation"), True),  # a checkpoint was chosen by it
+        (("validation", "test"), False),  # the other one is left out instead
+        (("train", "test"), False),
+        (("test", "test"), False),
+    ],
+)
+def test_each_side_is_unlike_those_before_it(tmp_path: Path, names: tuple[str, str], found: bool) -> None:
+    copy = f"Please help: {TEXT}"
+
+    assert (copy in left_out(beside(copy, TEXT, tmp_path, names=names))) == found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A baker has 12 loaves and sells 5 of them. How many are left?", "A baker has 17 loaves and sells 8 of them. How many are left?"),
+        ("Why does bread rise in the oven?", "Why does the sun rise in the east?"),
+    ],
+)  # fmt: skip
+def test_another_question_in_the_same_words_is_no_near_duplicate(tmp_path: Path, one: str, other: str) -> None:
+    assert not left_out(beside(one, other, tmp_path))
+
+
+def test_a_question_asked_of_many_things_is_no_near_duplicate(tmp_path: Path) -> None:
+    names = [
+        "Austria",
+        "Australia",
+        "Peru",
+        "Norway",
+        "Ghana",
+        "Japan",
+        "Chile",
+        "Cuba",
+        "Kenya",
+        "Malta",
+        "Nepal",
+        "Oman",
+    ]
+    rows = rows_of(*(f"What is the capital of {name}?" for name in names), *PROMPTS * 2)
+
+    assert not left_out(split_records(read(tmp_path / "a.jsonl", rows), THIRDS, seed=0))
+
+
+@pytest.mark.parametrize("instructions", [1, 3, 10])
+def test_what_many_records_share_is_no_likeness(tmp_path: Path, instructions: int) -> None:
+    """A long instruction before a short text, constant or from a handful of variants, makes no two records alike."""
+    long = "Decide what the customer wants and answer with one label in capital letters, without an explanation and without quotation marks"
+    things = [
+        "ship",
+        "fox",
+        "lamp",
+        "river",
+        "stone",
+        "cloud",
+        "piano",
+        "candle",
+        "forest",
+        "engine",
+        "meadow",
+        "button",
+        "ladder",
+    ]
+    rows = rows_of(
+        *(
+            f"{long}, variant {'abcdefghij'[n % instructions] * 3}: {one} {other}"
+            for n, (one, other) in enumerate(itertools.combinations(things, 2))
+        )
+    )
+
+    assert not left_out(split_records(read(tmp_path / "a.jsonl", rows), THIRDS, seed=0))
+
+
+def test_a_near_duplicate_is_found_below_a_shared_instruction(tmp_path: Path) -> None:
+    long = "Decide what the customer wants and answer with one label in capital letters: "
+    copy = TEXT.replace("complain", "are complaining")
+
+    split = beside(long + copy, long + TEXT, tmp_path, *(long + prompt for prompt in PROMPTS))
+
+    assert left_out(split) == {long + copy: long + TEXT}
+
+
+def test_a_text_under_ten_instructions_is_the_same_text(tmp_path: Path) -> None:
+    """Multiplying a few texts by asking for them differently multiplies no evidence."""
+    asks = ["Summarise", "Shorten", "Write a headline for", "List the main points of", "What is said in", "Translate", "Rate",
+            "Rewrite", "Quote", "Check"]  # fmt: skip
+    rows = rows_of(*(f"{ask} this: {text}" for text in [TEXT, *PROMPTS, TEXT[::-1]] for ask in asks))
+
+    split = split_records(read(tmp_path / "a.jsonl", rows), THIRDS, seed=0)
+
+    assert split.test == split.validation == ()
+    assert len(split.train) + len(split.near_duplicates) == 100
+
+
+def test_system_messages_and_answers_make_no_two_prompts_alike(tmp_path: Path) -> None:
+    system = {"role": "system", "content": TEXT}
+    rows = [
+        {"messages": [system, *talk(prompt, TEXT, "And " + prompt[::-1], TEXT)]} for prompt in PROMPTS
+    ]  # fmt: skip
+
+    for seed in range(5):
+        data = THIRDS.model_copy(update={"split_seed": seed})
+        assert not left_out(split_records(read(tmp_path / "a.jsonl", rows), data, seed=0))
+
+
+def test_the_same_prompt_in_two_groups_is_a_near_duplicate(tmp_path: Path) -> None:
+    rows = [{**row, "customer": n} for n, row in enumerate(rows_of(*PROMPTS, *PROMPTS))]
+
+    split = split_records(read(tmp_path / "a.jsonl", rows, GROUPED), GROUPED, seed=0)
+
+    kept = {side: {cluster_of(asked(r.prompt[0]["content"])) for r in getattr(split, side)} for side in SIDES}
+    assert split.near_duplicates
+    assert not kept["train"] & kept["test"]
+    assert not kept["train"] & kept["validation"]
+    assert not kept["validation"] & kept["test"]
+
+
+@pytest.mark.parametrize(
+    "prompts", [["東京から京都まで新幹線でどのくらいかかりますか", "東京から京都まで新幹線でどれくらいかかりますか"]]
+)
+def test_languages_without_spaces_are_compared_too(tmp_path: Path, prompts: list[str]) -> None:
+    others = [
+        "今日の夕食に何を作ればいいですか",
+        "犬の散歩は一日に何回必要ですか",
+        "俳句を一つ書いてください",
+        "京都の天気を教えて",
+    ]
+
+    assert left_out(beside(*prompts, tmp_path, *others)) == {prompts[0]: prompts[1]}
+    assert not left_out(beside(others[0], others[1], tmp_path, *others[2:]))
+
+
+def chain_of(tmp_path: Path, sft: list[dict[str, str]], dpo: str = "dpo.jsonl") -> Config:
+    """Configure a chain whose preferences are about a text that instruction records have too."""
+    write_jsonl(tmp_path / "dpo.jsonl", [{"prompt": TEXT, "chosen": "a", "rejected": "b"}, {"prompt": ""}])
+    return Config(
+        sft=Sft(dataset_path=str(write_jsonl(tmp_path / "sft.jsonl", sft))),
+        dpo=Dpo(dataset_path=str(tmp_path / dpo)),
+        data=THIRDS,
+    )
+
+
+def test_the_files_of_other_stages_count(tmp_path: Path) -> None:
+    copy = f"Please help: {TEXT}"
+    config = chain_of(tmp_path, rows_of(copy, *PROMPTS))
+    seed = next(
+        seed for seed in range(500)
+        if side_of(asked(TEXT), Data(split_seed=seed)) == "train" and side_of(asked(copy), Data(split_seed=seed)) == "test"
+    )  # fmt: skip
+    config = config.model_copy(update={"data": Data(split_seed=seed)})
+    files = load_datasets(config.sft.dataset_path, parse_record, config.data, KEY)
+
+    alone = split_records(files, config.data, 0)
+    in_chain = split_records(files, config.data, 0, load_rest_of_chain(config, ["sft"]))
+
+    assert not left_out(alone)
+    assert left_out(in_chain) == {copy: TEXT}
+    assert in_chain.near_duplicates[0].like.source == f"{tmp_path}/dpo.jsonl:1"
+    assert in_chain.train == alone.train
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "owner/name", "broken.jsonl"])
+def test_what_another_stage_lacks_stops_no_stage(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "broken.jsonl").write_text("{")
+    config = chain_of(tmp_path, rows_of(*PROMPTS), name)
+    if name == "owner/name":
+        config = config.model_copy(update={"dpo": Dpo(dataset_path=name)})
+
+    with caplog.at_level("INFO"):
+        assert load_rest_of_chain(config, ["sft"]) == []
+    assert ("not searched for near-duplicates" in caplog.text) == (name != "owner/name")
+
+
+# --- what follows from it
 
 
 def test_weights_repeat_records_and_take_a_fixed_part(tmp_path: Path) -> None:
@@ -269,9 +488,7 @@ def test_weights_repeat_records_and_take_a_fixed_part(tmp_path: Path) -> None:
     files = load_datasets(sources, parse_record, data, KEY)
     split, again = split_records(files, data, seed=3), split_records(files, data, seed=3)
 
-    unique = [
-        len({r.messages[0]["content"] for r in file.records if not is_validation(r.prompt, data)}) for file in files
-    ]
+    unique = [len({r.messages[0]["content"] for r in file.records if side_of(r, data) == "train"}) for file in files]
     taken = [[r for r in split.train if r.source.startswith(str(path))] for path in paths]
     assert [len(part) for part in taken] == [unique[0] * 2 + round(unique[0] / 2), round(unique[1] / 2)]
     assert len({r.source for r in taken[1]}) == len(taken[1])
@@ -281,7 +498,7 @@ def test_weights_repeat_records_and_take_a_fixed_part(tmp_path: Path) -> None:
 
 def test_duplicates_and_shared_answers_are_counted(tmp_path: Path) -> None:
     rows = [instruction(1), instruction(1), instruction(1, input="x"), instruction(2)]
-    data = Data(validation_ratio=0.5)
+    data = Data(validation_ratio=0.5, test_ratio=0)
     many = [{"instruction": f"q{n}", "output": "the same"} for n in range(30)]
     split = split_records(
         load_datasets(str(write_jsonl(tmp_path / "b.jsonl", many)), parse_record, data, KEY), data, seed=0
