@@ -187,7 +187,7 @@ def test_held_out_records_that_training_set_aside_are_left_out(tmp_path: Path, c
     config = write_chain(tmp_path)
     rows = [{"instruction": f"say {n} " + "la " * (120 if n % 5 == 3 else 30), "output": "yes"} for n in range(24)]
     write_jsonl(tmp_path / "sft.jsonl", rows)
-    settings = ["sft.trainer.max_steps=2", "data.validation_ratio=0.7", "eval.max_new_tokens=90"]
+    settings = ["sft.trainer.max_steps=2", "data.test_ratio=0.7", "eval.max_new_tokens=90"]
     common = ["--config", str(config), *(part for item in settings for part in ("--set", item))]
     assert train_sft.main([*common, "--set", "data.on_bad_row=skip"]) == 0
 

@@ -81,7 +81,7 @@ def lineage(stage: str) -> dict:
         "path": f"outputs/{stage}_adapter", "sha256": "ab12" * 16, "created": "2026-01-02T03:04:05+00:00",
         "base_model": {"id": "models/smollm2-135m-instruct", "revision": None, "fingerprint": "cd34" * 16},
         "datasets": [{"path": f"data/{stage}/sample_{stage}.jsonl", "sha256": "ef56" * 16, "train": 320, "validation": 80}],
-        "split": {"seed": 0, "ratio": 0.2}, "seed": 0, "git": {"commit": "9f" * 20, "dirty": True},
+        "split": {"seed": 0, "validation_ratio": 0.1, "test_ratio": 0.2, "key_version": 1, "group_field": None}, "seed": 0, "git": {"commit": "9f" * 20, "dirty": True},
         "packages": {"torch": "2.13.0", "trl": "1.16.0"}, "mlflow_run_id": "77" * 16,
     }  # fmt: skip
 
