@@ -197,7 +197,7 @@ def _finding_of(report: Report, metric: Metric, a: str, b: str) -> str | None:
     if each is None:
         return None
     # Earlier versions let the seeds overrule a difference that its own items show.
-    overruled = report.verdict is not None and report.verdict.outcome == "no_difference"
+    overruled = report.runs is not None and report.verdict is not None and report.verdict.outcome == "undecided"
     return "undecided" if overruled else finding(each, metric.better)
 
 
