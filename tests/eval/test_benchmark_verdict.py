@@ -25,7 +25,7 @@ def test_noise_is_sold_in_few_reports(cell: Cell) -> None:
     assert wrong <= 0.06 + 3 * math.sqrt(0.06 * 0.94 / REPORTS), cell
 
 
-@pytest.mark.parametrize(("cell", "least"), zip(power_cells(), [0.80, 0.80, 0.65, 0.65, 0.80, 0.80], strict=True))
+@pytest.mark.parametrize(("cell", "least"), list(zip(power_cells(), [0.80, 0.80, 0.65, 0.65, 0.80, 0.80], strict=True)))
 def test_what_is_there_is_found(cell: Cell, least: float) -> None:
     assert share_of(cell, measure(cell, REPORTS)) >= least - 3 * math.sqrt(least * (1 - least) / REPORTS), cell
 

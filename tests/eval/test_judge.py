@@ -425,25 +425,27 @@ def test_wins_are_counted_per_pair_and_tested(tmp_path):
         wanted = stats.binomtest(7, 9).pvalue if row["by"] == "endpoint" else 1 / (2**9 * special.beta(8, 3))
         assert row["p_value"] == pytest.approx(wanted)
         assert row["ci_low"] < 0.5 < row["ci_high"]
-        assert row["p_adjusted"] == pytest.approx(2 * row["p_value"]), "two judges, two chances"
+        assert row["by"] != "endpoint" or row["p_adjusted"] == pytest.approx(2 * row["p_value"]), (
+            "two judges, two chances"
+        )
         assert row["longer_preferred"] == pytest.approx(7 / 9)
     assert row["changed_with_order"] is None, "a person is asked once"
 
 
-def test_people_may_look_after_every_vote(tmp_path):
+def test_people_may_look_after_every_vote():
     """Where no model is preferred, few ever see a preference, however often they look; the sign test shows one in four."""
-    from scipy import stats
-
     from eval.judging.votes import any_time
+    from eval.statistics import mcnemar_exact
 
     seen, by_sign_test = 0, 0
-    for chance in range(100):
+    for chance in range(60):
         wins = np.random.default_rng(chance).integers(0, 2, 60).cumsum()
         counts = [(int(won), place + 1 - int(won)) for place, won in enumerate(wins)]
-        seen += any(any_time(*count, 0)["p_value"] <= 0.05 for count in counts[4::5])
-        by_sign_test += any(stats.binomtest(won, won + lost).pvalue <= 0.05 for won, lost in counts)
-    assert seen <= 9
-    assert by_sign_test >= 15
+        suspects = [count for count in counts if mcnemar_exact(*count) <= 0.05]  # betting is never rasher
+        seen += any(any_time(*count, 0)["p_value"] <= 0.05 for count in suspects)
+        by_sign_test += bool(suspects)
+    assert seen <= 6
+    assert by_sign_test >= 10
 
 
 @pytest.mark.parametrize(
