@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -349,25 +348,13 @@ def test_a_question_asked_of_many_things_is_no_near_duplicate(tmp_path: Path) ->
 def test_what_many_records_share_is_no_likeness(tmp_path: Path, instructions: int) -> None:
     """A long instruction before a short text, constant or from a handful of variants, makes no two records alike."""
     long = "Decide what the customer wants and answer with one label in capital letters, without an explanation and without quotation marks"
-    things = [
-        "ship",
-        "fox",
-        "lamp",
-        "river",
-        "stone",
-        "cloud",
-        "piano",
-        "candle",
-        "forest",
-        "engine",
-        "meadow",
-        "button",
-        "ladder",
-    ]
+    syllables = ["ba", "ke", "lim", "no", "pur", "sta", "tri", "wo", "xi", "zel"]
+    made_up = random.Random(0)
     rows = rows_of(
         *(
-            f"{long}, variant {'abcdefghij'[n % instructions] * 3}: {one} {other}"
-            for n, (one, other) in enumerate(itertools.combinations(things, 2))
+            f"{long}, variant {'abcdefghij'[n % instructions] * 3}: "
+            + " ".join("".join(made_up.sample(syllables, 3)) for _ in range(3))
+            for n in range(100)
         )
     )
 

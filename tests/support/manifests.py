@@ -9,7 +9,6 @@ from typing import Any
 from scripts.common.artifacts import MANIFEST, SPLIT_KEY_VERSION, Manifest, write_manifest
 
 
-
 def split_facts(**changes: Any) -> dict[str, Any]:
     """Describe the split of tests/support/chain.py, or another one, as a manifest holds it."""
     facts = {"seed": 0, "validation_ratio": 0.15, "test_ratio": 0.2, "key_version": SPLIT_KEY_VERSION}

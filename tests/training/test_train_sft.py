@@ -17,8 +17,8 @@ import torch
 from scripts.common import run as common_run
 from scripts.common.artifacts import (
     MANIFEST,
-    BaseModelFacts,
     SPLIT_KEY_VERSION,
+    BaseModelFacts,
     SplitFacts,
     locked_run_dir,
     read_manifest,
