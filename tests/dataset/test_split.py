@@ -181,7 +181,7 @@ def test_one_prompt_only_cannot_be_split(tmp_path: Path) -> None:
 GROUPED = Data(validation_ratio=0.3, test_ratio=0.3, group_field="customer")
 
 
-def test_a_group_stays_on_one_side_whatever_its_prompts_and_files(tmp_path: Path) -> None:
+def test_a_group_stays_on_one_side_in_every_file_and_with_any_prompt(tmp_path: Path) -> None:
     names = [*range(20), *(f"Customer {n}" for n in range(20))]
     rows = [{**instruction(n), "customer": name} for n, name in enumerate(names * 3)]
     pairs = [
