@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -265,9 +266,9 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
 
 
 def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
-    """Count the records of a stage on both sides of the split."""
+    """Count the records of a stage on each side of the split."""
     from scripts.dataset.files import find_file
-    from scripts.dataset.records import PARSERS, load_datasets, sources_of
+    from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
     from scripts.dataset.split import split_records
 
     section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
@@ -277,15 +278,21 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     if None in files or size > LARGE_BYTES:
         return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
     datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
-    split = split_records(datasets, config.values.data, config.values.seed)
-    skipped = sum(len(file.bad_rows) for file in datasets)
-    text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} held out"
-    text += f", {skipped} bad ones set aside" if skipped else ""
-    if split.validation:
-        return Finding("ok", text)
-    return Finding(
-        "warn", text, "--set data.validation_ratio=0.2, or more records: nothing would show whether it helped"
+    split = split_records(
+        datasets, config.values.data, config.values.seed, load_rest_of_chain(config.values, [stage.name])
     )
+    skipped = sum(len(file.bad_rows) for file in datasets)
+    text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} for validation, "
+    text += f"{len(split.test)} for the test"
+    text += f", {len(split.near_duplicates)} near-duplicates left out" if split.near_duplicates else ""
+    text += f", {skipped} bad ones set aside" if skipped else ""
+    if not split.test:
+        fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
+        return Finding("warn", text, fix)
+    if not split.validation:
+        fix = "--set data.validation_ratio=0.1, or more records: nothing would choose the checkpoint"
+        return Finding("warn", text, fix)
+    return Finding("ok", text)
 
 
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
@@ -324,8 +331,9 @@ def adapters_of(config: LoadedConfig) -> tuple[dict[str, str], set[str]]:
 
 
 def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
-    """Prove that a finished folder is whole and of the configured base."""
+    """Prove that a finished folder is whole, of the configured base, and of the split that the next stage needs."""
     from scripts.common.artifacts import read_manifest
+    from scripts.common.lineage import check_split
     from scripts.model.fingerprint import base_fingerprint
 
     base = base_folder(config)
@@ -337,6 +345,16 @@ def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
     if base and made_on.fingerprint != base_fingerprint(base):
         fix = f"--set base_model_id={made_on.id}, or train it again"
         return Finding("bad", f"{path}: whole, but made on another base, {made_on.id}", fix)
+    continued = [f"{name}.init_from" for name, stage in TRAINING_STAGES.items() if stage.continues]
+    starts = next((key for key in continued if attrgetter(key)(config.values) == path), None)
+    try:
+        check_split(path, manifest, config.values.data, starts, sides=("validation", "test") if starts else ("test",))
+    except UserError as error:
+        if starts:
+            raise
+        return Finding(
+            "warn", f"{path}: whole, {manifest.stage} on {made_on.id}, but it cannot be compared", str(error)
+        )
     return Finding("ok", f"{path}: whole, {manifest.stage} on {made_on.id}")
 
 

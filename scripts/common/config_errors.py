@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from scripts.common.question import question_problems
 from scripts.common.schema import Config
 from scripts.common.stages import TRAINING_STAGES
 
@@ -109,12 +110,19 @@ def contradictions(values: Config, origins: dict[str, str], path: str) -> Iterat
     if values.quantization.load_in_4bit and values.quantization.load_in_8bit:
         where = origins.get("quantization.load_in_8bit", path)
         yield f"{where}: quantization.load_in_8bit: found true beside load_in_4bit: true; wanted only one of them"
+    data = values.data
+    if data.validation_ratio + data.test_ratio >= 1:
+        where = origins.get("data.test_ratio") or origins.get("data.validation_ratio") or path
+        found = f"found {data.test_ratio:g} beside validation_ratio: {data.validation_ratio:g}"
+        yield f"{where}: data.test_ratio: {found}; wanted less than 1 together, so that something is left to train on"
     folders = {key: os.path.abspath(attrgetter(key)(values)) for key in OUTPUTS}
     for (first, one), (second, other) in combinations(folders.items(), 2):
         if Path(one).is_relative_to(other) or Path(other).is_relative_to(one):
             where = origins.get(second) or origins.get(first) or path
             found = attrgetter(second)(values)
             yield f"{where}: {second}: found {found}, wanted a folder apart from that of {first}: one would replace the other"
+    for key, problem in question_problems(values):
+        yield f"{next((origins[k] for k in parents_of(key) if k in origins), path)}: {key}: {problem}"
 
 
 def undecided(values: Config, stage: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from scripts.common.artifacts import DatasetFacts, Manifest
+from scripts.common.artifacts import DatasetFacts, Manifest, SplitFacts
 from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path, resolve
@@ -51,7 +51,7 @@ def render_card(
         f"weights, saved in {metrics['dtype']} as {metrics['format']}. `manifest.json` holds every hash and setting.",
         "## Data",
         *(describe_dataset(entry) for entry in manifest.datasets),
-        f"Held out by the hash of the prompt: seed {manifest.split.seed}, ratio {manifest.split.ratio}.",
+        describe_split(manifest.split),
         "## Training",
         describe_training(manifest),
         "## Is it better than the base?",
@@ -89,8 +89,16 @@ def describe_dataset(entry: DatasetFacts) -> str:
         deid = "No de-identification report vouches for it"
     return (
         f"- `{entry.path}` (sha256 `{entry.sha256[:16]}…`): {entry.train} records trained on, "
-        f"{entry.validation} held out. {deid}."
+        f"{(entry.validation or 0) + (entry.test or 0)} held out. {deid}."
     )
+
+
+def describe_split(split: SplitFacts) -> str:
+    """Say how the held-out prompts were chosen, and for what."""
+    how = f"Held out by the hash of {split.group_field or 'the prompt'}, seed {split.seed}"
+    if split.key_version == 0:
+        return f"{how}: ratio {split.validation_ratio:g}."
+    return f"{how}: {split.validation_ratio:g} for validation, {split.test_ratio:g} for the test."
 
 
 def describe_training(manifest: Manifest) -> str:
@@ -112,17 +120,26 @@ def describe_comparison(manifest: Manifest, comparison_dir: str) -> str:
         report = json.loads((Path(comparison_dir) / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "Not measured: there is no comparison report. `python -m eval.compare` writes one."
-    if report["lineage"].get(manifest.stage, {}).get("sha256") != manifest.sha256:
+    if all(made.get("sha256") != manifest.sha256 for made in report["lineage"].values()):
         return "Not measured: the comparison report that is there is about another adapter."
     models = report["models"]
     rows = [f"| held out | n | {' | '.join(models)} |", "|---|---" + "|---" * len(models) + "|"]
     for metric in report["metrics"]:
         cells = []
         for name in models:
-            estimate = metric["models"].get(name)
-            cells.append("–" if estimate is None else "{value:.3g} ({ci_low:.3g} to {ci_high:.3g})".format(**estimate))
+            cells.append(describe_estimate(metric["models"].get(name)))
         rows.append(f"| {metric['title']}, {metric['unit']} | {metric['n']} | {' | '.join(cells)} |")
     return f"> {report['verdict']['text']}\n\n" + "\n".join(rows) + "\n\nIn brackets: 95 % intervals."
+
+
+def describe_estimate(estimate: dict[str, float | None] | None) -> str:
+    """Write a value with its interval, as far as they are known."""
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    value = f"{estimate['value']:.3g}"
+    if estimate["ci_low"] is None or estimate["ci_high"] is None:
+        return value
+    return f"{value} ({estimate['ci_low']:.3g} to {estimate['ci_high']:.3g})"
 
 
 def describe_parity(metrics: dict[str, Any]) -> str:
