@@ -30,6 +30,7 @@ from scripts.common.machine import apply_machine, choose_machine, peak_memory_gi
 from scripts.common.paths import portable_path
 from scripts.common.run import Run, open_run
 from scripts.common.stages import BASE, SFT, TRAINING_STAGES
+from scripts.dataset.split import describe_near_duplicates
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
@@ -140,7 +141,7 @@ def prepare(config: LoadedConfig, adapters: list[Adapter], runs: Sequence[Sequen
     held_out = read_held_out(config, [adapter.name for adapter in adapters])
     base_folder = find_model(config.values.base_model_id, config.values.base_model_revision)
     chat = ChatFormat.of(load_tokenizer(base_folder), adapters[0].manifest)
-    notes = []
+    notes = [describe_near_duplicates(held_out.near_duplicates)] if held_out.near_duplicates else []
     for group in (adapters, *runs):
         for adapter in group:
             check_adapter_fits(adapter.folder, base_folder, chat.tokenizer)
