@@ -101,10 +101,10 @@ def adapter_of(stage: str, compared: Path) -> compare.Adapter:
 
 
 def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> None:
-    """What train_sft measured on its held-out records is what the comparison measures on the same records."""
+    """What train_sft measured on its validation records is what the comparison measures on the same records."""
     values = load_config(compared / "config.yaml").values
     tokenizer = load_tokenizer(compared / "model")
-    held_out = compare.read_held_out(load_config(compared / "config.yaml"), {"sft": None})
+    held_out = compare.read_held_out(load_config(compared / "config.yaml"), {"sft": None}, "validation")
     prepared = Prepared(tokenizer, held_out, values)
     model, chats = compare.load_models(
         load_config(compared / "config.yaml"), [adapter_of("sft", compared)], compared / "model", tokenizer
@@ -203,7 +203,7 @@ def test_held_out_records_that_training_set_aside_are_left_out(tmp_path: Path, c
 
 def test_refuses_adapters_of_another_split(compared: Path, capsys: pytest.CaptureFixture) -> None:
     assert compare.main(["--config", str(compared / "config.yaml"), "--set", "data.split_seed=5"]) == 2
-    assert "may have seen these prompts" in capsys.readouterr().err
+    assert "may have seen the prompts that are held out now" in capsys.readouterr().err
 
 
 def test_refuses_an_adapter_of_another_base_before_anything_is_measured(
@@ -326,7 +326,7 @@ def test_adapters_of_other_seeds_are_refused_with_another_split(
 
     said = capsys.readouterr().err
     assert f"{other}: was trained {'by an earlier version' if 'ratio' in split else 'with another split'}" in said
-    assert "may have seen these prompts" in said
+    assert "may have seen the prompts that are held out now" in said
     assert "measuring" not in said
 
 
@@ -351,7 +351,7 @@ def test_adapter_that_continues_one_of_another_split_is_refused(
 
     assert compare.main(["--config", str(compared / "config.yaml"), "--set", f"dpo.output_dir={other}"]) == 2
 
-    assert f"{other}: continues {first}, which was trained with the split of seed 5" in capsys.readouterr().err
+    assert f"{other}: continues {first}, which was trained with another split (seed 5" in capsys.readouterr().err
 
 
 def test_sft_trained_again_after_dpo_is_not_its_reference(compared: Path, tmp_path: Path) -> None:
