@@ -42,6 +42,7 @@ from scripts.common.lineage import Side
 from scripts.common.machine import peak_memory_gib
 from scripts.common.run import Run, open_run
 from scripts.common.stages import BASE
+from scripts.dataset.split import describe_near_duplicates
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
@@ -142,7 +143,8 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Seq
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     check_made_on_base(arms, base_folder, tokenizer)
-    lineage = describe_arms(arms, held_out, values) + describe_seeds(values, arms)
+    near = [describe_near_duplicates(held_out.near_duplicates)] if held_out.near_duplicates else []
+    lineage = near + describe_arms(arms, held_out, values) + describe_seeds(values, arms)
     for note in lineage:
         log.warning("%s", note)
     chat = ChatFormat.of(tokenizer, arms[0].members[0].manifest)

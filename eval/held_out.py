@@ -18,7 +18,7 @@ from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
 from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets, load_rest_of_chain
 from scripts.dataset.rendering import render_and_check
-from scripts.dataset.split import NearDuplicate, cluster_of, describe_near_duplicates, sort_by_side
+from scripts.dataset.split import NearDuplicate, cluster_of, sort_by_side
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,6 @@ def read_held_out(
         raise UserError(
             f"{head}: {ratio:g} puts no record on the {side} side, so nothing can be compared. Raise it and train again."
         )
-    if near:
-        log.warning("%s", describe_near_duplicates(near))
     hashes = {stage: {portable_path(file.path): file.sha256 for file in of_stage} for stage, of_stage in files.items()}
     return HeldOut(records, hashes, near, values.data)
 

@@ -91,7 +91,7 @@ def test_near_duplicates_are_left_out_of_what_is_measured_and_counted(config: Pa
         read_held_out(loaded, ["sft"])
 
     assert [near.record.source for near in held_out.near_duplicates] == [f"{config.parent}/sft.jsonl:1"]
-    assert {Path(record.source).name for record in held_out.records} == {"dpo.jsonl"}
+    assert not any("sft.jsonl" in record.source for record in held_out.records)
     assert "data.test_ratio: each of its 1 records is close to one of another side" in str(refused.value)
     assert "data.group_field" in str(refused.value)
 

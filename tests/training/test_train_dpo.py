@@ -397,14 +397,16 @@ def test_near_duplicates_are_listed_in_a_dry_run_and_counted_in_the_manifest(
     text = "please say which of the colours on this old card is the brightest one"
     write_jsonl(tmp_path / "sft.jsonl", [{"instruction": f"{text} {word}", "output": word} for word in NAMES])
 
-    assert train_sft.main(["--config", str(config), "--dry-run"]) == 0
+    common = ["--config", str(config), "--set", "data.split_seed=2"]  # one for the test, one for validation
+
+    assert train_sft.main([*common, "--dry-run"]) == 0
     said = capsys.readouterr().err
     assert " records are left out: their prompts are close to one that is trained on" in said
     assert f"{tmp_path}/sft.jsonl:" in said
 
-    assert train_sft.main(["--config", str(config)]) == 0
+    assert train_sft.main(common) == 0
     (facts,) = manifest(tmp_path / "out/sft_adapter")["datasets"]
-    assert facts["near_duplicates"] > 0
+    assert facts["near_duplicates"] == 2
     assert facts["train"] + facts["validation"] + facts["test"] + facts["near_duplicates"] == len(NAMES)
 
 
