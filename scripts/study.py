@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         members = plan_members(variants, seeds_of(config.values), run.output_dir)
         record = find_record(run.output_dir, config.values, variants)
         if run.dry:
-            return show_plan(members, variants, record)
+            return show_plan(run.output_dir, members, variants, record)
 
         from scripts.common.tracking import tracked_run
 
@@ -166,12 +166,12 @@ def comparisons_of(variants: Sequence[Variant]) -> list[str]:
     return [VALIDATION, COMPARISON] if len(variants) > 1 else [COMPARISON]
 
 
-def show_plan(members: Sequence[Member], variants: Sequence[Variant], record: Record) -> int:
+def show_plan(folder: Path, members: Sequence[Member], variants: Sequence[Variant], record: Record) -> int:
     """List the runs, which of them are finished, and how long the others take where that was measured."""
     left = [member.stage.name for member in members if not is_finished(member)]
     comparisons = comparisons_of(variants)
     lines = [
-        f"{len(members)} runs of training, {len(left)} of them left, and {len(comparisons)} of comparison: "
+        f"{folder}: {len(members)} runs of training, {len(left)} of them left, and {len(comparisons)} of comparison: "
         f"{time_left(record.seconds, [*left, *comparisons])}"
     ]
     for member in members:

@@ -167,7 +167,7 @@ def name_of(values: Config, keys: Sequence[str]) -> str:
 def _in_a_path(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:40].strip("-.")
-    return safe if safe == text else f"{safe}-{sha256_json(value)[:6]}".strip("-")
+    return safe if safe == text.lower() else f"{safe}-{sha256_json(value)[:6]}".strip("-")
 
 
 def seeds_of(values: Config) -> list[int]:
