@@ -13,11 +13,12 @@ SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
 def passes(check: Check, answer: str, prompt: str, target: str | None) -> bool:
-    """Decide whether an answer keeps every condition of a check."""
+    """Decide whether an answer keeps every condition of a check. One without a letter or digit of any script keeps none."""
     text = answer.strip()
     words, folded = len(text.split()), text.casefold()
     return (
-        (check.regex is None or re.search(check.regex, text, re.DOTALL) is not None)
+        any(map(str.isalnum, text))
+        and (check.regex is None or re.search(check.regex, text, re.DOTALL) is not None)
         and all(wanted.casefold() in folded for wanted in check.must_contain)
         and not any(_occurs(banned, folded) for banned in check.must_not_contain)
         and check.min_words <= words <= (check.max_words or words)

@@ -91,7 +91,8 @@ def choose_contest(config: LoadedConfig, report: Report) -> Contest:
     from eval.judging.votes import pair_up
 
     settings = config.values.eval.judge
-    models = settings.models or (report.verdict.compared if report.verdict else [])
+    asked = [report.question.a, report.question.b] if report.question else []
+    models = settings.models or asked or (report.verdict.compared if report.verdict else [])
     if not set(models) <= set(report.models) or len(set(models)) != 2:
         raise UserError(f"eval.judge.models: found {', '.join(models)}, wanted two of {', '.join(report.models)}.")
     b, a = sorted(models, key=report.models.index)  # the later one is the candidate

@@ -1,22 +1,28 @@
-"""Measure base and adapters on the same held-out prompts and pairs: one base in memory, adapters switched."""
+"""Measure the base and every member of every arm on the same held-out prompts and pairs: one model in memory at a time."""
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from eval.arms import Arm, Member, find_parent, members_of
 from eval.checks import passes
 from eval.held_out import HeldOut, Question
 from scripts.common.artifacts import sha256_json
+from scripts.common.machine import apply_machine, choose_machine
 from scripts.common.schema import Check, Config
 from scripts.common.stages import BASE, TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.records import Preference, with_system_prompt
 from scripts.dataset.rendering import Rendered, render_completion, render_pair, render_prompt
-from scripts.model.adapter import switched_to
+from scripts.model.adapter import load_adapter, switched_to
+from scripts.model.base import load_base
 from scripts.model.generation import Answer, Health, generate_answers, health
 from scripts.model.scoring import AnswerScore, mean_kl, score_answers
 
@@ -35,7 +41,7 @@ class Measured:
     chosen: list[AnswerScore] = field(default_factory=list)
     rejected: list[AnswerScore] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    checks: list[dict[str, bool]] = field(default_factory=list)
+    checks: list[dict[str, bool]] = field(default_factory=list)  # by the name of the check
     health: Health | None = None
     kl: dict[str, float] = field(default_factory=dict)
 
@@ -93,27 +99,106 @@ class Prepared:
         return self._items[key]
 
 
-def measure_models(
-    model: Any,
-    adapters: dict[str, str | None],
+@dataclass(frozen=True)
+class Loaded:
+    """Models that are in memory together: by label the adapter that makes each, None being the model without one."""
+
+    model: Any
+    adapters: Mapping[str, str | None]
+
+    def switched_to(self, label: str) -> AbstractContextManager[None]:
+        """Compute as one of them."""
+        if not hasattr(self.model, "peft_config"):
+            return nullcontext()
+        return switched_to(self.model, self.adapters[label])
+
+
+def measure_arms(arms: Sequence[Arm], base_folder: Path, prepared: Prepared) -> dict[str, list[Measured]]:
+    """Measure the base, and each arm's members in their order.
+
+    The adapters of one seed are loaded beside each other, with those they continue, so that memory does not grow with
+    the number of seeds. Each merged model is loaded by itself, so how far it has moved from the base is not measured.
+    """
+    chats = {member.label: ChatFormat.of(prepared.tokenizer, member.manifest) for member in members_of(arms)}
+    chats[BASE] = next(iter(chats.values()))
+    measured: dict[str, Measured] = {}
+    for group in _loaded_together(arms):
+        measured |= _measure_group(group, arms, base_folder, prepared, chats, with_base=not measured)
+        gc.collect()  # a model refers to itself, so it would stay in memory beside the next
+    return {BASE: [measured[BASE]], **{arm.name: [measured[each.label] for each in arm.members] for arm in arms}}
+
+
+def _measure_group(
+    group: Sequence[Member],
+    arms: Sequence[Arm],
+    base_folder: Path,
     prepared: Prepared,
-    chats: dict[str, ChatFormat],
+    chats: Mapping[str, ChatFormat],
+    *,
+    with_base: bool,
+) -> dict[str, Measured]:
+    """Measure models that are in memory together until this returns."""
+    parents = {member.label: None if member.is_merged else find_parent(member, arms) for member in group}
+    origins: dict[str, dict[str, str]] = {BASE: {}} if with_base else {}
+    for member in group:
+        parent = parents[member.label]
+        origins[member.label] = {} if member.is_merged else {BASE: BASE}
+        origins[member.label] |= {str(parent.stage): parent.label} if parent else {}
+    loaded = load_models(base_folder, [*group, *filter(None, parents.values())], prepared.config)
+    return measure_models(loaded, origins, prepared, chats)
+
+
+def _loaded_together(arms: Sequence[Arm]) -> Iterator[list[Member]]:
+    """Yield the adapters of each seed, the base among the first of them, then each merged model."""
+    adapters = [member for member in members_of(arms) if not member.is_merged]
+    for seed in dict.fromkeys(member.seed for member in adapters) or [None]:
+        yield [member for member in adapters if member.seed == seed]
+    yield from ([member] for member in members_of(arms) if member.is_merged)
+
+
+def load_models(base_folder: Path, members: Sequence[Member], config: Config) -> Loaded:
+    """Load the base with these adapters beside each other, or the one merged model. It was proven that they fit."""
+    machine = choose_machine(config)
+    apply_machine(machine)
+    if members and members[0].is_merged:
+        return Loaded(load_base(members[0].folder, config, machine).eval(), {members[0].label: None})
+    model = load_base(base_folder, config, machine)
+    adapters: dict[str, str | None] = {BASE: None}
+    for member in members:
+        if member.label not in adapters:
+            adapters[member.label] = f"adapter_{len(adapters)}"  # PEFT takes no name with a dot
+            model = load_adapter(model, member.folder, name=str(adapters[member.label]))
+    if len(adapters) > 1 and config.performance.fast_path:
+        from scripts.speed.speed_up import speed_up
+
+        speed_up(model)
+    return Loaded(model.eval(), adapters)
+
+
+def measure_models(
+    loaded: Loaded,
+    origins: Mapping[str, Mapping[str, str]],
+    prepared: Prepared,
+    chats: Mapping[str, ChatFormat],
     *,
     with_answers: bool = True,
 ) -> dict[str, Measured]:
-    """Measure every model in its own format; `adapters` maps its name to the adapter that makes it, None being the base."""
+    """Measure loaded models by label, each in its own format.
+
+    `origins` names for each what it started from: the label of that model, by the name under which the KL to it stands.
+    """
     measured: dict[str, Measured] = {}
-    for name, adapter in adapters.items():
-        log.info("measuring %s", name)
-        with switched_to(model, adapter):
-            items = prepared.items(chats[name])
-            measured[name] = _score(model, items, prepared.tokenizer.pad_token_id)
+    for label in origins:
+        log.info("measuring %s", label)
+        with loaded.switched_to(label):
+            items = prepared.items(chats[label])
+            measured[label] = _score(loaded.model, items, prepared.tokenizer.pad_token_id)
             if with_answers:
-                _answer(model, items, prepared, measured[name])
+                _answer(loaded.model, items, prepared, measured[label])
     if with_answers:
-        for name in adapters:
-            rows = prepared.items(chats[name]).own_rows(measured[name].answers)
-            measured[name].kl = _kl_to_origins(model, adapters, name, rows, prepared)
+        for label, started_from in origins.items():
+            rows = prepared.items(chats[label]).own_rows(measured[label].answers)
+            measured[label].kl = _kl_to_origins(loaded, label, started_from, rows, prepared)
     return measured
 
 
@@ -140,16 +225,14 @@ def _answer(model: Any, items: Items, prepared: Prepared, measured: Measured) ->
 
 
 def _kl_to_origins(
-    model: Any, adapters: dict[str, str | None], name: str, rows: list[Rendered], prepared: Prepared
+    loaded: Loaded, label: str, origins: Mapping[str, str], rows: list[Rendered], prepared: Prepared
 ) -> dict[str, float]:
-    names = list(adapters)
-    origins = [other for other in names[: names.index(name)] if other in ORIGINS]
     if not rows or not origins:
         return {}
-    log.info("measuring %s: KL to %s", name, " and ".join(origins))
-    with switched_to(model, adapters[name]):
-        switches = {other: partial(switched_to, model, adapters[other]) for other in origins}
-        return mean_kl(model, rows, prepared.tokenizer.pad_token_id, switches)
+    log.info("measuring %s: KL to %s", label, " and ".join(origins.values()))
+    with loaded.switched_to(label):
+        switches = {name: partial(loaded.switched_to, other) for name, other in origins.items()}
+        return mean_kl(loaded.model, rows, prepared.tokenizer.pad_token_id, switches)
 
 
 def apply_checks(checks: Sequence[Check], text: str, question: Question) -> dict[str, bool]:

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from statistics import mean, stdev
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
-from eval.statistics import (
-    SIGNIFICANT,
-    Interval,
-    bootstrap_mean,
-    holm,
-    mcnemar_exact,
-    needed_n,
-    paired_difference,
-    paired_p_value,
-    paired_ratio_difference,
-    ratio_interval,
-    wilson,
-)
-from eval.tables import Better
+from eval.statistics import SIGNIFICANT, Floats, Inference, Interval, crossed, holm
+from eval.tables import Better, Table
 from scripts.common.artifacts import Manifest
+from scripts.common.errors import UserError
 from scripts.common.stages import BASE
 
 if TYPE_CHECKING:
-    from eval.measuring import Measured, Prepared
+    from eval.verdict import Question
 
 Outcome = Literal["better", "worse", "no_worse", "equivalent", "undecided"]
-
-# What the verdict rests on, fixed before anything is measured: these are what SFT and DPO are trained for.
-DECISIVE = ("checks_passed", "preference_accuracy")
 
 
 class Estimate(BaseModel):
@@ -57,6 +42,8 @@ class Difference(BaseModel):
     a: str
     b: str
     value: float
+    value_a: float | None = None  # what the two reach over the seeds compared
+    value_b: float | None = None
     ci_low: float | None  # None where no interval can be given
     ci_high: float | None
     p_value: float
@@ -67,7 +54,7 @@ class Difference(BaseModel):
     seeds: int = 1  # over how many seeds the two are compared
     df: float | None = None  # degrees of freedom of the test
     sd_seeds: float | None = None  # how far the difference scatters between seeds, in the metric's unit
-    sd_items: float | None = None  # and between items
+    sd_items: float | None = None  # and between prompts under one seed
     smallest_gap: float | None = None  # the smallest difference that these items and seeds show with power .8
     margin: float | None = None  # of `eval.margins`
     outcome: Outcome | None = None  # of the primary question only
@@ -85,6 +72,7 @@ class Metric(BaseModel):
     group: str
     n: int
     items: str = "items"  # what n counts
+    clusters: int | None = None  # groups of items that are not independent of each other
     models: dict[str, Estimate]
     baselines: dict[str, Estimate] = {}
     differences: list[Difference]
@@ -115,36 +103,139 @@ class Runs(BaseModel):
     metrics: list[SeedMetric]
 
 
-def build_metrics(measured: dict[str, Measured], prepared: Prepared, manifests: dict[str, Manifest]) -> list[Metric]:
-    """Return every metric with values, intervals, paired differences and p-values corrected for their number."""
-    metrics = [_loss_metric(measured)]
-    if prepared.pairs:
-        metrics += _preference_metrics(measured, manifests)
-    metrics += _check_metrics(measured)
-    for decisive in (True, False):
-        adjust_p_values([metric for metric in metrics if (metric.name in DECISIVE) == decisive])
+class Finding(NamedTuple):
+    """A difference as the report shows it, and the inference behind it."""
+
+    difference: Difference
+    inference: Inference
+
+
+def build_metrics(tables: Sequence[Table], question: Question) -> list[Metric]:
+    """Return every measure with values, intervals and differences, and the outcome of each that is in question.
+
+    The p-values of the primary question are corrected for its measures, all others as a family of their own.
+    """
+    metrics: list[Metric] = []
+    primary: list[tuple[Metric, Finding]] = []
+    others: list[tuple[Metric, Finding]] = []
+    for table in tables:
+        metric, findings = describe(table, (question.a, question.b))
+        metrics.append(metric)
+        metric.primary = metric.name in question.measures
+        for finding in findings:
+            asked = metric.primary and (finding.difference.a, finding.difference.b) == (question.a, question.b)
+            (primary if asked else others).append((metric, finding))
+    adjust_p_values([finding for _, finding in primary], question.alpha)
+    adjust_p_values([finding for _, finding in others], question.alpha)
+    for metric, finding in primary:
+        margin = question.margins.get(metric.name)
+        finding.difference.margin = margin
+        finding.difference.outcome = decide_outcome(finding, metric.better, margin, question.alpha)
     return metrics
 
 
-def adjust_p_values(metrics: Sequence[Metric]) -> None:
-    """Correct the p-values of a family of metrics for their number, and say which differences are shown."""
-    family = [difference for metric in metrics for difference in metric.differences]
-    for difference, adjusted in zip(family, holm([d.p_value for d in family]), strict=True):
-        difference.p_adjusted = adjusted
-        difference.shown = adjusted < SIGNIFICANT
+def describe(table: Table, oriented: tuple[str, str] | None = None) -> tuple[Metric, list[Finding]]:
+    """Return what each arm reaches in one measure, and how each differs from every earlier one on the same items.
 
-
-def _loss_metric(measured: dict[str, Measured]) -> Metric:
-    return ratio_metric(
-        "held_out_loss",
-        "Loss of the target answers",
-        "nats per token",
-        "loss",
-        {name: [-score.logps for score in result.targets] for name, result in measured.items()},
-        [score.tokens for score in next(iter(measured.values())).targets],
-        phrase="the loss of the target answers",
-        items="prompts",
+    `oriented` are two arms whose difference is the first minus the second, whichever comes first.
+    """
+    codes = _numbered(table.clusters)
+    levels = {arm: crossed(values, codes, table.weights, binary=table.binary) for arm, values in table.values.items()}
+    findings = []
+    for b, a in combinations(table.values, 2):
+        first, second = (b, a) if (b, a) == oriented else (a, b)
+        ours, theirs = paired_rows(table, first, second)
+        inference = crossed(ours - theirs, codes, table.weights, binary=table.binary)
+        findings.append(Finding(_difference(first, second, ours, theirs, inference, table), inference))
+    metric = Metric(
+        name=table.name,
+        title=table.title,
+        phrase=table.phrase,
+        unit=table.unit,
+        better=table.better,
+        group=table.group,
+        n=len(table.items),
+        items=table.noun,
+        clusters=next(iter(levels.values())).clusters,
+        models={arm: Estimate.of(level.level(table.unit)) for arm, level in levels.items()},
+        differences=[finding.difference for finding in findings],
+        by_seed={arm: list(level.by_seed) for arm, level in levels.items()},
     )
+    return metric, findings
+
+
+def paired_rows(table: Table, a: str, b: str) -> tuple[Floats, Floats]:
+    """Return the values of two arms seed by seed, over the seeds that both have.
+
+    An arm of one member, such as the base, stands beside each seed of the other.
+    Raises: UserError when both have several members and no seed in common.
+    """
+    ours, theirs = table.values[a], table.values[b]
+    if len(ours) > 1 and len(theirs) > 1:
+        seeds = [seed for seed in table.seeds[a] if seed in table.seeds[b]]
+        if not seeds:
+            raise UserError(f"{a} and {b} have no seed in common, so they cannot be compared seed by seed.")
+        ours = ours[[table.seeds[a].index(seed) for seed in seeds]]
+        theirs = theirs[[table.seeds[b].index(seed) for seed in seeds]]
+    return ours, theirs
+
+
+def adjust_p_values(findings: Sequence[Finding], alpha: float = SIGNIFICANT) -> None:
+    """Correct a family's p-values for their number, say which differences are shown, and which could have been."""
+    adjusted = holm([finding.difference.p_value for finding in findings])
+    for (difference, inference), p_adjusted in zip(findings, adjusted, strict=True):
+        difference.p_adjusted, difference.shown = p_adjusted, p_adjusted < alpha
+        strictest = alpha / len(findings)
+        gap = inference.smallest_gap(strictest)
+        # An exact test asks for more than the t test that this rests on; what was seen in vain is not large enough.
+        difference.smallest_gap = gap if gap and (difference.shown or gap > abs(difference.value)) else None
+        difference.needed_n = None if difference.shown else inference.needed_items(strictest)
+
+
+def decide_outcome(finding: Finding, better: Better, margin: float | None, alpha: float) -> Outcome:
+    """Decide what one measure of the primary question shows.
+
+    A difference that is shown is better or worse, however small. With a margin, one that is not is no worse where the
+    one-sided test at alpha excludes a loss as large as the margin, and equivalent where it excludes a gain too.
+    Source: two one-sided tests, Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
+    """
+    difference, inference = finding
+    sign = 1 if better == "higher" else -1
+    if difference.shown:
+        return "better" if sign * difference.value > 0 else "worse"
+    interval = inference.difference(1 - 2 * alpha)
+    if margin is None or interval.low is None or interval.high is None:
+        return "undecided"
+    loss, gain = sorted((sign * interval.low, sign * interval.high))
+    if loss <= -margin:
+        return "undecided"
+    return "equivalent" if gain < margin else "no_worse"
+
+
+def _difference(a: str, b: str, ours: Floats, theirs: Floats, inference: Inference, table: Table) -> Difference:
+    interval = inference.difference()
+    total = len(table.items) if table.weights is None else table.weights.sum()
+    return Difference(
+        a=a,
+        b=b,
+        value=interval.value,
+        ci_low=interval.low,
+        ci_high=interval.high,
+        value_a=float(ours.sum(axis=1).mean() / total),
+        value_b=float(theirs.sum(axis=1).mean() / total),
+        p_value=inference.p_value,
+        test=inference.test,
+        seeds=inference.seeds,
+        df=inference.df if inference.test.startswith("t") else None,
+        sd_seeds=inference.sd_seeds if inference.seeds > 1 else None,
+        sd_items=inference.sd_items,
+    )
+
+
+def _numbered(clusters: tuple[str, ...]) -> np.ndarray | None:
+    """Number the clusters; None where each item is its own."""
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    return None if len(numbers) == len(clusters) else np.array([numbers[cluster] for cluster in clusters])
 
 
 def reference_of(manifest: Manifest, manifests: Mapping[str, Manifest]) -> str | None:
@@ -152,205 +243,3 @@ def reference_of(manifest: Manifest, manifests: Mapping[str, Manifest]) -> str |
     if manifest.parent is None or manifest.section.get("reference", BASE) == BASE:
         return BASE
     return next((name for name, other in manifests.items() if other.sha256 == manifest.parent.sha256), None)
-
-
-def _preference_metrics(measured: dict[str, Measured], manifests: dict[str, Manifest]) -> list[Metric]:
-    longer = next(iter(measured.values())).chosen_is_longer()
-    baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}
-    found = {name: reference_of(manifest, manifests) for name, manifest in manifests.items()}
-    # A reward against any other model would not be the one that was trained.
-    references = {name: other for name, other in found.items() if other is not None}
-    against = ", ".join(f"{name} against {other}" for name, other in references.items())
-    metrics = [
-        binary_metric(
-            "preference_accuracy",
-            "Chosen answer likelier per token",
-            "preference",
-            {name: result.prefers_chosen() for name, result in measured.items()},
-            phrase="the share of pairs where the chosen answer is likelier",
-            items="pairs",
-            baselines=baselines,
-        )
-    ]
-    if references:
-        metrics.append(
-            binary_metric(
-                "reward_accuracy",
-                f"Implicit-reward accuracy ({against})",
-                "preference",
-                {name: measured[name].rewards_chosen(measured[other]) for name, other in references.items()},
-                phrase="the share of pairs in which the chosen answer gets the higher implicit reward",
-                items="pairs",
-                baselines=baselines,
-            )
-        )
-    return metrics
-
-
-def _check_metrics(measured: dict[str, Measured]) -> list[Metric]:
-    answers = next(iter(measured.values())).checks
-    names = list(answers[0]) if answers else []
-    if not names:
-        return []
-    overall = mean_metric(
-        "checks_passed",
-        "Checks passed per answer",
-        "share",
-        "higher",
-        "checks",
-        {name: [mean(answer.values()) for answer in result.checks] for name, result in measured.items()},
-        phrase="the share of checks passed",
-        items="prompts",
-    )
-    each = [
-        binary_metric(
-            f"check_{number}",
-            check,
-            "checks",
-            {name: [answer[check] for answer in result.checks] for name, result in measured.items()},
-            phrase=f"the share of answers that pass the check “{check}”",
-            items="prompts",
-        )
-        for number, check in enumerate(names, 1)
-    ]
-    return [overall, *each]
-
-
-def binary_metric(
-    name: str,
-    title: str,
-    group: str,
-    outcomes: dict[str, list[bool]],
-    *,
-    phrase: str = "",
-    items: str = "items",
-    baselines: dict[str, Estimate] | None = None,
-) -> Metric:
-    """Describe how often each model passes, with score intervals and exact paired tests."""
-    columns = {model: np.array(outcome, float) for model, outcome in outcomes.items()}
-    differences = [
-        _difference(
-            a,
-            b,
-            paired_difference(columns[a], columns[b]),
-            mcnemar_exact(outcomes[a], outcomes[b]),
-            "McNemar, exact",
-            needed_n(columns[a] - columns[b]),
-        )
-        for b, a in combinations(outcomes, 2)
-    ]
-    return Metric(
-        name=name,
-        title=title,
-        phrase=phrase,
-        unit="share",
-        better="higher",
-        group=group,
-        n=len(next(iter(outcomes.values()))),
-        items=items,
-        models={model: Estimate.of(wilson(sum(column), len(column))) for model, column in outcomes.items()},
-        baselines=baselines or {},
-        differences=differences,
-    )
-
-
-def mean_metric(
-    name: str,
-    title: str,
-    unit: str,
-    better: Better,
-    group: str,
-    columns: dict[str, list[float]],
-    *,
-    phrase: str = "",
-    items: str = "items",
-) -> Metric:
-    """Describe the mean over items of each model."""
-    return Metric(
-        name=name,
-        title=title,
-        phrase=phrase,
-        unit=unit,
-        better=better,
-        group=group,
-        n=len(next(iter(columns.values()))),
-        items=items,
-        models={model: Estimate.of(bootstrap_mean(column)) for model, column in columns.items()},
-        differences=_paired_differences(columns, paired_difference),
-    )
-
-
-def ratio_metric(
-    name: str,
-    title: str,
-    unit: str,
-    group: str,
-    sums: dict[str, list[float]],
-    counts: Sequence[float],
-    *,
-    phrase: str = "",
-    items: str = "items",
-) -> Metric:
-    """Describe a loss per unit, where items count by how many units they hold."""
-    return Metric(
-        name=name,
-        title=title,
-        phrase=phrase,
-        unit=unit,
-        better="lower",
-        group=group,
-        n=len(counts),
-        items=items,
-        models={model: Estimate.of(ratio_interval(column, counts)) for model, column in sums.items()},
-        differences=_paired_differences(sums, lambda a, b: paired_ratio_difference(a, b, counts)),
-    )
-
-
-def _paired_differences(
-    columns: dict[str, list[float]], interval: Callable[[list[float], list[float]], Interval]
-) -> list[Difference]:
-    """Compare each model with every earlier one, item by item."""
-    return [
-        _difference(
-            a,
-            b,
-            interval(columns[a], columns[b]),
-            paired_p_value(columns[a], columns[b]),
-            "sign-flip permutation",
-            needed_n(np.array(columns[a]) - np.array(columns[b])),
-        )
-        for b, a in combinations(columns, 2)
-    ]
-
-
-def _difference(a: str, b: str, interval: Interval, p_value: float, test: str, needed: int | None) -> Difference:
-    estimate = Estimate.of(interval).model_dump(include={"value", "ci_low", "ci_high"})
-    return Difference(a=a, b=b, **estimate, p_value=p_value, test=test, needed_n=needed)
-
-
-def spread_over_seeds(per_run: Sequence[Sequence[Metric]], seeds: list[int]) -> Runs:
-    """Collect mean and spread over seeds of each metric, for the models that were trained.
-
-    What was not measured in every run, as a reward whose reference is missing in one, has no spread.
-    """
-    rows = []
-    for first in per_run[0]:
-        runs = [metric for metrics in per_run for metric in metrics if metric.name == first.name]
-        if len(runs) < len(per_run):
-            continue
-        columns = {
-            name: [value for run in runs if (value := run.models[name].value) is not None]
-            for name in first.models
-            if name != BASE and all(name in run.models for run in runs)
-        }
-        rows.append(
-            SeedMetric(
-                title=first.title,
-                base=first.models[BASE].value if BASE in first.models else None,
-                models={
-                    name: Spread(mean=mean(column), spread=stdev(column), values=column)
-                    for name, column in columns.items()
-                },
-            )
-        )
-    return Runs(seeds=seeds, metrics=rows)

@@ -62,6 +62,7 @@ class Arm(BaseModel):
     stage: str | None = None
     seeds: list[int] = []
     folders: list[str] = []
+    stands: bool = False  # it is compared with each seed of the others as it is, as the base is
 
 
 class Report(BaseModel):

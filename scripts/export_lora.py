@@ -173,6 +173,7 @@ def publish(run: Run, parts: Parts, folder: Path, metrics: dict[str, Any], track
             parent=adapter.as_parent(parts.adapter),
             datasets=adapter.datasets,
             split=adapter.split,
+            plan=adapter.plan,
             config=run.values.model_dump(mode="json"),
             mlflow=RunFacts(run_id=tracker.run_id),
             metrics=metrics,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.statistics import SIGNIFICANT, holm, mcnemar_exact, needed_n, wilson
+from eval.statistics import SIGNIFICANT, crossed, holm
 from scripts.common.artifacts import private, sha256_json
 from scripts.common.errors import UserError
 
@@ -184,7 +185,6 @@ def _describe_judge(contest: Contest, by: str, judge: str, votes: Sequence[Vote]
     if not outcomes:
         return None
     wins, losses = outcomes.count(1), outcomes.count(-1)
-    rate = wilson(wins + (len(outcomes) - wins - losses) / 2, len(outcomes))
     decided = [vote for vote in counted if vote.winner]
     return {
         "judge": judge,
@@ -197,15 +197,58 @@ def _describe_judge(contest: Contest, by: str, judge: str, votes: Sequence[Vote]
         "wins": wins,
         "losses": losses,
         "ties": len(outcomes) - wins - losses,
-        "value": rate.value,
-        "ci_low": rate.low,
-        "ci_high": rate.high,
-        "p_value": mcnemar_exact([o == 1 for o in outcomes], [o == -1 for o in outcomes]),
-        "test": "sign test, exact",
-        "needed_n": needed_n(np.array(outcomes, float)),
+        "value": (1 + (wins - losses) / len(outcomes)) / 2,
+        **(_asked_once(outcomes) if by == "endpoint" else _any_time(wins, losses, len(outcomes) - wins - losses)),
         "changed_with_order": changed / len(outcomes) if by == "endpoint" else None,
         "first_preferred": sum(v.choice == "first" for v in decided) / len(decided) if decided else None,
         "longer_preferred": longer / of_unequal_length if of_unequal_length else None,
+    }
+
+
+def _asked_once(outcomes: Sequence[int]) -> dict[str, Any]:
+    """Test the votes of a judge that is asked everything in one go: the sign test, and the score interval beside it."""
+    inference = crossed(np.array([outcomes], float), binary=True)
+    interval = inference.difference()
+    assert interval.low is not None
+    assert interval.high is not None
+    return {
+        "ci_low": (1 + interval.low) / 2,
+        "ci_high": (1 + interval.high) / 2,
+        "p_value": inference.p_value,
+        "test": "sign test, exact",
+        "needed_n": inference.needed_items(),
+    }
+
+
+def _any_time(wins: int, losses: int, ties: int, confidence: float = 0.95) -> dict[str, Any]:
+    """Test the votes of people, who are counted, looked at, and asked for more: it may be done after every vote.
+
+    Whoever bets on each vote, at odds that are fair if the win rate is m, seldom gets rich: with probability at most 1 / k
+    is a stake ever multiplied by k. The p-value is the inverse of what a stake has become at m = 1/2, spread evenly over all
+    bets; the interval holds each m at which it has not been multiplied by 1 / (1 - confidence). A tie is half a win.
+    Source: Waudby-Smith and Ramdas, Estimating Means of Bounded Random Variables by Betting, JRSS B 86 (2024), arXiv:2010.09686.
+    """
+    share = (np.arange(4000) + 0.5) / 4000
+
+    def log_capital(m: float) -> float:
+        bets = -1 / (1 - m) + share * (1 / m + 1 / (1 - m))
+        grown = wins * np.log1p(bets * (1 - m)) + losses * np.log1p(-bets * m) + ties * np.log1p(bets * (0.5 - m))
+        highest = float(grown.max())
+        return highest + math.log(float(np.exp(grown - highest).mean()))
+
+    def bound(end: float) -> float:
+        inside, outside = (wins + ties / 2) / (wins + losses + ties), end
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if log_capital(middle) < -math.log(1 - confidence) else (inside, middle)
+        return outside
+
+    return {
+        "ci_low": bound(0.0) if wins + ties else 0.0,
+        "ci_high": bound(1.0) if losses + ties else 1.0,
+        "p_value": min(1.0, math.exp(-log_capital(0.5))),
+        "test": "by betting, at any time",
+        "needed_n": None,
     }
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.metrics import Difference, Estimate, Metric, adjust_p_values, binary_metric, mean_metric, ratio_metric
+import numpy as np
+
+from eval.metrics import Difference, Estimate, Finding, Metric, adjust_p_values, describe
 from eval.report import Benchmarks, Report, number, render_report
+from eval.tables import Table
 from scripts.common.artifacts import read_manifest, sha256_json
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path, resolve
@@ -135,14 +138,19 @@ def compare_entries(entries: list[Entry]) -> tuple[list[Metric], list[str]]:
     by_task: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_task[entry["task"]].append(entry)
-    metrics, warnings = [], []
+    metrics: list[Metric] = []
+    findings: list[Finding] = []
+    warnings: list[str] = []
     for task, found in by_task.items():
         alike: dict[str, list[Entry]] = defaultdict(list)
         for entry in found:
             alike[sha256_json([entry["settings"], entry["items_sha256"]])].append(entry)
         for group in alike.values():
             apart = f" ({_differing(group[0], found)})" if len(alike) > 1 else ""
-            metrics += [_describe(name, group, apart) for name in group[0]["metrics"]]
+            for name in group[0]["metrics"]:
+                metric, compared = _describe(name, group, apart)
+                metrics.append(metric)
+                findings += compared
         for first, other in pairwise(alike.values()):
             ours, theirs = first[0]["settings"], other[0]["settings"]
             unlike = [key for key in ours if ours[key] != theirs.get(key)]
@@ -158,7 +166,7 @@ def compare_entries(entries: list[Entry]) -> tuple[list[Metric], list[str]]:
         if any(entry["settings"]["limit"] for entry in found):
             warnings.append(f"{task}: {NOT_PUBLISHED}")
     warnings += [note for entry in entries for note in entry.get("notes", [])] + _strangers(entries)
-    adjust_p_values(metrics)
+    adjust_p_values(findings)
     return metrics, list(dict.fromkeys(warnings))
 
 
@@ -189,47 +197,61 @@ def _differing(entry: Entry, found: list[Entry]) -> str:
     return ", ".join(f"{key} {own[key]}" for key in keys)
 
 
-def _describe(name: str, group: list[Entry], apart: str) -> Metric:
+def _describe(name: str, group: list[Entry], apart: str) -> tuple[Metric, list[Finding]]:
     """Describe one metric of models measured alike; intervals and tests where it is a mean or a rate over items."""
     measured = [entry for entry in group if name in entry["metrics"]]
     figures = {entry["label"]: entry["metrics"][name] for entry in measured}
     columns = {entry["label"]: [item["metrics"].get(name) for item in entry["items"]] for entry in measured}
     first = next(iter(figures.values()))
     task, better = group[0]["task"], first["better"]
-    title = f"{task}: {first['title']}{apart}"
-    if all(_is_mean(columns[label], figures[label]["value"]) for label in figures):
-        if better == "higher" and all(value in (0, 1) for column in columns.values() for value in column):
-            outcomes = {label: [bool(value) for value in column] for label, column in columns.items()}
-            metric = binary_metric(name, title, GROUP, outcomes)
-        else:
-            unit = "share" if all(0 <= value <= 1 for column in columns.values() for value in column) else ""
-            metric = mean_metric(name, title, unit, better, GROUP, columns)
-    elif all(_is_perplexity(columns[label], figures[label]["value"]) for label in figures):
-        counts = [value[1] for value in next(iter(columns.values()))]
-        losses = {label: [-value[0] for value in column] for label, column in columns.items()}
-        unit = "nats per token" if task == "domain_reference" else "nats"
-        title = f"{task}: loss, the logarithm of {first['title']}{apart}"
-        metric = ratio_metric(name, title, unit, GROUP, losses, counts)
-        for label, estimate in metric.models.items():
-            estimate.perplexity = figures[label]["value"]
-    else:
-        values = {
-            label: Estimate(value=figure["value"], ci_low=None, ci_high=None) for label, figure in figures.items()
-        }
-        metric = Metric(
-            name=name,
-            title=title,
-            unit="",
-            better=better,
-            group=GROUP,
-            n=group[0]["n"],
-            models=values,
-            differences=[],
-        )
-    metric.task = task
+    metric = Metric(
+        name=name,
+        title=f"{task}: {first['title']}{apart}",
+        task=task,
+        unit="",
+        better=better,
+        group=GROUP,
+        n=group[0]["n"],
+        models={label: Estimate(value=each["value"], ci_low=None, ci_high=None) for label, each in figures.items()},
+        differences=[],
+    )
+    findings: list[Finding] = []
+    is_perplexity = all(_is_perplexity(columns[label], figures[label]["value"]) for label in figures)
+    if is_perplexity or all(_is_mean(columns[label], figures[label]["value"]) for label in figures):
+        weights = None
+        if is_perplexity:
+            metric.title = f"{task}: loss, the logarithm of {first['title']}{apart}"
+            metric.unit, metric.better = "nats per token" if task == "domain_reference" else "nats", "lower"
+            weights = np.array([value[1] for value in next(iter(columns.values()))], float)
+            columns = {label: [-value[0] for value in column] for label, column in columns.items()}
+        elif all(0 <= value <= 1 for column in columns.values() for value in column):
+            metric.unit = "share"
+        described, findings = describe(_table(metric, columns, weights))
+        metric = described.model_copy(update={"task": task})
     for label, estimate in metric.models.items():
         estimate.stderr = figures[label]["stderr"]
-    return metric
+        estimate.perplexity = figures[label]["value"] if is_perplexity else None
+    return metric, findings
+
+
+def _table(metric: Metric, columns: dict[str, list[float]], weights: Any) -> Table:
+    """Lay out models measured once each; every item stands alone."""
+    items = tuple(str(number) for number in range(metric.n))
+    return Table(
+        name=metric.name,
+        title=metric.title,
+        phrase=metric.phrase,
+        unit=metric.unit,
+        better=metric.better,
+        group=metric.group,
+        noun=metric.items,
+        binary=weights is None and all(value in (0, 1) for column in columns.values() for value in column),
+        items=items,
+        clusters=items,
+        seeds=dict.fromkeys(columns, (None,)),
+        values={label: np.array([column], float) for label, column in columns.items()},
+        weights=weights,
+    )
 
 
 def _is_mean(column: list[Any], value: float) -> bool:

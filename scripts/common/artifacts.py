@@ -67,6 +67,13 @@ class SplitFacts(_Facts):
     ratio: float
 
 
+class PlanFacts(_Facts):
+    """The hash of the primary question and its terms, and when the first training stage wrote it down."""
+
+    sha256: str
+    frozen: str
+
+
 class RunFacts(_Facts):
     """The MLflow run that wrote an artifact."""
 
@@ -99,6 +106,7 @@ class Manifest(_Facts):
     parent: Parent | None = None
     datasets: list[DatasetFacts]
     split: SplitFacts
+    plan: PlanFacts | None = None
     config: dict[str, Any]
     mlflow: RunFacts
     metrics: dict[str, Any]

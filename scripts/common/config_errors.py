@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from scripts.common.question import question_problems
 from scripts.common.schema import Config
 from scripts.common.stages import TRAINING_STAGES
 
@@ -115,6 +116,8 @@ def contradictions(values: Config, origins: dict[str, str], path: str) -> Iterat
             where = origins.get(second) or origins.get(first) or path
             found = attrgetter(second)(values)
             yield f"{where}: {second}: found {found}, wanted a folder apart from that of {first}: one would replace the other"
+    for key, problem in question_problems(values):
+        yield f"{next((origins[k] for k in parents_of(key) if k in origins), path)}: {key}: {problem}"
 
 
 def undecided(values: Config, stage: str) -> Iterator[str]:

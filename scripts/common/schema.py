@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Literal
 
@@ -39,6 +41,21 @@ def _all_differ(seeds: list[int]) -> list[int]:
 
 def _as_date(value: object) -> object:
     return date.fromisoformat(value) if isinstance(value, str) else value
+
+
+def check_arm_name(name: str) -> str:
+    """Refuse a name that could not head a column, be part of a file's name, or be told from the base."""
+    if name.casefold() == "base":
+        raise ValueError("another name: `base` is the model without an adapter, which is always compared")
+    if not re.fullmatch(r"[^\W_][\w .+-]{0,39}", name) or name[-1] in " .":
+        raise ValueError("a name of at most 40 letters, digits, spaces and . _ + -, beginning with a letter or digit")
+    return name
+
+
+def _are_apart(models: Mapping[str, object]) -> Mapping[str, object]:
+    if len({name.casefold() for name in models}) < len(models):
+        raise ValueError("names that differ in more than capital letters")
+    return models
 
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -268,6 +285,34 @@ class Judge(Section):
     max_tokens: Positive = Field(1024, description="Longest reply; one word is asked for, but some models think first.")
 
 
+Folder = Annotated[str, Field(min_length=1)]
+ArmName = Annotated[str, AfterValidator(check_arm_name)]
+Models = Annotated[
+    dict[ArmName, Folder | Annotated[list[Folder], Field(min_length=1)]],
+    Field(min_length=1),
+    AfterValidator(_are_apart),
+]
+
+
+class Plan(Section):
+    """The primary question. The first training stage writes its hash into the manifest, so that it is fixed before."""
+
+    question: Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="Is the first of two models better than the second? null asks about the last against the one before.",
+    )
+    measures: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="Measures that the answer rests on; null takes those of all_rules and preference_accuracy that are measured, otherwise held_out_loss.",
+    )
+    alpha: float = Field(
+        0.05, gt=0, le=0.5, description="Largest chance of a false alarm over these measures together."
+    )
+    seeds: Positive | None = Field(
+        None, description="Number of seeds that are planned; the report says when there are others."
+    )
+
+
 class Eval(Section):
     output_dir: OutputFolder = Field("outputs/comparison", description="Folder of the comparison report.")
     max_new_tokens: Positive = Field(256, description="Longest generated answer in tokens.")
@@ -277,6 +322,15 @@ class Eval(Section):
         description="Largest number of held-out prompts to answer, a random sample that data.split_seed fixes; null answers all.",
     )
     checks: list[Check] = Field(default_factory=list, description="Rules that answers are checked against.")
+    models: Models | None = Field(
+        None,
+        description="What is compared with the base, in this order: `name: folder` of an adapter or merged model, or a list of folders that differ in their seed; null takes sft and dpo.",
+    )
+    plan: Plan = Plan()
+    margins: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Largest difference that does not matter, by measure and in its unit, shares from 0 to 1, as in {all_rules: 0.05}; needed for the outcomes no_worse and equivalent.",
+    )
     judge: Judge = Judge()
 
 

@@ -238,15 +238,25 @@ def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
 def check_adapter_fits(adapter: str | Path, base_folder: Path, tokenizer: Any) -> Manifest:
     """Return an adapter's manifest after proving that it was made on this base, tokenizer and template."""
     manifest = read_manifest(adapter, stages=ADAPTER_STAGES)
-    facts = {
-        "base model": (manifest.base_model.fingerprint, base_fingerprint(base_folder)),
-        "tokenizer": (manifest.tokenizer_sha256, tokenizer_sha256(tokenizer)),
-        "chat template": (manifest.chat_template_sha256, template_sha256(tokenizer)),
+    check_made_on(adapter, manifest, base_folder, facts_of_base(base_folder, tokenizer))
+    return manifest
+
+
+def facts_of_base(base_folder: Path, tokenizer: Any) -> dict[str, str]:
+    """Return what must be the same of a base for everything that is made on it."""
+    return {
+        "base model": base_fingerprint(base_folder),
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "chat template": template_sha256(tokenizer),
     }
-    for what, (made_on, found) in facts.items():
-        if made_on != found:
+
+
+def check_made_on(folder: str | Path, manifest: Manifest, base_folder: Path, facts: dict[str, str]) -> None:
+    """Refuse what was made on another base, tokenizer or template than the one with these facts."""
+    made_on = (manifest.base_model.fingerprint, manifest.tokenizer_sha256, manifest.chat_template_sha256)
+    for (what, found), there in zip(facts.items(), made_on, strict=True):
+        if there != found:
             raise UserError(
-                f"{adapter}: was trained on another {what} ({made_on[:12]}…) than {base_folder} has ({found[:12]}…). "
+                f"{folder}: was trained on another {what} ({there[:12]}…) than {base_folder} has ({found[:12]}…). "
                 f"It was made on {manifest.base_model.id}; set base_model_id to it, or train the adapter again."
             )
-    return manifest

@@ -11,6 +11,7 @@ from typing import Any
 from scripts.common.artifacts import MANIFEST, BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts
 from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError
+from scripts.common.question import freeze_plan
 from scripts.common.run import Run
 from scripts.common.stages import TRAINING_STAGES
 from scripts.common.tracking import Tracker
@@ -107,6 +108,7 @@ def save_adapter(
             parent=start.parent,
             datasets=list(datasets),
             split=SplitFacts(seed=values.data.split_seed, ratio=values.data.validation_ratio),
+            plan=start.plan if start.parent else freeze_plan(values),
             config=values.model_dump(mode="json"),
             mlflow=RunFacts(run_id=tracker.run_id),
             metrics=metrics,

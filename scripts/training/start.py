@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from scripts.common.artifacts import MANIFEST, Manifest, Parent, read_manifest
+from scripts.common.artifacts import MANIFEST, Manifest, Parent, PlanFacts, read_manifest
 from scripts.common.config import add_config_arguments
 from scripts.common.distributed import broadcast_from_rank_0, join_process_group
 from scripts.common.errors import UserError
@@ -47,6 +47,7 @@ class Start:
     fingerprint: str
     parent: Parent | None = None
     parent_run_id: str | None = None
+    plan: PlanFacts | None = None  # of that adapter
 
     @property
     def tokenizer(self) -> Any:
@@ -87,7 +88,9 @@ def find_start(
     chat = choose_format(run, tokenizer, records, parent, resume)
     if init_from is None or parent is None:
         return Start(base_folder, chat, base_fingerprint(base_folder))
-    return Start(base_folder, chat, parent.base_model.fingerprint, parent.as_parent(init_from), parent.mlflow.run_id)
+    return Start(
+        base_folder, chat, parent.base_model.fingerprint, parent.as_parent(init_from), parent.mlflow.run_id, parent.plan
+    )
 
 
 def choose_format(

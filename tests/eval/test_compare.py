@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from eval import compare
-from eval.held_out import HeldOut
-from eval.measuring import Prepared, measure_models
-from eval.metrics import build_metrics
+from eval.arms import Member, find_arms, members_of
+from eval.held_out import HeldOut, read_held_out
+from eval.measuring import Loaded, Prepared, load_models, measure_models
 from eval.report import Report, read_report
-from eval.verdict import decide
 from scripts import train_dpo, train_sft
 from scripts.common.artifacts import read_manifest
 from scripts.common.config import load_config
@@ -94,22 +93,22 @@ def test_the_folder_is_a_finished_artifact_below_the_dpo_adapter(compared: Path)
     assert "eval/held_out_loss/dpo" in run.data.metrics
 
 
-def adapter_of(stage: str, compared: Path) -> compare.Adapter:
+def adapter_of(stage: str, compared: Path) -> Member:
     """Return one of the chain's adapters, as the comparison finds it."""
-    folder = compared / f"out/{stage}_adapter"
-    return compare.find_adapter(stage, folder, load_config(compared / "config.yaml"))
+    found = {member.label: member for member in members_of(find_arms(load_config(compared / "config.yaml")))}
+    return found[stage]
 
 
 def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> None:
     """What train_sft measured on its held-out records is what the comparison measures on the same records."""
     values = load_config(compared / "config.yaml").values
     tokenizer = load_tokenizer(compared / "model")
-    held_out = compare.read_held_out(load_config(compared / "config.yaml"), {"sft": None})
+    held_out = read_held_out(load_config(compared / "config.yaml"), ["sft"])
     prepared = Prepared(tokenizer, held_out, values)
-    model, chats = compare.load_models(
-        load_config(compared / "config.yaml"), [adapter_of("sft", compared)], compared / "model", tokenizer
-    )
-    result = measure_models(model, {"base": None, "sft": "sft"}, prepared, chats, with_answers=False)
+    sft = adapter_of("sft", compared)
+    loaded = load_models(compared / "model", [sft], values)
+    chats = dict.fromkeys(("base", "sft"), ChatFormat.of(tokenizer, sft.manifest))
+    result = measure_models(loaded, {"base": {}, "sft": {}}, prepared, chats, with_answers=False)
     metrics = manifest(compared / "out/sft_adapter")["metrics"]
     for name, key in (("base", "held_out_loss_before"), ("sft", "held_out_loss")):
         scores = result[name].targets
@@ -132,30 +131,30 @@ def test_model_that_always_says_a_stop_is_measured_as_ending_at_once(name: str, 
         record = parse_record({"messages": [*prompt, {"role": "assistant", "content": "a"}]}, "x:1", Data())
         held_out = HeldOut((record,))
         chats = dict.fromkeys(("base", "sft"), ChatFormat(tokenizer))
-        arms: dict[str, str | None] = {"base": None, "sft": "sft"}
-        measured = measure_models(model, arms, Prepared(tokenizer, held_out, config), chats)
+        loaded = Loaded(model, {"base": None, "sft": "sft"})
+        measured = measure_models(loaded, {"base": {}, "sft": {}}, Prepared(tokenizer, held_out, config), chats)
         assert [each.health.eos_rate for each in measured.values()] == [1, 1], stop
         assert [answer.token_ids for each in measured.values() for answer in each.answers] == [[], []]
 
 
 def test_the_same_adapter_twice_gives_exactly_zero(compared: Path, tmp_path: Path) -> None:
-    """One adapter under both names differs in nothing, and the verdict says that no difference can be shown."""
-    loaded = load_config(compared / "config.yaml")
-    tokenizer = load_tokenizer(compared / "model")
-    manifests = {adapter.name: adapter.manifest for adapter in compare.find_adapters(loaded)}
-    sft = adapter_of("sft", compared)
-    twin = [sft, dataclasses.replace(sft, name="dpo")]
-    prepared = Prepared(tokenizer, compare.read_held_out(loaded, manifests), loaded.values)
-    model, chats = compare.load_models(loaded, twin, compared / "model", tokenizer)
-    measured = measure_models(model, {"base": None, "sft": "sft", "dpo": "dpo"}, prepared, chats)
-    metrics = build_metrics(measured, prepared, manifests)
-    for metric in metrics:
-        for difference in metric.differences:
-            if metric.name != "reward_accuracy" and {difference.a, difference.b} == {"sft", "dpo"}:
-                assert (difference.value, difference.ci_low, difference.ci_high) == (0, 0, 0)
-                assert difference.p_value == 1
-    assert measured["dpo"].kl["sft"] == 0
-    assert decide(metrics, ["base", "sft", "dpo"], None)[0].outcome == "no_difference"
+    """One adapter under two names differs in nothing, and the verdict says that no difference can be shown."""
+    sft = compared / "out/sft_adapter"
+    found = run_compare(compared, tmp_path, "--models", f"one={sft}", f"two={sft}")
+    for metric in found.metrics:
+        [difference] = [d for d in metric.differences if {d.a, d.b} == {"one", "two"}]
+        assert difference.value == 0
+        assert difference.p_value == 1
+    assert found.verdict.outcome == "no_difference"
+    assert found.samples[0].changed == 0
+
+
+def run_compare(compared: Path, folder: Path, *arguments: str, settings: Sequence[str] = ()) -> Report:
+    """Compare with these arguments into a folder, and return the report."""
+    shorter = ["eval.max_prompts=2", "eval.max_new_tokens=4", *settings, f"eval.output_dir={folder}/comparison"]
+    flags = [part for item in shorter for part in ("--set", item)]
+    assert compare.main(["--config", str(compared / "config.yaml"), *flags, *arguments]) == 0
+    return read_report(folder / "comparison")
 
 
 def test_arms_that_read_prompts_differently_are_measured_each_in_its_way_and_marked(
@@ -175,11 +174,9 @@ def test_arms_that_read_prompts_differently_are_measured_each_in_its_way_and_mar
     assert "template_date: None and '2026-01-31'" in note
     loaded = load_config(compared / "config.yaml")
     tokenizer = load_tokenizer(compared / "model")
-    prepared = Prepared(tokenizer, compare.read_held_out(loaded, {"sft": None}), loaded.values)
-    adapters = [adapter_of("sft", compared), compare.find_adapter("dpo", other, loaded)]
-    _, chats = compare.load_models(loaded, adapters, compared / "model", tokenizer)
-    plain, brief = (prepared.items(chats[name]) for name in ("sft", "dpo"))
-    assert prepared.items(chats["base"]) is plain
+    prepared = Prepared(tokenizer, read_held_out(loaded, ["sft"]), loaded.values)
+    manifests = [adapter_of("sft", compared).manifest, read_manifest(other)]
+    plain, brief = (prepared.items(ChatFormat.of(tokenizer, made)) for made in manifests)
     assert ["Be brief." in tokenizer.decode(items.prompts[0]) for items in (plain, brief)] == [False, True]
 
 
@@ -251,29 +248,14 @@ def test_every_check_has_its_row_by_name(report: Report) -> None:
 
 def test_answers_are_given_in_batches_of_the_size_asked_for(compared: Path) -> None:
     loaded = load_config(compared / "config.yaml", ["eval.batch_size=2", "eval.max_new_tokens=1"])
-    adapters = {"sft": compared / "out/sft_adapter"}
     tokenizer = load_tokenizer(compared / "model")
-    prepared = Prepared(tokenizer, compare.read_held_out(loaded, adapters), loaded.values)
-    model, chats = compare.load_models(loaded, [adapter_of("sft", compared)], compared / "model", tokenizer)
+    prepared = Prepared(tokenizer, read_held_out(loaded, ["sft"]), loaded.values)
+    models = load_models(compared / "model", [], loaded.values)
     rows: list[int] = []
-    generate = model.generate
-    model.generate = lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs)
-    measure_models(model, {"sft": "sft"}, prepared, chats)
+    generate = models.model.generate
+    models.model.generate = lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs)
+    measure_models(models, {"base": {}}, prepared, {"base": ChatFormat(tokenizer)})
     assert max(rows) == 2
-
-
-def test_several_seeds_aggregate_to_mean_and_spread(compared: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    for name in ("sft_adapter", "dpo_adapter"):
-        shutil.copytree(compared / "out" / name, run / name)
-    settings = ["--set", f"eval.output_dir={tmp_path}/comparison", "--runs", str(run)]
-    assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 0
-    runs = json.loads((tmp_path / "comparison/report.json").read_text())["runs"]
-    assert runs["seeds"] == [0, 0]
-    for row in runs["metrics"]:
-        for model in row["models"].values():
-            assert model["spread"] == pytest.approx(0, abs=1e-9)
-            assert model["mean"] == pytest.approx(model["values"][0])
 
 
 def test_comparing_on_other_data_than_the_adapter_was_trained_on_is_reported(
@@ -294,7 +276,7 @@ def test_comparing_on_other_data_than_the_adapter_was_trained_on_is_reported(
 def notes(folder: Path, settings: list[str]) -> list[str]:
     """Return what a comparison says about its lineage before it measures anything."""
     config = load_config(folder / "config.yaml", settings)
-    return compare.prepare(config, compare.find_adapters(config)).notes
+    return compare.prepare(config, find_arms(config)).notes
 
 
 def copied(adapter: Path, folder: Path, **facts: object) -> Path:
@@ -318,28 +300,15 @@ def test_file_that_has_changed_since_training_is_reported(compared: Path, tmp_pa
 def test_adapters_of_other_seeds_are_refused_with_another_split(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture, split: dict
 ) -> None:
-    copied(compared / "out/sft_adapter", tmp_path / "run/sft_adapter")
-    other = copied(compared / "out/dpo_adapter", tmp_path / "run/dpo_adapter", split=split)
-    settings = ["--set", f"eval.output_dir={tmp_path}/comparison", "--runs", str(tmp_path / "run")]
+    other = copied(compared / "out/dpo_adapter", tmp_path / "other", split=split)
+    models = ["--models", f"sft={compared}/out/sft_adapter", f"dpo={compared}/out/dpo_adapter,{other}"]
 
-    assert compare.main(["--config", str(compared / "config.yaml"), *settings]) == 2
+    assert compare.main(["--config", str(compared / "config.yaml"), *models]) == 2
 
     said = capsys.readouterr().err
     assert f"{other}: was trained with the split of seed {split['seed']} and ratio {split['ratio']}" in said
     assert "may have seen these prompts" in said
     assert "measuring" not in said
-
-
-def test_adapters_of_other_seeds_and_other_data_are_reported(compared: Path, tmp_path: Path) -> None:
-    data = {"path": str(compared / "sft.jsonl"), "sha256": "0" * 64, "train": 30, "validation": 10}
-    other = copied(compared / "out/sft_adapter", tmp_path / "run/sft_adapter", datasets=[data])
-    copied(compared / "out/dpo_adapter", tmp_path / "run/dpo_adapter")
-    config = load_config(compared / "config.yaml")
-    adapters = compare.find_adapters(config)
-
-    [note] = compare.prepare(config, adapters, [compare.find_run(tmp_path / "run", adapters, config)]).notes
-
-    assert note.startswith(f"{other}: {compared}/sft.jsonl has changed")
 
 
 def test_adapter_that_continues_one_of_another_split_is_refused(
@@ -394,21 +363,6 @@ def test_dpo_without_its_sft_has_no_reward(compared: Path, tmp_path: Path) -> No
 
     found = read_report(tmp_path / "comparison")
     assert {metric.name for metric in found.metrics} == {
-        "held_out_loss", "preference_accuracy", "checks_passed", "check_1", "check_2"
+        "held_out_loss", "preference_accuracy", "all_rules", "checks_passed", "check_says_it_is", "check_short"
     }  # fmt: skip
     assert [note for note in found.notes if "which is not compared here. dpo was trained against that adapter" in note]
-
-
-def test_run_whose_dpo_continues_another_sft_has_no_spread_of_its_reward(compared: Path, tmp_path: Path) -> None:
-    copied(compared / "out/sft_adapter", tmp_path / "run/sft_adapter")
-    parent = {"path": "gone", "sha256": "0" * 64}
-    copied(compared / "out/dpo_adapter", tmp_path / "run/dpo_adapter", parent=parent)
-    settings = [f"eval.output_dir={tmp_path}/comparison", "eval.max_prompts=2"]
-    config = ["--config", str(compared / "config.yaml"), *(part for item in settings for part in ("--set", item))]
-
-    assert compare.main([*config, "--runs", str(tmp_path / "run")]) == 0
-
-    found = read_report(tmp_path / "comparison")
-    [reward] = [row for row in found.runs.metrics if row.title.startswith("Implicit-reward")]
-    assert set(reward.models) == {"sft"}
-    assert [note for note in found.notes if note.startswith(f"{tmp_path}/run/dpo_adapter: dpo continues gone")]
