@@ -100,11 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan the runs, do those that are missing, rank the variants, compare the chosen one, and say where to look."""
     arguments = build_parser().parse_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    overrides = [*arguments.overrides, "eval.models=null"]  # a study names what it compares itself
+    config = load_config(arguments.config, overrides)
     if arguments.seeds is not None:
-        seeds = f"study.seeds={as_list(arguments.seeds)}"
-        config = load_config(arguments.config, [*arguments.overrides, seeds], origin="--seeds")
-    variants = find_variants(arguments.config, arguments.overrides, parse_vary(arguments.vary), many=arguments.yes)
+        config = load_config(arguments.config, [*overrides, f"study.seeds={as_list(arguments.seeds)}"], origin="--seeds")
+    variants = find_variants(arguments.config, overrides, parse_vary(arguments.vary), many=arguments.yes)
     check_can_end(config.values, variants)
     with open_run("study", config, "study.output_dir", grows=True, dry=arguments.dry_run) as run:
         members = plan_members(variants, seeds_of(config.values), run.output_dir)
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from scripts.common.tracking import tracked_run
 
-        flags = ["--config", arguments.config, *(part for item in arguments.overrides for part in ("--set", item))]
+        flags = ["--config", arguments.config, *(part for item in overrides for part in ("--set", item))]
         with tracked_run(config, "study", earlier=record.mlflow_run_id, resume=True) as tracker:
             record.mlflow_run_id = tracker.run_id
             record.save(run.output_dir)
