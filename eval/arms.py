@@ -13,7 +13,7 @@ from typing import Any
 from scripts.common.artifacts import Manifest, read_manifest
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
-from scripts.common.lineage import ancestors, check_split
+from scripts.common.lineage import Side, ancestors, check_split
 from scripts.common.schema import check_arm_name
 from scripts.common.stages import BASE, MODEL_STAGES, SFT, TRAINING_STAGES
 
@@ -91,16 +91,16 @@ def add_arm_arguments(models: Sequence[str]) -> list[str]:
     return [f"eval.models={json.dumps(found)}"] if found else []
 
 
-def find_arms(config: LoadedConfig) -> list[Arm]:
+def find_arms(config: LoadedConfig, side: Side = "test") -> list[Arm]:
     """Return what `eval.models` names, or else each adapter of this configuration that is there, in the order of training.
 
-    Raises: UserError when there is none, or one is not finished, or may have been trained on what is held out, or when
-    the members of arms cannot be compared.
+    Raises: UserError when there is none, or one is not finished, or may have been trained on this side of the split, or
+    when the members of arms cannot be compared.
     """
     if config.values.eval.models:
         named = config.values.eval.models.items()
         arms = [
-            _find_arm(name, [given] if isinstance(given, str) else given, config, f"eval.models.{name}")
+            _find_arm(name, [given] if isinstance(given, str) else given, config, side, f"eval.models.{name}")
             for name, given in named
         ]
     else:
@@ -108,7 +108,7 @@ def find_arms(config: LoadedConfig) -> list[Arm]:
         for stage in TRAINING_STAGES.values():
             folder = getattr(config.values, stage.name).output_dir
             if Path(folder).is_dir():
-                arms.append(_find_arm(stage.name, [folder], config, f"{stage.name}.output_dir", (stage.name,)))
+                arms.append(_find_arm(stage.name, [folder], config, side, f"{stage.name}.output_dir", (stage.name,)))
             else:
                 log.warning("%s: no adapter there, so %s is left out of the comparison", folder, stage.name)
         if not arms:
@@ -123,7 +123,12 @@ def find_arms(config: LoadedConfig) -> list[Arm]:
 
 
 def _find_arm(
-    name: str, folders: Sequence[str], config: LoadedConfig, key: str, stages: tuple[str, ...] = MODEL_STAGES
+    name: str,
+    folders: Sequence[str],
+    config: LoadedConfig,
+    side: Side,
+    key: str,
+    stages: tuple[str, ...] = MODEL_STAGES,
 ) -> Arm:
     members: dict[int, Member] = {}
     for folder in folders:
@@ -131,7 +136,7 @@ def _find_arm(
             manifest = read_manifest(folder, stages=stages)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        check_split(folder, manifest, config.values.data, key)
+        check_split(folder, manifest, config.values.data, key, sides=(side,))
         origin = manifest if manifest.stage != "merged" else next((made for _, made in ancestors(manifest)), None)
         member = Member(name, Path(folder), manifest, origin)
         if member.seed in members:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,6 +39,7 @@ from eval.looks import Looks, side_of
 from scripts.common.artifacts import Manifest, RunFacts
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
+from scripts.common.lineage import Side
 from scripts.common.machine import peak_memory_gib
 from scripts.common.run import Run, open_run
 from scripts.common.stages import BASE
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from scripts.common.tracking import Tracker
 
 log = logging.getLogger(__name__)
-TEST = "test"
+TEST: Final = "test"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Comparison:
     held_out: HeldOut
     prepared: Prepared
     question: Question
-    side: Any
+    side: Side
     notes: list[str]
 
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(arguments.config, [*arguments.overrides, *add_arm_arguments(arguments.models)])
     check_rules(config.values.eval.checks)
     with open_run("comparison", config, "eval.output_dir") as run:
-        arms = find_arms(config)
+        arms = find_arms(config, arguments.side)
         looks = Looks(run.output_dir)
 
         from eval.measuring import measure_arms
@@ -126,7 +127,7 @@ def newest(arms: Sequence[Arm]) -> Manifest:
     return arms[-1].members[0].manifest
 
 
-def prepare(config: LoadedConfig, arms: list[Arm], side: str = TEST, notes: Sequence[str] = ()) -> Comparison:
+def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Sequence[str] = ()) -> Comparison:
     """Find the base, read what is held out, turn it into token ids, and say what of the lineage is not as it should be."""
     from eval.lineage_notes import describe_arms
     from eval.measuring import Prepared
@@ -137,7 +138,7 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: str = TEST, notes: Sequ
     from scripts.model.shape import position_table
 
     values = config.values
-    held_out = read_held_out(config, stages_of(arms))
+    held_out = read_held_out(config, stages_of(arms), side)
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     check_made_on_base(arms, base_folder, tokenizer)
@@ -181,11 +182,14 @@ def describe(
     from eval.facts import choose_answers, describe_columns, describe_health, describe_samples
     from eval.lineage_notes import describe_lineage
     from eval.lmeval.results import find_benchmarks
+    from eval.metrics import build_metrics
     from eval.report import Report, picture_uri
+    from eval.verdict import decide
 
     arms, side, question = comparison.arms, comparison.side, comparison.question
-    metrics = metrics_of(tables, question, measured)
-    verdict, notes = verdict_of(metrics, question)
+    metrics = build_metrics(tables, question)
+    add_baselines(metrics, measured[BASE][0])
+    verdict, notes = decide(metrics, question)
     places, shown = choose_answers(arms, question)
     benchmarks, left_out = find_benchmarks(Path(config.values.lmeval.output_dir), [m.folder for m in members_of(arms)])
     pictures = {arm.name: arm.members[0].folder / "curves.png" for arm in arms}
@@ -209,45 +213,15 @@ def describe(
     )
 
 
-def metrics_of(tables: Sequence[Table], question: Question, measured: Mapping[str, Sequence[Measured]]) -> list[Metric]:
-    """Compute the figures, with what a judge of nothing but length would reach beside those of the pairs."""
-    from eval.metrics import Estimate, adjust_p_values, binary_metric, mean_metric, ratio_metric
+def add_baselines(metrics: Sequence[Metric], base: Measured) -> None:
+    """Put beside the figures of pairs what a judge of nothing but length would reach."""
+    from eval.metrics import Estimate
     from eval.statistics import wilson
 
-    metrics = []
-    for table in tables:
-        columns = {arm: values.mean(0) for arm, values in table.values.items()}
-        common: dict[str, Any] = {"phrase": table.phrase, "items": table.noun}
-        if table.weights is not None:
-            sums = {arm: column.tolist() for arm, column in columns.items()}
-            metric = ratio_metric(
-                table.name, table.title, table.unit, table.group, sums, table.weights.tolist(), **common
-            )
-        elif table.binary and all(len(values) == 1 for values in table.values.values()):
-            outcomes = {arm: [bool(value) for value in column] for arm, column in columns.items()}
-            metric = binary_metric(table.name, table.title, table.group, outcomes, **common)
-        else:
-            sums = {arm: column.tolist() for arm, column in columns.items()}
-            metric = mean_metric(table.name, table.title, table.unit, table.better, table.group, sums, **common)
-        metric.primary = table.name in question.measures
-        total = len(table.items) if table.weights is None else table.weights.sum()
-        metric.by_seed = {arm: (values.sum(1) / total).tolist() for arm, values in table.values.items()}
-        metrics.append(metric)
-    for primary in (True, False):
-        adjust_p_values([metric for metric in metrics if metric.primary == primary])
-    longer = measured[BASE][0].chosen_is_longer()
+    longer = base.chosen_is_longer()
     for metric in metrics:
         if metric.group == "preference":
             metric.baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}
-    return metrics
-
-
-def verdict_of(metrics: Sequence[Metric], question: Question) -> tuple[Any, list[str]]:
-    """Answer the primary question."""
-    from eval.verdict import decide
-
-    verdict, notes = decide([metric for metric in metrics if metric.primary], [question.b, question.a], None)
-    return verdict, notes
 
 
 def publish_report(

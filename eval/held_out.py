@@ -1,4 +1,4 @@
-"""What no stage has trained on: the validation side of the datasets, on which every model is measured."""
+"""What no stage has trained on: the test side of the datasets, on which every model is measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from scripts.common.artifacts import Manifest, sha256_json
 from scripts.common.config import LoadedConfig
@@ -14,9 +15,9 @@ from scripts.common.paths import portable_path
 from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
-from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets
+from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets, load_rest_of_chain
 from scripts.dataset.rendering import render_and_check
-from scripts.dataset.split import is_validation
+from scripts.dataset.split import NearDuplicate, cluster_of, describe_near_duplicates, sort_by_side
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class Question:
     source: str
     prompt: tuple[Message, ...]
     target: str
+    cluster: str = ""
 
     @property
     def text(self) -> str:
@@ -41,6 +43,7 @@ class HeldOut:
 
     records: tuple[Record | Preference, ...]
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    near_duplicates: tuple[NearDuplicate, ...] = ()  # left out, because a model may have learnt their like
 
     @property
     def pairs(self) -> list[Preference]:
@@ -55,16 +58,18 @@ class HeldOut:
         found: dict[tuple[tuple[str, str], ...], Question] = {}
         for record in self.records:
             key = tuple((message["role"], message["content"]) for message in record.prompt)
-            found.setdefault(key, Question(record.source, record.prompt, record.answer))
+            found.setdefault(key, Question(record.source, record.prompt, record.answer, cluster_of(record)))
         drawn = set(sorted(found, key=lambda key: sha256_json([seed, key]))[:most])
         return [question for key, question in found.items() if key in drawn]
 
 
-def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
-    """Read the validation side of the datasets that these stages train on.
+def read_held_out(
+    config: LoadedConfig, stages: Collection[str], side: Literal["validation", "test"] = "test"
+) -> HeldOut:
+    """Read one side of the datasets that these stages train on, without near-duplicates of what any stage learns from.
 
     Without the configured system message: each model reads the one that it was trained with.
-    Raises: UserError when nothing is held out.
+    Raises: UserError when nothing is left.
     """
     values = config.values
     data = values.data.model_copy(update={"system_prompt": None})
@@ -75,19 +80,21 @@ def read_held_out(config: LoadedConfig, stages: Collection[str]) -> HeldOut:
         for stage in TRAINING_STAGES.values()
         if stage.name in stages
     }
-    held_out = tuple(
-        record
-        for several in files.values()
-        for file in several
-        for record in file.records
-        if is_validation(record.prompt, data)
-    )
-    if not held_out:
+    several = [file for of_stage in files.values() for file in of_stage]
+    split = sort_by_side(several, data, load_rest_of_chain(values, stages))
+    records = split.test if side == "test" else split.validation
+    near = tuple(each for each in split.near_duplicates if each.side == side)
+    if not records:
+        ratio = getattr(data, f"{side}_ratio")
+        why = f"all {len(near)} prompts of that side are near-duplicates of others" if near else "no prompt falls on it"
         raise UserError(
-            "data.validation_ratio: nothing is held out, so nothing can be compared. Raise it and train again."
+            f"data.{side}_ratio: {ratio:g} leaves the {side} side empty ({why}), so nothing can be compared. Raise it, or "
+            "add records, and train again."
         )
-    hashes = {stage: {portable_path(file.path): file.sha256 for file in several} for stage, several in files.items()}
-    return HeldOut(held_out, hashes)
+    if near:
+        log.warning("%s", describe_near_duplicates(near))
+    hashes = {stage: {portable_path(file.path): file.sha256 for file in of_stage} for stage, of_stage in files.items()}
+    return HeldOut(records, hashes, near)
 
 
 def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, data: Data) -> HeldOut:

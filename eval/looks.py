@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.held_out import HeldOut
-from scripts.common.artifacts import private, sha256_json
+from scripts.common.artifacts import SplitFacts, private, sha256_json
 from scripts.common.errors import UserError
 from scripts.common.schema import Data
-
-SPLIT_KEYS = {"split_seed", "validation_ratio", "test_ratio", "group_field"}
 
 
 class Looks:
@@ -36,9 +34,8 @@ class Looks:
 
     def count(self, side: Mapping[str, Any]) -> int:
         """Return how many reports were made of a side or of a part of it, the one in the making included."""
-        return 1 + sum(
-            line["split"] == side["split"] and bool({*line["data"]} & {*side["data"]}) for line in self.lines
-        )
+        same_split = [line for line in self.lines if line["split"] == side["split"]]
+        return 1 + len([line for line in same_split if {*line["data"]} & {*side["data"]}])
 
     def add(self, side: Mapping[str, Any], models: Sequence[str]) -> None:
         """Write down a report on these models, by their hashes."""
@@ -52,4 +49,4 @@ class Looks:
 def side_of(held_out: HeldOut, data: Data) -> dict[str, Any]:
     """Identify a test side: what splits the records, and the hashes of the files that hold them."""
     digests = {digest for files in held_out.files.values() for digest in files.values()}
-    return {"split": sha256_json(data.model_dump(mode="json", include=SPLIT_KEYS)), "data": sorted(digests)}
+    return {"split": sha256_json(SplitFacts.of(data).model_dump()), "data": sorted(digests)}

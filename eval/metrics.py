@@ -167,11 +167,12 @@ def describe(table: Table, oriented: tuple[str, str] | None = None) -> tuple[Met
 def paired_rows(table: Table, a: str, b: str) -> tuple[Floats, Floats]:
     """Return the values of two arms seed by seed, over the seeds that both have.
 
-    An arm of one member, such as the base, stands beside each seed of the other.
-    Raises: UserError when both have several members and no seed in common.
+    An arm without seeds, such as the base, stands beside each seed of the other, and so do two arms of one member each.
+    Raises: UserError when they have no seed in common.
     """
     ours, theirs = table.values[a], table.values[b]
-    if len(ours) > 1 and len(theirs) > 1:
+    one_each = len(ours) == len(theirs) == 1
+    if not one_each and None not in (*table.seeds[a], *table.seeds[b]):
         seeds = [seed for seed in table.seeds[a] if seed in table.seeds[b]]
         if not seeds:
             raise UserError(f"{a} and {b} have no seed in common, so they cannot be compared seed by seed.")

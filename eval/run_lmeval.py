@@ -268,7 +268,6 @@ def publish_results(
         for name, metric in entry["metrics"].items()
     }
     last = next((each for each in reversed(candidates) if each.manifest), None)
-    data = run.values.data
     manifest = Manifest(
         stage=run.stage,
         base_model=basis.base_model,
@@ -276,7 +275,7 @@ def publish_results(
         chat_template_sha256=basis.chat_template_sha256,
         parent=last.manifest.as_parent(last.folder) if last and last.manifest else None,
         datasets=basis.datasets,
-        split=SplitFacts(seed=data.split_seed, ratio=data.validation_ratio),
+        split=SplitFacts.of(run.values.data),
         config=run.values.model_dump(mode="json"),
         mlflow=RunFacts(run_id=tracker.run_id),
         metrics=figures | {"peak_memory_gib": round(peak_memory_gib(), 2)},

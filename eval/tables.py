@@ -17,7 +17,7 @@ from scripts.common.artifacts import sha256_json
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path
 from scripts.common.question import ALL_RULES, CHECKS_PASSED, LOSS, PREFERENCE, REWARD, check_names
-from scripts.dataset.split import prompt_key
+from scripts.dataset.split import cluster_of
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
@@ -64,8 +64,8 @@ def build_tables(
     `references` holds what each member of an arm was trained against, and the name of it. An arm without has no implicit
     reward: one against another model would not be the one that was trained.
     """
-    prompts = _Rows("prompts", prepared.questions, seeds)
-    pairs = _Rows("pairs", prepared.pairs, seeds)
+    prompts = _Rows("prompts", prepared.questions, [each.cluster for each in prepared.questions], seeds)
+    pairs = _Rows("pairs", prepared.pairs, [cluster_of(pair) for pair in prepared.pairs], seeds)
     checks = prepared.config.eval.checks
     columns: dict[str, Sequence[Any]] = dict(measured)
     tables = []
@@ -119,12 +119,14 @@ def build_tables(
 
 
 class _Rows:
-    """The items of one kind, in the order in which they were measured."""
+    """The items of one kind, in the order in which they were measured. What names a cluster is text of the data."""
 
-    def __init__(self, noun: str, items: Sequence[Any], seeds: Mapping[str, tuple[int | None, ...]]) -> None:
+    def __init__(
+        self, noun: str, items: Sequence[Any], clusters: Sequence[str], seeds: Mapping[str, tuple[int | None, ...]]
+    ) -> None:
         self.noun, self.seeds = noun, seeds
         self.items = tuple(portable_path(item.source) for item in items)
-        self.clusters = tuple(_cluster_of(item) for item in items)
+        self.clusters = tuple(hashlib.sha256(cluster.encode()).hexdigest()[:16] for cluster in clusters)
 
     def table(
         self,
@@ -155,11 +157,6 @@ class _Rows:
             values={arm: np.array([values_of(each) for each in members], float) for arm, members in columns.items()},
             weights=None if weights is None else np.array(weights, float),
         )
-
-
-def _cluster_of(item: Any) -> str:
-    """Return what the items share that are not independent, without any of their text."""
-    return hashlib.sha256(prompt_key(item.prompt).encode()).hexdigest()[:16]
 
 
 def write_items(folder: Path, tables: Sequence[Table]) -> None:

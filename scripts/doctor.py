@@ -265,9 +265,9 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
 
 
 def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
-    """Count the records of a stage on both sides of the split."""
+    """Count the records of a stage on each side of the split."""
     from scripts.dataset.files import find_file
-    from scripts.dataset.records import PARSERS, load_datasets, sources_of
+    from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
     from scripts.dataset.split import split_records
 
     section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
@@ -277,15 +277,21 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     if None in files or size > LARGE_BYTES:
         return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
     datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
-    split = split_records(datasets, config.values.data, config.values.seed)
-    skipped = sum(len(file.bad_rows) for file in datasets)
-    text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} held out"
-    text += f", {skipped} bad ones set aside" if skipped else ""
-    if split.validation:
-        return Finding("ok", text)
-    return Finding(
-        "warn", text, "--set data.validation_ratio=0.2, or more records: nothing would show whether it helped"
+    split = split_records(
+        datasets, config.values.data, config.values.seed, load_rest_of_chain(config.values, [stage.name])
     )
+    skipped = sum(len(file.bad_rows) for file in datasets)
+    text = f"{key}: {len(split.train)} records to train on, {len(split.validation)} for validation, "
+    text += f"{len(split.test)} for the test"
+    text += f", {len(split.near_duplicates)} near-duplicates left out" if split.near_duplicates else ""
+    text += f", {skipped} bad ones set aside" if skipped else ""
+    if not split.test:
+        fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
+        return Finding("warn", text, fix)
+    if not split.validation:
+        fix = "--set data.validation_ratio=0.1, or more records: nothing would choose the checkpoint"
+        return Finding("warn", text, fix)
+    return Finding("ok", text)
 
 
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:

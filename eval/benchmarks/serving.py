@@ -113,7 +113,7 @@ def save_random_adapter(
         chat_template_sha256=template_sha256(tokenizer),
         parent=parent,
         datasets=[],
-        split=SplitFacts(seed=0, ratio=1.0),  # it was trained on nothing
+        split=SplitFacts(seed=0, validation_ratio=0.0, test_ratio=1.0),  # it was trained on nothing
         config={"dpo": {"beta": 0.2}},
         mlflow=RunFacts(run_id=None),
         metrics={},

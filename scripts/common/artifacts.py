@@ -20,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scripts.common.errors import UserError, did_you_mean
 from scripts.common.paths import ROOT, portable_path
+from scripts.common.schema import Data
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+SPLIT_KEY_VERSION = 1  # of cluster_of and side_of in dataset/split.py: how a record comes to its side
 LOADED = (".safetensors", ".json", ".jinja")  # what libraries read on their own account
 # How an adapter reads and writes conversations, beside tokenizer and template.
 FORMAT_FACTS = ("chat_template_kwargs", "template_date", "system_prompt", "thinking")
@@ -57,14 +59,41 @@ class DatasetFacts(_Facts):
     sha256: str
     train: int | None = None
     validation: int | None = None
+    test: int | None = None
+    near_duplicates: int | None = None  # left out of validation and test
     items: int | None = None
 
 
 class SplitFacts(_Facts):
-    """What decided which prompts were held out."""
+    """What decided on which side of the split a prompt is."""
 
     seed: int
-    ratio: float
+    validation_ratio: float
+    test_ratio: float
+    key_version: int = 0  # 0: the split of earlier versions, which had no test side
+    group_field: str | None = None
+
+    @classmethod
+    def of(cls, data: Data) -> SplitFacts:
+        """Describe the split that a configuration asks for."""
+        return cls(
+            seed=data.split_seed,
+            validation_ratio=data.validation_ratio,
+            test_ratio=data.test_ratio,
+            key_version=SPLIT_KEY_VERSION,
+            group_field=data.group_field,
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_two_sides(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "ratio" in content:
+            return {"seed": content.get("seed"), "validation_ratio": content["ratio"], "test_ratio": 0.0}
+        return content
+
+    def __str__(self) -> str:
+        text = f"seed {self.seed}, validation {self.validation_ratio:g}, test {self.test_ratio:g}"
+        return text + (f", by {self.group_field}" if self.group_field else "")
 
 
 class PlanFacts(_Facts):

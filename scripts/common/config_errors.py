@@ -110,6 +110,11 @@ def contradictions(values: Config, origins: dict[str, str], path: str) -> Iterat
     if values.quantization.load_in_4bit and values.quantization.load_in_8bit:
         where = origins.get("quantization.load_in_8bit", path)
         yield f"{where}: quantization.load_in_8bit: found true beside load_in_4bit: true; wanted only one of them"
+    data = values.data
+    if data.validation_ratio + data.test_ratio >= 1:
+        where = origins.get("data.test_ratio") or origins.get("data.validation_ratio") or path
+        found = f"found {data.test_ratio:g} beside validation_ratio: {data.validation_ratio:g}"
+        yield f"{where}: data.test_ratio: {found}; wanted less than 1 together, so that something is left to train on"
     folders = {key: os.path.abspath(attrgetter(key)(values)) for key in OUTPUTS}
     for (first, one), (second, other) in combinations(folders.items(), 2):
         if Path(one).is_relative_to(other) or Path(other).is_relative_to(one):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Literal
 
-from scripts.common.artifacts import Manifest, SplitFacts, read_manifest
+from scripts.common.artifacts import SPLIT_KEY_VERSION, Manifest, SplitFacts, read_manifest
 from scripts.common.errors import UserError
 from scripts.common.paths import resolve
 from scripts.common.schema import Data
+from scripts.common.stages import SFT, TRAINING_STAGES
 
 
 def ancestors(manifest: Manifest) -> Iterator[tuple[Path, Manifest]]:
@@ -27,22 +30,66 @@ def ancestors(manifest: Manifest) -> Iterator[tuple[Path, Manifest]]:
         manifest = found
 
 
-def holds_out_all(split: SplitFacts, data: Data) -> bool:
-    """Tell whether a split holds out every prompt that the configuration holds out: a lower ratio takes a part of them."""
-    return data.validation_ratio == 0 or (split.seed == data.split_seed and data.validation_ratio <= split.ratio)
+Side = Literal["validation", "test"]
 
 
-def check_split(folder: str | Path, manifest: Manifest, data: Data, key: str | None = None) -> None:
-    """Refuse a model that may know the held-out prompts, because it or what it continues was trained with another split.
+def keeps_apart(split: SplitFacts, data: Data, sides: Collection[Side]) -> bool:
+    """Tell whether a model of this split has not trained on what the configuration has on these sides.
 
-    `key` of the configuration names the folder. Raises: UserError naming both splits.
+    A side that is larger than the configuration asks for holds all of it: sides grow at one end only.
+    """
+    wanted = SplitFacts.of(data)
+    ratios = {f"{side}_ratio" for side in sides}
+    if not any(getattr(wanted, ratio) for ratio in ratios):
+        return True
+    same = all(getattr(split, fact) == getattr(wanted, fact) for fact in ("seed", "key_version", "group_field"))
+    return same and all(getattr(wanted, ratio) <= getattr(split, ratio) for ratio in ratios)
+
+
+def check_split(
+    folder: str | Path, manifest: Manifest, data: Data, key: str | None = None, *, sides: tuple[Side, ...] = ("test",)
+) -> None:
+    """Refuse a model that may know the prompts of these sides, because it or what it continues had another split.
+
+    `key` of the configuration names the folder. Raises: UserError naming both splits and what to do.
     """
     for where, made in ((folder, manifest), *ancestors(manifest)):
         split = made.split
-        if not holds_out_all(split, data):
+        if keeps_apart(split, data, sides):
+            continue
+        line = f"{f'{key}: ' if key else ''}{folder}: {'' if made is manifest else f'continues {where}, which '}"
+        again = commands_to_train(made.stage)
+        if split.key_version < SPLIT_KEY_VERSION:
             raise UserError(
-                f"{f'{key}: ' if key else ''}{folder}: {'' if made is manifest else f'continues {where}, which '}"
-                f"was trained with the split of seed {split.seed} and ratio {split.ratio}, but the configuration holds "
-                f"out by seed {data.split_seed} and ratio {data.validation_ratio}, so it may have seen these prompts. "
-                f"Set data.split_seed: {split.seed} and data.validation_ratio: {split.ratio}, or train it again."
+                f"{line}was trained by an earlier version, whose split had no test side, so it may have seen the prompts "
+                f"that are held out now. Train again: {again}. It can still be served and exported."
             )
+        wanted = SplitFacts.of(data)
+        raise UserError(
+            f"{line}was trained with another split ({split}) than the configuration's ({wanted}), so it may have seen "
+            f"the prompts that are held out now. {_setting_to_match(split, wanted)}rain again: {again}."
+        )
+
+
+def _setting_to_match(split: SplitFacts, wanted: SplitFacts) -> str:
+    """Begin a sentence with the keys of `data` that would lead to a split, where there are such."""
+    keys = {
+        "seed": "split_seed",
+        "validation_ratio": "validation_ratio",
+        "test_ratio": "test_ratio",
+        "group_field": "group_field",
+    }
+    changes = [
+        f"data.{key}: {json.dumps(getattr(split, fact))}"
+        for fact, key in keys.items()
+        if getattr(split, fact) != getattr(wanted, fact)
+    ]
+    return f"Set {' and '.join(changes)}, or t" if split.key_version == wanted.key_version else "T"
+
+
+def commands_to_train(stage: str) -> str:
+    """Say how to make an adapter again, with those it continues; a merged model may be of any stage."""
+    chain = [stage if stage in TRAINING_STAGES else SFT.name]
+    while earlier := TRAINING_STAGES[chain[0]].continues:
+        chain.insert(0, earlier)
+    return ", then ".join(f"`python -m {TRAINING_STAGES[name].script}`" for name in chain)

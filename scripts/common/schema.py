@@ -101,8 +101,20 @@ class Lora(Section):
 
 
 class Data(Section):
-    validation_ratio: Ratio = Field(0.1, description="Share of prompts held out from all training, 0 to below 1.")
-    split_seed: int = Field(0, description="Changes which prompts are held out.")
+    validation_ratio: Ratio = Field(
+        0.1,
+        description="Share of prompts that choose the checkpoint and stop training early, 0 to below 1. They train nothing.",
+    )
+    test_ratio: Ratio = Field(
+        0.2,
+        description="Share of prompts that only the report sees, 0 to below 1. They train nothing: 0.2 of 500 are 100, enough to show gaps of about 20 points.",
+    )
+    split_seed: int = Field(0, description="Changes which prompts are on which side.")
+    group_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Field of the rows that keeps records together on one side, such as a customer or a document; null keeps together those with the same prompt.",
+    )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop",
         description="`stop` refuses a file with a bad row; `skip` writes bad rows to rejects.jsonl and continues.",

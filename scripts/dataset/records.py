@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.errors import UserError, listing
-from scripts.common.schema import Data, WeightedDataset
+from scripts.common.schema import Config, Data, WeightedDataset
+from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.files import BadRow, _hub_rows, find_file, read_rows
+
+log = logging.getLogger(__name__)
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -28,6 +34,7 @@ class Record:
     source: str
     messages: tuple[Message, ...]
     trained: tuple[int, ...]
+    group: str | None = None  # what data.group_field says
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -53,6 +60,7 @@ class Preference:
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    group: str | None = None  # what data.group_field says
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -201,7 +209,7 @@ def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:
     messages = with_system_prompt(messages, data.system_prompt)
     _check_order(messages, last="assistant")
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return Record(where, tuple(messages), tuple(answers if data.train_on == "all" else answers[-1:]))
+    return Record(where, tuple(messages), tuple(answers if data.train_on == "all" else answers[-1:]), _group(row, data))
 
 
 def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
@@ -231,7 +239,7 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
     _check_order(prompt, last="user")
     if answers[0].strip() == answers[1].strip():
         raise RowError("rejected", "is the same as chosen, so there is nothing to prefer")
-    return Preference(where, tuple(prompt), answers[0], answers[1])
+    return Preference(where, tuple(prompt), answers[0], answers[1], _group(row, data))
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
@@ -239,6 +247,20 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     if system_prompt is None or (messages and messages[0]["role"] == "system"):
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _group(row: dict[str, Any], data: Data) -> str | None:
+    """Return what keeps a record together with others, written in one way: 7, 7.0 and " 7" are one customer."""
+    name = data.group_field
+    if name is None:
+        return None
+    value = row.get(name)
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        raise RowError(name, "is empty or missing, but data.group_field names it")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(name, f"found {type(value).__name__}, wanted text or a number, because data.group_field names it")
+    text = " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column of numbers with a gap is written as 7.0
 
 
 def _text(row: dict[str, Any], name: str, *, empty: bool = False) -> str:
@@ -323,3 +345,23 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
 
 # By the kind of record that a training stage names in scripts.common.stages.
 PARSERS: dict[str, Parser] = {"conversations": parse_record, "preferences": parse_preference}
+
+
+def load_rest_of_chain(config: Config, read: Collection[str]) -> list[DatasetFile]:
+    """Read the files of the training stages that were not read yet, as far as they are here and of use.
+
+    Only their prompts count, for near-duplicates: what is wrong with such a file is for its own stage to say.
+    """
+    data = config.data.model_copy(update={"on_bad_row": "skip"})
+    files: list[DatasetFile] = []
+    if not data.validation_ratio and not data.test_ratio:
+        return files
+    for stage in TRAINING_STAGES.values():
+        key = f"{stage.name}.dataset_path"
+        for source in () if stage.name in read else sources_of(getattr(config, stage.name).dataset_path):
+            try:
+                if find_file(source.path, key) is not None:  # what lies on the Hub is not downloaded for this
+                    files += load_datasets([source], PARSERS[stage.records], data, key)
+            except UserError as error:
+                log.info("not searched for near-duplicates: %s", str(error).partition("\n")[0])
+    return files

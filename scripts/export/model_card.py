@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from scripts.common.artifacts import DatasetFacts, Manifest
+from scripts.common.artifacts import DatasetFacts, Manifest, SplitFacts
 from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError
 from scripts.common.paths import portable_path, resolve
@@ -51,7 +51,7 @@ def render_card(
         f"weights, saved in {metrics['dtype']} as {metrics['format']}. `manifest.json` holds every hash and setting.",
         "## Data",
         *(describe_dataset(entry) for entry in manifest.datasets),
-        f"Held out by the hash of the prompt: seed {manifest.split.seed}, ratio {manifest.split.ratio}.",
+        describe_split(manifest.split),
         "## Training",
         describe_training(manifest),
         "## Is it better than the base?",
@@ -89,8 +89,16 @@ def describe_dataset(entry: DatasetFacts) -> str:
         deid = "No de-identification report vouches for it"
     return (
         f"- `{entry.path}` (sha256 `{entry.sha256[:16]}…`): {entry.train} records trained on, "
-        f"{entry.validation} held out. {deid}."
+        f"{(entry.validation or 0) + (entry.test or 0)} held out. {deid}."
     )
+
+
+def describe_split(split: SplitFacts) -> str:
+    """Say how the held-out prompts were chosen, and for what."""
+    how = f"Held out by the hash of {split.group_field or 'the prompt'}, seed {split.seed}"
+    if split.key_version == 0:
+        return f"{how}: ratio {split.validation_ratio:g}."
+    return f"{how}: {split.validation_ratio:g} for validation, {split.test_ratio:g} for the test."
 
 
 def describe_training(manifest: Manifest) -> str:

@@ -18,7 +18,7 @@ from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.records import PARSERS, Message, load_datasets
 from scripts.dataset.rendering import render_prompt
-from scripts.dataset.split import is_validation
+from scripts.dataset.split import side_of
 from scripts.model.generation import generate_answers
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def held_out_prompts(manifest: Manifest) -> list[Sequence[Message]]:
             log.info("%s: %s, so its prompts are not compared", entry.path, "changed" if here else "is not here")
             continue
         files = load_datasets(str(path), parse, data, "datasets")
-        of_file = [record.prompt for file in files for record in file.records]
-        prompts += [prompt for prompt in of_file if is_validation(prompt, data)] or of_file
+        records = [record for file in files for record in file.records]
+        prompts += [record.prompt for record in [r for r in records if side_of(r, data) != "train"] or records]
     return prompts
 
 

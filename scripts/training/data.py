@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ from scripts.dataset.records import (
     Record,
     count_duplicates,
     load_datasets,
+    load_rest_of_chain,
     write_rejects,
 )
 from scripts.dataset.rendering import render_and_check
-from scripts.dataset.split import Split, shared_answers, split_records
+from scripts.dataset.split import Split, describe_near_duplicates, shared_answers, split_records
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -39,16 +41,18 @@ class TrainingData:
 
     @property
     def records(self) -> list[Record | Preference]:
-        """Return the records of both sides."""
+        """Return the records that training reads: nothing of the test side."""
         return [*self.split.train, *self.split.validation]
 
     @property
     def facts(self) -> list[DatasetFacts]:
         """Describe the data for the manifest."""
 
-        def count(records: tuple[Any, ...], file: DatasetFile) -> int:
+        def count(records: Iterable[Record | Preference], file: DatasetFile) -> int:
             own = {record.source for record in file.records}
             return sum(record.source in own for record in records)
+
+        near = [each.record for each in self.split.near_duplicates]
 
         return [
             DatasetFacts(
@@ -56,6 +60,8 @@ class TrainingData:
                 sha256=file.sha256,
                 train=count(self.split.train, file),
                 validation=count(self.split.validation, file),
+                test=count(self.split.test, file),
+                near_duplicates=count(near, file),
             )
             for file in self.files
         ]
@@ -71,17 +77,24 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
     if values.deid.required or deid_report is not None:
         for file in files:
             check_deid_report(file.path, file.sha256, deid_report or None)
-    split = split_records(files, values.data, values.seed)
+    split = split_records(files, values.data, values.seed, load_rest_of_chain(values, [run.stage]))
     records = [record for file in files for record in file.records]
-    log.info("%d records: %d to train on, %d held out", len(records), len(split.train), len(split.validation))
+    log.info(
+        "%d records: %d to train on, %d for validation, %d for the test",
+        len(records), len(split.train), len(split.validation), len(split.test),
+    )  # fmt: skip
+    if split.near_duplicates:
+        log.warning("%s", describe_near_duplicates(split.near_duplicates))
     if not run.dry and is_main_process() and (rejected := write_rejects(run.run_dir / "rejects.jsonl", files)):
         log.warning("%d bad rows set aside in %s", rejected, run.run_dir / "rejects.jsonl")
     if duplicates := count_duplicates(records):
         log.warning("%d records repeat an earlier one word for word and weigh that much more", duplicates)
     if shared := shared_answers(split):
-        log.warning("%d of %d held-out answers also occur in training", shared, len(split.validation))
+        log.warning("%d of %d validation answers also occur in training", shared, len(split.validation))
     if not split.validation:
-        log.warning("no record is held out, so nothing will tell whether training helped; see data.validation_ratio")
+        log.warning("no record is for validation, so the last checkpoint is kept; see data.validation_ratio")
+    if not split.test:
+        log.warning("no record is for the test, so nothing will tell whether training helped; see data.test_ratio")
     return TrainingData(files, split)
 
 

@@ -107,7 +107,7 @@ def save_adapter(
             **start.chat.facts(),
             parent=start.parent,
             datasets=list(datasets),
-            split=SplitFacts(seed=values.data.split_seed, ratio=values.data.validation_ratio),
+            split=SplitFacts.of(values.data),
             plan=start.plan if start.parent else freeze_plan(values),
             config=values.model_dump(mode="json"),
             mlflow=RunFacts(run_id=tracker.run_id),

@@ -82,7 +82,7 @@ def find_start(
     tokenizer = load_tokenizer(base_folder)
     parent = check_adapter_fits(init_from, base_folder, tokenizer) if init_from is not None else None
     if init_from is not None and parent:
-        check_split(init_from, parent, run.values.data, f"{run.stage}.init_from")
+        check_split(init_from, parent, run.values.data, f"{run.stage}.init_from", sides=("validation", "test"))
     targets = run.values.lora.target_modules if init_from is None else adapted_modules(init_from)
     log.info("%s", targets_of_folder(base_folder, targets))
     chat = choose_format(run, tokenizer, records, parent, resume)

@@ -13,7 +13,7 @@ FACTS: dict[str, Any] = {
     "tokenizer_sha256": "t",
     "chat_template_sha256": "c",
     "datasets": [],
-    "split": {"seed": 0, "ratio": 0.1},
+    "split": {"seed": 0, "validation_ratio": 0.1, "test_ratio": 0.2, "key_version": 1},
     "config": {},
     "mlflow": {"run_id": None},
     "metrics": {},
