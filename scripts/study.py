@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [*arguments.overrides, "eval.models=null"]  # a study names what it compares itself
     config = load_config(arguments.config, overrides)
     if arguments.seeds is not None:
-        config = load_config(arguments.config, [*overrides, f"study.seeds={as_list(arguments.seeds)}"], origin="--seeds")
+        config = load_config(
+            arguments.config, [*overrides, f"study.seeds={as_list(arguments.seeds)}"], origin="--seeds"
+        )
     variants = find_variants(arguments.config, overrides, parse_vary(arguments.vary), many=arguments.yes)
     check_can_end(config.values, variants)
     with open_run("study", config, "study.output_dir", grows=True, dry=arguments.dry_run) as run:
@@ -147,6 +149,8 @@ def check_can_end(values: Config, variants: Sequence[Variant]) -> None:
         raise UserError(
             "data.validation_ratio: found 0, but variants are ranked on the validation side. Set a ratio, or drop --vary."
         )
+    if not values.data.test_ratio:
+        raise UserError("data.test_ratio: found 0, but a study reports on the test side. Set a ratio, such as 0.2.")
 
 
 def is_finished(member: Member) -> bool:

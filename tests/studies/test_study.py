@@ -209,9 +209,11 @@ def test_without_its_sft_adapter_nothing_of_a_seed_is_trained(
 
     assert again("--seeds", "3") == 1
 
-    assert capsys.readouterr().err.count("not trained, because seed-2/sft_adapter failed") == 2
+    assert "seed-2/dpo_adapter_beta-0.2: not trained, because seed-2/sft_adapter failed" in capsys.readouterr().err
     assert result_of(tmp_path)["seeds"] == [0, 1]
-    assert len(result_of(tmp_path)["missing"]) == 3
+    assert [reason.partition(":")[0] for reason in result_of(tmp_path)["missing"]] == [
+        "seed-2/sft_adapter", "seed-2/dpo_adapter_beta-0.05", "seed-2/dpo_adapter_beta-0.2",
+    ]  # fmt: skip
 
 
 def test_a_study_without_a_whole_seed_says_so_and_keeps_what_there_is(
@@ -299,6 +301,8 @@ def test_flags_decide_seeds_and_variants(config: str, capsys: pytest.CaptureFixt
         (["--set", "dpo.dataset_path=none.jsonl"], "dpo.dataset_path: "),
         (["--set", "dpo.init_from=other"], "dpo.init_from: found other, but in a study"),
         (["--set", "data.validation_ratio=0", "--vary", "dpo.beta=1,2"], "ranked on the validation side"),
+        (["--set", "data.test_ratio=0"], "data.test_ratio: found 0, but a study reports on the test side"),
+        (["--set", "eval.plan.question=[mild,strong]"], "eval.plan.question"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_before_anything_is_trained(
