@@ -36,8 +36,9 @@ from scripts.common.artifacts import (
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.run import Run, open_run
-from scripts.common.schema import Config
+from scripts.common.schema import Config, check_arm_name
 from scripts.common.stages import DPO, SFT
+from scripts.model.find import find_local_model
 from scripts.studies.plan import Member, Variant, as_flags, as_list, find_variants, parse_vary, plan_members, seeds_of
 from scripts.studies.record import RECORD, Ranked, Record, Result, find_record
 from scripts.studies.runs import Progress, last_lines, run_stage, time_left
@@ -149,6 +150,7 @@ def check_can_end(values: Config, variants: Sequence[Variant]) -> None:
         raise UserError(
             "data.validation_ratio: found 0, but variants are ranked on the validation side. Set a ratio, or drop --vary."
         )
+    find_local_model(values.base_model_id, values.base_model_revision)
     if not values.data.test_ratio:
         raise UserError("data.test_ratio: found 0, but a study reports on the test side. Set a ratio, such as 0.2.")
 
@@ -229,17 +231,26 @@ def rank(study: Study) -> Result:
     )  # fmt: skip
     if len(study.variants) == 1:
         return result
-    arms = {v.name: [trained[v.name, seed].folder for seed in seeds] for v in variants}
+    names = {v.name: arm_name(v.name, number) for number, v in enumerate(variants, 1)}
+    arms = {names[v.name]: [trained[v.name, seed].folder for seed in seeds] for v in variants}
     report = compare(study, VALIDATION, arms, {"eval.plan.question": None}, ["--side", "validation"])
     result.measure = report["question"]["measures"][0]
     metric = next(metric for metric in report["metrics"] if metric["name"] == result.measure)
     result.title, result.unit = metric["title"], metric["unit"]
-    figures = {name: estimate["value"] for name, estimate in metric["models"].items()}
+    figures = {name: metric["models"][arm]["value"] for name, arm in names.items()}
     for ranked in result.variants:
         ranked.value = figures[ranked.name]
     best = max if metric["better"] == "higher" else min
     result.chosen = best((v.name for v in variants), key=figures.__getitem__)  # of equal ones the first
     return result
+
+
+def arm_name(variant: str, number: int) -> str:
+    """Return what a variant is called in the comparison: its own name unless that is too long for the head of a column."""
+    try:
+        return check_arm_name(variant)
+    except ValueError:
+        return f"variant {number}"
 
 
 def compare_chosen(study: Study, result: Result) -> None:

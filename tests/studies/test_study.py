@@ -245,6 +245,11 @@ def test_two_studies_in_one_folder_exclude_each_other(
     assert "another process is writing it" in capsys.readouterr().err
 
 
+def test_a_variant_with_a_long_name_has_a_short_one_in_the_comparison() -> None:
+    assert study.arm_name("beta-0.05_loss_type-ipo", 2) == "beta-0.05_loss_type-ipo"
+    assert study.arm_name("beta-0.05_loss_type-ipo_learning_rate-0.0001", 2) == "variant 2"
+
+
 # --- what is said before anything is trained
 
 
@@ -309,6 +314,7 @@ def test_flags_decide_seeds_and_variants(config: str, capsys: pytest.CaptureFixt
         (["--set", "dpo.dataset_path=none.jsonl"], "dpo.dataset_path: "),
         (["--set", "dpo.init_from=other"], "dpo.init_from: found other, but in a study"),
         (["--set", "data.validation_ratio=0", "--vary", "dpo.beta=1,2"], "ranked on the validation side"),
+        (["--set", "base_model_id=./none"], "./none"),
         (["--set", "data.test_ratio=0"], "data.test_ratio: found 0, but a study reports on the test side"),
         (["--set", "eval.plan.question=[mild,strong]"], "eval.plan.question"),
     ],
