@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -11,9 +12,7 @@ from pydantic import BaseModel
 
 from eval.statistics import SIGNIFICANT, Floats, Inference, Interval, crossed, holm
 from eval.tables import Better, Table
-from scripts.common.artifacts import Manifest
 from scripts.common.errors import UserError
-from scripts.common.stages import BASE
 
 if TYPE_CHECKING:
     from eval.verdict import Question
@@ -233,14 +232,8 @@ def _difference(a: str, b: str, ours: Floats, theirs: Floats, inference: Inferen
     )
 
 
+@lru_cache(maxsize=8)  # most tables of a comparison have the same
 def _numbered(clusters: tuple[str, ...]) -> np.ndarray | None:
     """Number the clusters; None where each item is its own."""
     numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
     return None if len(numbers) == len(clusters) else np.array([numbers[cluster] for cluster in clusters])
-
-
-def reference_of(manifest: Manifest, manifests: Mapping[str, Manifest]) -> str | None:
-    """Return the model among these that an adapter was trained against, by its hash; None where it is another one."""
-    if manifest.parent is None or manifest.section.get("reference", BASE) == BASE:
-        return BASE
-    return next((name for name, other in manifests.items() if other.sha256 == manifest.parent.sha256), None)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
+from scipy.optimize import brentq
 
 Floats = NDArray[np.float64]
 
@@ -47,6 +48,7 @@ class Inference:
     items: int
     clusters: int
     differing: int  # clusters whose values are not all zero
+    size: float  # mean of the absolute values
     sd_seeds: float  # how far seeds scatter beyond what their items explain
     sd_items: float  # how far clusters scatter under one seed
     by_seed: tuple[float, ...]
@@ -69,46 +71,53 @@ class Inference:
         p-value that turning their signs at random can give: so fewer than six show nothing at 5 %.
         """
         if self.single and self.binary:
-            return mcnemar_exact(*self._counts)
-        p_value = 2 * float(special.stdtr(self.df, -abs(self.value) / self.se)) if self.se else 0.0
+            return mcnemar_exact(*self._wins(self.clusters))
+        if not self.value:
+            return 1.0
+        if not self.se:
+            p_value = 0.0
+        elif self.binary:
+            p_value = 2 * float(
+                special.stdtr(self.df, -abs(self.value) * math.sqrt(self._independent_items / self.size))
+            )
+        else:
+            p_value = 2 * float(special.stdtr(self.df, -abs(self.value) / self.se))
         return min(1.0, max(p_value, math.pow(2, 1 - self.differing)))
 
     def difference(self, confidence: float = 0.95) -> Interval:
         """Return the interval of a difference; it leaves out zero only where the p-value says so.
 
-        Binary outcomes have Tango's score interval with one seed and one item per cluster, and reach out to it, a
-        cluster counted as an item, where fewer than six clusters differ. All others have that of the t test.
+        Binary outcomes have Tango's score interval, for as many independent items as have this standard error, and with
+        the quantile of t. All others have that of the t test, and none where all clusters differ alike.
         """
-        bounds = [self.value - self._reach(confidence), self.value + self._reach(confidence)]
-        if self.binary and (self.single or self._is_rare(self.differing, confidence)):
-            score = tango(*self._counts, self.clusters, confidence)
-            bounds = list(score) if self.single else [min(bounds[0], score[0]), max(bounds[1], score[1])]
-        elif not self.se or not self.clusters > 1:
+        if self.binary:
+            n = self._independent_items
+            low, high = tango(*self._wins(n), n, self._quantile(confidence))
+        elif self.se:
+            low, high = (self.value + sign * self._quantile(confidence) * self.se for sign in (-1, 1))
+        else:
             return Interval(self.value, None, None)
         if self.p_value > 1 - confidence:
-            bounds = [min(bounds[0], 0.0), max(bounds[1], 0.0)]
-        return Interval(self.value, *bounds)
+            low, high = min(low, 0.0), max(high, 0.0)
+        return Interval(self.value, low, high)
 
     def level(self, unit: str, confidence: float = 0.95) -> Interval:
-        """Return the interval of what one arm reaches; `share` keeps it between 0 and 1.
+        """Return the interval of what one arm reaches; a `share` stays between 0 and 1.
 
-        Binary outcomes have Wilson's score interval with one seed and one item per cluster, and reach out to it where
-        fewer than six clusters pass, or fail.
+        Binary outcomes have Wilson's score interval, as differences have Tango's.
         """
-        bounds = [self.value - self._reach(confidence), self.value + self._reach(confidence)]
-        rare = self._is_rare(self.clusters * min(self.value, 1 - self.value), confidence)
-        if self.binary and (self.single or rare):
-            score = _score_bounds(self.value * self.clusters, self.clusters, confidence)
-            bounds = list(score) if self.single else [min(bounds[0], score[0]), max(bounds[1], score[1])]
-        elif not self.se or not self.clusters > 1:
+        if self.binary:
+            return Interval(self.value, *_score_bounds(self.value, self._independent_items, self._quantile(confidence)))
+        if not self.se:
             return Interval(self.value, None, None)
-        if unit == "share":
-            bounds = [max(bounds[0], 0.0), min(bounds[1], 1.0)]
-        return Interval(self.value, *bounds)
+        low, high = (self.value + sign * self._quantile(confidence) * self.se for sign in (-1, 1))
+        return (
+            Interval(self.value, max(low, 0.0), min(high, 1.0)) if unit == "share" else Interval(self.value, low, high)
+        )
 
     def smallest_gap(self, alpha: float = SIGNIFICANT) -> float | None:
         """Return the smallest true difference that would be shown in four of five such comparisons."""
-        return (_quantile(self.df, 1 - alpha / 2) + _quantile(self.df, POWER)) * self.se if self.se else None
+        return visible_gap(self.se, self.df, alpha) if self.se else None
 
     def needed_items(self, alpha: float = SIGNIFICANT) -> int | None:
         """Return how many items, more than there are, would show a difference of the size seen in four of five cases.
@@ -116,25 +125,32 @@ class Inference:
         None where no number would: the difference is zero, or too small for the scatter of so few seeds.
         """
         fixed = self.sd_seeds**2 / self.seeds if self.seeds > 1 else 0.0
-        wanted = (self.value / (_quantile(self.df, 1 - alpha / 2) + _quantile(self.df, POWER))) ** 2 - fixed
+        wanted = (self.value / visible_gap(1.0, self.df, alpha)) ** 2 - fixed
         if not self.se or wanted <= 0:
             return None
         more = max((self.se**2 - fixed) / wanted, (1 - math.log2(alpha)) / max(self.differing, 1))
         return max(self.items + 1, math.ceil(self.items * more))
 
-    def _reach(self, confidence: float) -> float:
-        return _quantile(self.df, (1 + confidence) / 2) * self.se if self.se else 0.0
-
-    @staticmethod
-    def _is_rare(count: float, confidence: float) -> bool:
-        return math.pow(2, 1 - count) > 1 - confidence
-
     @property
-    def _counts(self) -> tuple[float, float]:
-        """Return in how many clusters a alone and b alone passes, for a difference that is ±1 or 0 in each."""
-        net = self.value * self.clusters
-        total = max(float(self.differing), abs(net)) if self.single else abs(net)
-        return (total + net) / 2, (total - net) / 2
+    def _independent_items(self) -> float:
+        """Return how many independent items would give binary outcomes this standard error.
+
+        Rao and Scott, A Simple Method for the Analysis of Clustered Binary Data, Biometrics 48 (1992). No more than there
+        are clusters where fewer than six pass, or fail, or differ: their scatter says little.
+        """
+        spread = self.size - self.value**2
+        rare = self.clusters * min(self.size, 1 - abs(self.value)) < 6 or self.differing < 6
+        if self.single or not self.se or spread <= 0:
+            return float(self.clusters)
+        return min(spread / self.se**2, self.clusters) if rare else spread / self.se**2
+
+    def _wins(self, n: float) -> tuple[float, float]:
+        """Return the share of items that a, and that b alone passes, as numbers of n."""
+        return n * (self.size + self.value) / 2, n * (self.size - self.value) / 2
+
+    def _quantile(self, confidence: float) -> float:
+        level = (1 + confidence) / 2
+        return float(special.ndtri(level)) if self.single and self.binary else _t(self.df, level)
 
 
 def crossed(
@@ -150,12 +166,7 @@ def crossed(
     and Miller (Journal of Business & Economic Statistics 29, 2011), never below what one way alone gives, as MacKinnon,
     Nielsen and Webb advise (arXiv:2406.08880); C and R come from leaving out one cluster at a time, as theirs do.
 
-    Degrees of freedom. Satterthwaite's (Biometrics Bulletin 2, 1946) are too many where few seeds by chance lie close
-    together: up to 9 % false alarms at 5 %. These weigh the reciprocals by share: 1 / df = u / (S - 1) + (1 - u) / (G - 1).
-    u is A's share of the variance, times A² / (A² + R² / 2): seeds that scatter no more than their items explain borrow
-    df from these, seeds that scatter far more have S - 1. The factor is chosen by simulation, so that no scatter of seeds
-    gives more than 6 % false alarms: `python -m eval.benchmarks.verdict` shows it.
-    With one seed this is the cluster-robust variance with G - 1 df.
+    With one seed this is the cluster-robust variance with G - 1 degrees of freedom; with more see degrees_of_freedom.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
@@ -188,25 +199,38 @@ def crossed(
     variance = first + second
     if variance <= tiny**2:
         variance = first = second = of_seeds = of_both = 0.0
-    free = max(count - 1, 1)
-    inverse = 1 / free
-    if seeds > 1 and variance:
-        share = first / variance * first**2 / (first**2 + of_both**2 / 2)
-        inverse = share / (seeds - 1) + (1 - share) / free
     return Inference(
         value=value,
         se=math.sqrt(variance),
-        df=1 / inverse,
+        df=degrees_of_freedom(first, second, of_both, seeds, count),
         seeds=seeds,
         items=items,
         clusters=count,
         differing=differing,
+        size=float(np.abs(values).mean()),
         sd_seeds=math.sqrt(max(of_seeds - of_both, 0.0) * seeds),
         sd_items=math.sqrt(count * (second + seeds * of_both)) if variance else 0.0,
         by_seed=tuple(per_seed.tolist()),
         binary=binary,
         single=seeds == 1 and count == items,
     )
+
+
+def degrees_of_freedom(of_seeds: float, of_clusters: float, of_both: float, seeds: int, clusters: int) -> float:
+    """Return the degrees of freedom of a variance of_seeds + of_clusters, of which of_both would be there without either.
+
+    Satterthwaite's (Biometrics Bulletin 2, 1946) are too many where few seeds by chance lie close together: up to 9 % false
+    alarms at 5 %. These weigh the reciprocals by share: 1 / df = u / (S - 1) + (1 - u) / (G - 1). u is of_seeds' share of the
+    variance, times of_seeds² / (of_seeds² + of_both² / 2): seeds that scatter no more than their items explain borrow from
+    these, seeds that scatter far more have S - 1. The factor was chosen by simulation, so that no scatter of seeds gives
+    more than 6 % false alarms: `python -m eval.benchmarks.verdict` shows it.
+    """
+    free = max(clusters - 1, 1)
+    variance = of_seeds + of_clusters
+    if seeds == 1 or not of_seeds:
+        return free
+    share = of_seeds / variance * of_seeds**2 / (of_seeds**2 + of_both**2 / 2)
+    return 1 / (share / (seeds - 1) + (1 - share) / free)
 
 
 def mcnemar_exact(only_a: float, only_b: float) -> float:
@@ -218,47 +242,40 @@ def mcnemar_exact(only_a: float, only_b: float) -> float:
     return min(1.0, 2 * float(special.bdtr(round(min(only_a, only_b)), disagreements, 0.5))) if disagreements else 1.0
 
 
-def tango(only_a: float, only_b: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def tango(only_a: float, only_b: float, n: float, z: float) -> tuple[float, float]:
     """Return the score interval of a difference of two shares on the same n items; it has width even where none differ.
 
     Source: Tango, Equivalence Test and Confidence Interval for the Difference in Proportions for the Paired-Sample Design,
     Statistics in Medicine 17 (1998).
     """
-    difference, z = (only_a - only_b) / n, float(special.ndtri((1 + confidence) / 2))
+    difference = (only_a - only_b) / n
 
-    def score(gap: float) -> float:
+    def excess(gap: float) -> float:
         linear = -only_a - only_b + (2 * n - only_a + only_b) * gap
-        rest = (math.sqrt(linear**2 + 8 * n * only_b * gap * (1 - gap)) - linear) / (4 * n)
-        variance = n * (2 * rest + gap * (1 - gap))
-        distance = only_a - only_b - n * gap
-        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+        rest = (math.sqrt(max(linear**2 + 8 * n * only_b * gap * (1 - gap), 0.0)) - linear) / (4 * n)
+        return (only_a - only_b - n * gap) ** 2 - z**2 * n * (2 * rest + gap * (1 - gap))
 
-    def bound(end: float, level: float) -> float:
-        inside, outside = difference, end
-        for _ in range(60):  # halves [0, 2] to the last digit
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if abs(score(middle)) < level else (inside, middle)
-        return outside
+    def bound(end: float) -> float:
+        beside = difference + 1e-9 * (end - difference)  # where all items are alike, the difference itself is a root
+        return float(brentq(excess, beside, end)) if excess(beside) < 0 < excess(end) else end
 
-    low = -1.0 if difference == -1 else bound(-1.0, z)
-    return low, 1.0 if difference == 1 else bound(1.0, z)
+    return bound(-1.0), bound(1.0)
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Return a rate with its score interval, which holds near 0 and 1 and for few items.
 
-    A tie may count half, which scipy's `binomtest` does not take. Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
+    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
     """
-    if n == 0 or not 0 <= successes <= n:
+    if not 0 <= successes <= n or n == 0:
         raise ValueError(f"found {successes} successes of {n}; wanted 0 to n of at least one")
-    return Interval(successes / n, *_score_bounds(successes, n, confidence))
+    return Interval(successes / n, *_score_bounds(successes / n, n, float(special.ndtri((1 + confidence) / 2))))
 
 
-def _score_bounds(successes: float, n: int, confidence: float) -> tuple[float, float]:
-    rate, z = min(max(successes / n, 0.0), 1.0), float(special.ndtri((1 + confidence) / 2))
+def _score_bounds(rate: float, n: float, z: float) -> tuple[float, float]:
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # At 0 and n the bound is the rate itself; rounding must not move it past.
+    half = z / (1 + z * z / n) * math.sqrt(max(rate * (1 - rate), 0.0) / n + z * z / (4 * n * n))
+    # At 0 and 1 the bound is the rate itself; rounding must not move it past.
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
@@ -274,5 +291,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _quantile(df: float, level: float) -> float:
+def visible_gap(se: float, df: float, alpha: float) -> float:
+    """Return the true difference that a t test shows in four of five cases, at this standard error."""
+    return se * (_t(df, 1 - alpha / 2) + _t(df, POWER))
+
+
+def _t(df: float, level: float) -> float:
     return float(special.stdtrit(df, level))

@@ -14,14 +14,16 @@ START, END = "<!-- training: generated -->", "<!-- end of training -->"
 UNITS = {"sft": "samples", "dpo": "pairs"}
 
 
-def pasted(path: Path, table: str) -> str:
+def pasted(path: Path, table: str, first: str = START, last: str = END) -> str:
     """Return a file's text with the tables between its markers."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    head, start, rest = text.partition(START)
-    _, end, tail = rest.partition(END)
+    head, start, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not start or not end:
-        raise UserError(f"--paste {path}: found no lines `{START}` and `{END}`, between which the tables go. Add them.")
-    return f"{head}{START}\n{table}\n{END}{tail}"
+        raise UserError(
+            f"--paste {path}: found no lines `{first}` and `{last}`, between which the tables go. Add them."
+        )
+    return f"{head}{first}\n{table}\n{last}{tail}"
 
 
 def tables(found: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,11 +22,11 @@ from scripts.common.config import add_config_arguments, load_config
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, SFT
 from scripts.dataset.records import parse_record
-from scripts.dataset.split import is_validation
+from scripts.dataset.split import side_of
 from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import ROOT, run_python, write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
-from tests.support.manifests import finish_folder
+from tests.support.manifests import change_manifest, finish_folder, split_facts
 
 Screen = Callable[..., tuple[int, dict[str, list[str]]]]
 
@@ -74,11 +75,14 @@ def test_everything_in_order_is_one_screen_of_ok_and_the_next_command(screen: Sc
 
 
 def test_data_lines_say_how_the_records_are_split(screen: Screen) -> None:
-    held_out = sum(is_validation(parse_record(row, "", Data()).prompt, Data()) for row in sft_rows())
+    sides = Counter(side_of(parse_record(row, "", Data()), Data()) for row in sft_rows())
 
     _, found = screen()
 
-    assert found["data"][0] == f"ok sft.dataset_path: {40 - held_out} records to train on, {held_out} held out"
+    assert found["data"][0] == (
+        f"ok sft.dataset_path: {sides['train']} records to train on, {sides['validation']} for validation, "
+        f"{sides['test']} for the test"
+    )
 
 
 def test_slow_libraries_are_not_loaded(write_config: Callable[..., Path], tiny_llama: Path, tmp_path: Path) -> None:
@@ -356,7 +360,8 @@ def test_local_model_without_a_hub_is_a_warning(screen: Screen, monkeypatch) -> 
     [
         ("sft.dataset_path=stf.jsonl", "bad sft.dataset_path: stf.jsonl: no such file. Did you mean sft.jsonl?"),
         ("sft.dataset_path=dpo.jsonl", "bad sft.dataset_path: none of the 40 rows can be used"),
-        ("data.validation_ratio=0", "warn sft.dataset_path: 40 records to train on, 0 held out | fix: --set data.valid"),
+        ("data.test_ratio=0", "warn sft.dataset_path: 38 records to train on, 2 for validation, 0 for the test | fix: --set data.test"),
+        ("data.validation_ratio=0", "warn sft.dataset_path: 30 records to train on, 0 for validation, 10 for the test | fix: --set data.valid"),
         ("sft.dataset_path=owner/name", "ok sft.dataset_path: owner/name: not read here; python -m scripts.train_sft --dry"),
     ],
 )  # fmt: skip
@@ -396,6 +401,30 @@ def test_adapters_are_proved_whole_and_of_the_configured_base(screen: Screen, tm
     assert "adapter_model.safetensors: changed since manifest.json" in lines["changed"]
     assert lines["misspelt"].startswith("bad serve.adapters.mine: outputs/sft_adaptor: no such folder")
     assert lines["misspelt"].endswith("fix: Did you mean outputs/sft_adapter?")
+
+
+@pytest.mark.parametrize(
+    ("key", "split", "status", "said"),
+    [
+        ("dpo.init_from", {"seed": 0, "ratio": 0.5}, "bad", "dpo.init_from: old: was trained by an earlier version"),
+        ("dpo.init_from", split_facts(seed=4), "bad", "dpo.init_from: old: was trained with another split (seed 4"),
+        ("dpo.init_from", split_facts(validation_ratio=0.05), "bad", "Set data.validation_ratio: 0.05, or train again"),
+        ("dpo.init_from", split_facts(), "ok", "old: whole, sft on some/base"),
+        ("serve.adapter_path", {"seed": 0, "ratio": 0.5}, "warn", "old: whole, sft on some/base, but it cannot be compared"),
+    ],
+)  # fmt: skip
+def test_the_split_of_an_adapter_is_checked_before_it_is_continued(
+    screen: Screen, tmp_path: Path, tiny_llama: Path, key: str, split: dict, status: str, said: str
+) -> None:
+    """Serving takes any; only what will be refused later is bad."""
+    change_manifest(finished(tmp_path / "old", base_fingerprint(tiny_llama)), split=split)
+
+    code, found = screen(f"{key}=old")
+
+    (line,) = (line for line in found["adapters"] if "not there yet" not in line)
+    assert line.startswith(f"{status} ")
+    assert said in line
+    assert code == (status == "bad")
 
 
 def older_schema(path: Path) -> None:

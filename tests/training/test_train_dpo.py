@@ -18,10 +18,11 @@ from scripts.common.artifacts import read_manifest, sha256_file
 from scripts.model.base import load_tokenizer
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import dpo_rows, manifest, start_stage, wait_for, write_chain
-from tests.support.manifests import change_manifest
+from tests.support.manifests import change_manifest, split_facts
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 from tests.support.training import build_trainer
 
+NAMES = ["red", "blue", "green", "gold"]
 WITHOUT_SFT = ("--set", "dpo.init_from=null", "--set", "dpo.reference=base")
 
 
@@ -342,7 +343,12 @@ def dry_run_from(chain: Path, adapter: Path, *settings: str) -> int:
 
 @pytest.mark.parametrize(
     "settings",
-    [["data.split_seed=3"], ["data.validation_ratio=0.5"], ["data.split_seed=3", "data.validation_ratio=0.1"]],
+    [
+        ["data.split_seed=3"],
+        ["data.validation_ratio=0.5"],
+        ["data.test_ratio=0.5"],
+        ["data.split_seed=3", "data.validation_ratio=0.1"],
+    ],
 )
 def test_refuses_an_adapter_that_may_have_trained_on_what_is_held_out_now(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture, settings: list[str]
@@ -352,8 +358,9 @@ def test_refuses_an_adapter_that_may_have_trained_on_what_is_held_out_now(
     assert dry_run_from(chain, adapter, *settings) == 2
 
     said = capsys.readouterr().err
-    assert f"dpo.init_from: {adapter}: was trained with the split of seed 0 and ratio 0.25, but" in said
-    assert "Set data.split_seed: 0 and data.validation_ratio: 0.25, or train it again" in said
+    assert f"dpo.init_from: {adapter}: was trained with another split (seed 0, validation 0.15, test 0.2) than" in said
+    assert f"Set {settings[0].partition('=')[0]}: " in said
+    assert "or train again: `python -m scripts.train_sft`" in said
     real = [*settings, f"dpo.init_from={adapter}", f"dpo.output_dir={tmp_path}/out"]
     config = ["--config", str(chain / "config.yaml")]
     assert train_dpo.main([*config, *(part for item in real for part in ("--set", item))]) == 2
@@ -366,20 +373,51 @@ def test_takes_an_adapter_that_has_seen_nothing_of_what_is_held_out(chain: Path,
     change_manifest(adapter, datasets=[{"path": "other.jsonl", "sha256": "0" * 64, "train": 3, "validation": 1}])
 
     assert dry_run_from(chain, adapter) == 0
-    assert dry_run_from(chain, adapter, "data.validation_ratio=0.1") == 0
-    assert dry_run_from(chain, adapter, "data.validation_ratio=0", "data.split_seed=3") == 0
+    assert dry_run_from(chain, adapter, "data.validation_ratio=0.1", "data.test_ratio=0.15") == 0
+    assert dry_run_from(chain, adapter, "data.validation_ratio=0", "data.test_ratio=0", "data.split_seed=3") == 0
+
+
+def test_refuses_an_adapter_of_the_two_sided_split_of_earlier_versions(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter = shutil.copytree(chain / "out/sft_adapter", tmp_path / "sft")
+    change_manifest(adapter, split={"seed": 0, "ratio": 0.9})
+
+    assert dry_run_from(chain, adapter) == 2
+
+    said = capsys.readouterr().err
+    assert f"dpo.init_from: {adapter}: was trained by an earlier version, whose split had no test side" in said
+    assert "Train again: `python -m scripts.train_sft`." in said
+
+
+def test_near_duplicates_are_listed_in_a_dry_run_and_counted_in_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_chain(tmp_path)
+    text = "please say which of the colours on this old card is the brightest one"
+    write_jsonl(tmp_path / "sft.jsonl", [{"instruction": f"{text} {word}", "output": word} for word in NAMES])
+
+    assert train_sft.main(["--config", str(config), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert " records are left out: their prompts are close to one that is trained on" in said
+    assert f"{tmp_path}/sft.jsonl:" in said
+
+    assert train_sft.main(["--config", str(config)]) == 0
+    (facts,) = manifest(tmp_path / "out/sft_adapter")["datasets"]
+    assert facts["near_duplicates"] > 0
+    assert facts["train"] + facts["validation"] + facts["test"] + facts["near_duplicates"] == len(NAMES)
 
 
 def test_refuses_an_adapter_whose_own_start_had_another_split(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     first = shutil.copytree(chain / "out/sft_adapter", tmp_path / "first")
-    change_manifest(first, split={"seed": 7, "ratio": 0.25})
+    change_manifest(first, split=split_facts(seed=7))
     second = shutil.copytree(chain / "out/dpo_adapter", tmp_path / "second")
     change_manifest(second, parent={"path": str(first), "sha256": read_manifest(first).sha256})
 
     assert dry_run_from(chain, second) == 2
-    assert f"{second}: continues {first}, which was trained with the split of seed 7" in capsys.readouterr().err
+    assert f"{second}: continues {first}, which was trained with another split (seed 7" in capsys.readouterr().err
 
 
 def test_bad_pairs_are_named_by_line(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -437,10 +475,12 @@ def test_such_an_answer_is_left_out_when_asked(stage: str, tmp_path: Path, capsy
     change_generation_config(tmp_path / "model", eos_token_id=tokens)
     main = {"sft": train_sft.main, "dpo": train_dpo.main}[stage]
 
-    assert main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 2
+    every = [*WITHOUT_SFT, "--dry-run", "--set", "data.test_ratio=0"]
+
+    assert main(["--config", config, *every]) == 2
     said = capsys.readouterr().err
     assert f"1 of 13 records cannot be trained on\n  {tmp_path}/{stage}.jsonl:13: the answer holds ' is'" in said
-    assert main(["--config", config, *WITHOUT_SFT, "--dry-run", "--set", "data.on_bad_row=skip"]) == 0
+    assert main(["--config", config, *every, "--set", "data.on_bad_row=skip"]) == 0
     assert "They are left out." in capsys.readouterr().err
 
 

@@ -1,0 +1,114 @@
+"""Say before anything is trained how small a difference the held-out items and seeds can show, and what a smaller one takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from eval.statistics import degrees_of_freedom, visible_gap
+from eval.verdict import METHODS, Question
+
+MOST_SEEDS = 100
+MOST_ITEMS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """How far a difference scatters, in the unit of its measure, before anything is known of it."""
+
+    item_sd: float  # between single items, under one seed
+    seed_sd: float
+    unit: str
+
+
+# A difference of shares whose items are 0 or 1: one in five differs between two models.
+SHARE = Assumption(item_sd=0.45, seed_sd=0.02, unit="share")
+ASSUMED = {"held_out_loss": Assumption(item_sd=0.30, seed_sd=0.02, unit="nats per token")}
+LASTING = 1 / 3  # of an item's variance, what every seed shows alike
+WITHIN = 0.3  # correlation of the items of one prompt
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is to measure a difference on."""
+
+    items: int
+    clusters: int
+    seeds: int
+
+    def smallest_gap(self, assumed: Assumption, alpha: float) -> float:
+        """Return the smallest true difference that would be shown in four of five such comparisons."""
+        per = self.items / self.clusters
+        of_one = assumed.item_sd**2 * (1 + (per - 1) * WITHIN) / per / self.clusters
+        if self.seeds == 1:
+            return visible_gap(math.sqrt(of_one), max(self.clusters - 1, 1), alpha)
+        lasting, of_both = LASTING * of_one, (1 - LASTING) * of_one / self.seeds
+        of_seeds = assumed.seed_sd**2 / self.seeds + of_both
+        df = degrees_of_freedom(of_seeds, lasting, of_both, self.seeds, self.clusters)
+        return visible_gap(math.sqrt(of_seeds + lasting), df, alpha)
+
+    def with_items(self, items: int) -> Size:
+        """Return a size with so many items, as many per prompt as before."""
+        return replace(self, items=items, clusters=max(1, round(items * self.clusters / self.items)))
+
+
+def needed_items(size: Size, gap: float, assumed: Assumption, alpha: float) -> int | None:
+    """Return the fewest items, more than there are, that would show a gap; None where no number would."""
+    few, enough = size.items, size.items * 2
+    while size.with_items(enough).smallest_gap(assumed, alpha) > gap:
+        few, enough = enough, enough * 2
+        if enough > MOST_ITEMS:
+            return None
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (middle, enough) if size.with_items(middle).smallest_gap(assumed, alpha) > gap else (few, middle)
+    return enough
+
+
+def needed_seeds(size: Size, gap: float, assumed: Assumption, alpha: float) -> int | None:
+    """Return the fewest seeds, more than there are, that would show a gap; None where no number would."""
+    more = range(max(size.seeds + 1, METHODS), MOST_SEEDS)
+    return next((n for n in more if replace(size, seeds=n).smallest_gap(assumed, alpha) <= gap), None)
+
+
+def plan_lines(items: Mapping[str, int], clusters: Mapping[str, int], seeds: int, question: Question) -> list[str]:
+    """Say for each measure in question what these items and seeds can show, and what half of it would take.
+
+    items, clusters: how many there are, by measure. The last line states what was assumed.
+    """
+    measures = [name for name in question.measures if items.get(name)]
+    alpha = question.alpha / max(len(measures), 1)
+    whom = "these two adapters" if seeds == 1 else "these adapters" if seeds < METHODS else "the methods"
+    lines, assumptions = [], {}
+    for name in measures:
+        assumed = ASSUMED.get(name, SHARE)
+        size = Size(items[name], clusters[name], seeds)
+        gap = size.smallest_gap(assumed, alpha)
+        of = f" of {size.clusters} prompts" if size.clusters < size.items else ""
+        line = f"{name}: {size.items} items{of}, {seeds} seed{'s' * (seeds > 1)}: shows a difference between {whom} of "
+        line += f"{_amount(gap, assumed.unit)}; half of that takes {_needed(size, gap / 2, assumed, alpha)}"
+        lines.append(line)
+        assumptions[name] = (
+            f"{name}: standard deviation {_amount(assumed.item_sd, assumed.unit)} between items and "
+            f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
+        )
+    if lines:
+        lines.append(
+            f"assumed, until there are figures: {'; '.join(assumptions.values())}. At {alpha:g} for each measure, in four of "
+            "five comparisons"
+        )
+    return lines
+
+
+def _needed(size: Size, gap: float, assumed: Assumption, alpha: float) -> str:
+    ways = []
+    if items := needed_items(size, gap, assumed, alpha):
+        ways.append(f"about {items:,} items")
+    if size.seeds > 1 and (seeds := needed_seeds(size, gap, assumed, alpha)):
+        ways.append(f"{seeds} seeds")
+    return " or ".join(ways) or "more items and more seeds"
+
+
+def _amount(gap: float, unit: str) -> str:
+    return f"{100 * gap:.0f} points" if unit == "share" else f"{gap:.2f} {unit}"
