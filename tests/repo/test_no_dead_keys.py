@@ -86,6 +86,7 @@ EFFECTS = "repo/test_key_effects.py::test_key_reaches_the_trainer"
 SFT, DPO = "training/test_train_sft.py::", "training/test_train_dpo.py::"
 SCRUB, DEID = "deid/test_scrubbing.py::", "deid/test_deid_presidio.py::"
 JUDGE, LMEVAL, COMPARE = "eval/test_judge.py::", "eval/test_run_lmeval.py::", "eval/test_compare.py::"
+STUDY = "studies/test_study.py::"
 ARMS = "eval/test_arms.py::"
 FAULTS, EXPORT = "serve/test_faults.py::", "export/test_export_lora.py::"
 CHECK = "eval/test_checks.py::test_each_condition_decides"
@@ -137,6 +138,8 @@ PROOFS = {
     "dpo.loss_type": EFFECTS,
     "dpo.sft_weight": EFFECTS,
     "dpo.stop_on_degeneration": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
+    "study.output_dir": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
+    "study.seeds": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "performance.device": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.dtype": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.threads": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
@@ -203,6 +206,7 @@ PROOFS = {
     "tracking.mlflow_tracking_uri": "common/test_tracking.py::test_store_that_cannot_be_opened_is_refused_by_key_and_uri",
     "tracking.experiment": SFT + "test_weights_of_datasets_reach_training",
     "tracking.log_adapter": SFT + "test_weights_of_datasets_reach_training",
+    "tracking.parent_run_id": "common/test_tracking.py::test_the_configured_parent_comes_before_that_of_the_stage",
     **{f"Check.{name}": CHECK for name in schema.Check.model_fields if name != "name"},
     "Check.name": COMPARE + "test_every_check_has_its_row_by_name",
     "WeightedDataset.path": SFT + "test_weights_of_datasets_reach_training",
@@ -213,6 +217,7 @@ WITH_SETTINGS = {  # a test that gives the script both --config and --set, and f
     "scripts.train_sft": SFT + "test_weights_of_datasets_reach_training",
     "scripts.train_dpo": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
     "scripts.export_lora": EXPORT + "test_folders_of_the_configuration_are_used",
+    "scripts.study": STUDY + "test_flags_decide_seeds_and_variants",
     "scripts.doctor": "repo/test_doctor.py::test_data_is_read_as_training_reads_it",
     "eval.compare": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",
     "eval.judge": JUDGE + "test_settings_of_the_endpoint_reach_it",
@@ -228,6 +233,8 @@ FLAG_PROOFS = {
     "scripts.train_dpo --resume": DPO + "test_resuming_a_finished_run_does_nothing",
     "scripts.train_dpo --dry-run": DPO + "test_dry_run_trains_nothing",
     "scripts.train_dpo --require-deid-report": "repo/test_key_effects.py::test_data_without_a_report_is_refused_when_asked",
+    **{f"scripts.study {flag}": STUDY + "test_flags_decide_seeds_and_variants" for flag in ("--seeds", "--vary", "--yes")},
+    "scripts.study --dry-run": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "scripts.export_lora --base_model": EXPORT + "test_adapter_of_another_base",
     "scripts.export_lora --adapter": EXPORT + "test_folders_of_the_configuration_are_used",
     "scripts.export_lora --out_dir": EXPORT + "test_merged_model_given_as_adapter",
