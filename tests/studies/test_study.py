@@ -294,7 +294,7 @@ def test_flags_decide_seeds_and_variants(config: str, capsys: pytest.CaptureFixt
     assert study.main(["--config", config, "--set", "seed=5", "--seeds", "2", *grid, "--yes", "--dry-run"]) == 0
 
     said = capsys.readouterr().err
-    assert "36 runs of training" in said
+    assert "mine: 36 runs of training" in said
     assert "seed-6/dpo_adapter_beta-5.0_r-3" in said
 
 
