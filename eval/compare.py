@@ -183,7 +183,7 @@ def describe(
     from eval.lineage_notes import describe_lineage
     from eval.lmeval.results import find_benchmarks
     from eval.metrics import build_metrics
-    from eval.report import Report, picture_uri
+    from eval.report import Report, find_curves
     from eval.verdict import decide
 
     arms, side, question = comparison.arms, comparison.side, comparison.question
@@ -192,7 +192,7 @@ def describe(
     verdict, notes = decide(metrics, question)
     places, shown = choose_answers(arms, question)
     benchmarks, left_out = find_benchmarks(Path(config.values.lmeval.output_dir), [m.folder for m in members_of(arms)])
-    pictures = {arm.name: arm.members[0].folder / "curves.png" for arm in arms}
+    curves = {arm.name: find_curves([member.folder for member in arm.members]) for arm in arms}
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         title=f"{' · '.join(measured)} on {comparison.base_folder.name}",
@@ -205,7 +205,7 @@ def describe(
         metrics=metrics,
         health={name: describe_health(members) for name, members in measured.items()},
         training={member.label: member.manifest.metrics for member in members_of(arms) if not member.is_merged},
-        curves={name: picture_uri(path) for name, path in pictures.items() if path.is_file()},
+        curves={name: drawn for name, drawn in curves.items() if drawn},
         lineage=describe_lineage(arms),
         samples=describe_samples(comparison.prepared, measured, places, question),
         benchmarks=benchmarks,

@@ -85,11 +85,15 @@ def read_held_out(
     records = split.test if side == "test" else split.validation
     near = tuple(each for each in split.near_duplicates if each.side == side)
     if not records:
-        ratio = getattr(data, f"{side}_ratio")
-        why = f"all {len(near)} prompts of that side are near-duplicates of others" if near else "no prompt falls on it"
+        head, ratio = f"data.{side}_ratio", getattr(data, f"{side}_ratio")
+        if near:
+            head = (
+                f"{head}: each of its {len(near)} records is close to one of another side, so nothing can be compared"
+            )
+            fix = "Name the field that says which records belong together (data.group_field), or add other prompts; then train again."
+            raise UserError(listing(head, map(str, near), fix))
         raise UserError(
-            f"data.{side}_ratio: {ratio:g} leaves the {side} side empty ({why}), so nothing can be compared. Raise it, or "
-            "add records, and train again."
+            f"{head}: {ratio:g} puts no record on the {side} side, so nothing can be compared. Raise it and train again."
         )
     if near:
         log.warning("%s", describe_near_duplicates(near))

@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from eval.held_out import read_held_out
 from eval.statistics import degrees_of_freedom, visible_gap
 from eval.verdict import METHODS, Question
+from scripts.common.config import LoadedConfig
+from scripts.common.question import ALL_RULES, LOSS, PREFERENCE, PRIMARY, arm_names, default_question
+from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.split import cluster_of
 
 MOST_SEEDS = 100
 MOST_ITEMS = 1_000_000
@@ -51,6 +56,27 @@ class Size:
     def with_items(self, items: int) -> Size:
         """Return a size with so many items, as many per prompt as before."""
         return replace(self, items=items, clusters=max(1, round(items * self.clusters / self.items)))
+
+
+def plan_of(config: LoadedConfig) -> list[str]:
+    """Say what a comparison of this configuration can show.
+
+    Raises: UserError when the data cannot be read, or nothing of them is held out.
+    """
+    values = config.values
+    held_out = read_held_out(config, list(TRAINING_STAGES))
+    questions, pairs = held_out.questions(values.eval.max_prompts, values.data.split_seed), held_out.pairs
+    prompts = len({question.cluster for question in questions})
+    items = {
+        LOSS: len(questions),
+        PREFERENCE: len(pairs),
+        **({ALL_RULES: len(questions)} if values.eval.checks else {}),
+    }
+    clusters = {LOSS: prompts, PREFERENCE: len({cluster_of(pair) for pair in pairs}), ALL_RULES: prompts}
+    plan = values.eval.plan
+    a, b = plan.question or default_question(arm_names(values))
+    measures = plan.measures or [name for name in PRIMARY if items.get(name)] or [LOSS]
+    return plan_lines(items, clusters, plan.seeds or 1, Question(a=a, b=b, measures=measures, alpha=plan.alpha))
 
 
 def needed_items(size: Size, gap: float, assumed: Assumption, alpha: float) -> int | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +13,20 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval.metrics import Difference, Estimate, Metric, Runs
+from eval import overview
+from eval.drawing import axis, draw_curves, zero_axis
+from eval.figures import duration, number, p_value
+from eval.metrics import Difference, Metric, Runs
 from eval.tables import Better
 from eval.verdict import Question, Verdict
 from scripts.common.artifacts import sha256_json
+from scripts.common.curves import Curves, read_curves
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-MINUS = "−"
-NOTHING = "–"
 PNG = "data:image/png;base64,"
-CURVES = "curves_"
+PICTURE = "curves_{}.png"  # of an adapter of an earlier version, which kept no figures
+CURVES = "curves.json"
+FOLDED_AFTER = 5
 
 Segments = list[tuple[bool, str]]
 
@@ -83,7 +86,7 @@ class Report(BaseModel):
     metrics: list[Metric] = []
     health: dict[str, dict[str, float | None]] = {}
     training: dict[str, dict[str, Any]] = {}  # the metrics of each adapter's manifest
-    curves: dict[str, str] = {}  # data URIs
+    curves: dict[str, list[Curves] | str] = {}  # of each seed; an earlier version has a picture as a data URI
     lineage: dict[str, dict[str, Any]] = {}
     samples: list[Sample] = []
     benchmarks: Benchmarks | None = None
@@ -99,8 +102,14 @@ def write_report(folder: Path, report: Report) -> None:
     samples = "".join(json.dumps({**line, "sha256": sha256_json(line)}, ensure_ascii=False) + "\n" for line in lines)
     (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
     (folder / "report.json").write_text(figures_of(report), encoding="utf-8")
-    for name, picture in report.curves.items():
-        (folder / f"{CURVES}{name}.png").write_bytes(base64.b64decode(picture.removeprefix(PNG)))
+    drawn = {}
+    for name, curves in report.curves.items():
+        if isinstance(curves, str):
+            (folder / PICTURE.format(name)).write_bytes(base64.b64decode(curves.removeprefix(PNG)))
+        else:
+            drawn[name] = [each.model_dump() for each in curves]
+    if drawn:
+        (folder / CURVES).write_text(json.dumps(drawn) + "\n", encoding="utf-8")
 
 
 def figures_of(report: Report) -> str:
@@ -110,12 +119,23 @@ def figures_of(report: Report) -> str:
 
 
 def read_report(folder: Path) -> Report:
-    """Read what write_report wrote."""
+    """Read what write_report wrote, in this version or an earlier one."""
     figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    pictures = {name: folder / f"{CURVES}{name}.png" for name in figures["models"]}
-    curves = {name: picture_uri(path) for name, path in pictures.items() if path.is_file()}
+    pictures = {name: folder / PICTURE.format(name) for name in figures["models"]}
+    curves: dict[str, Any] = {name: picture_uri(path) for name, path in pictures.items() if path.is_file()}
+    if (folder / CURVES).is_file():
+        curves |= json.loads((folder / CURVES).read_text(encoding="utf-8"))
     return Report(**figures, curves=curves, samples=[json.loads(line) for line in lines])
+
+
+def find_curves(adapters: Sequence[Path]) -> list[Curves] | str | None:
+    """Return the curves of an arm's adapters, or the picture that an earlier version kept of the first one."""
+    found = [curves for folder in adapters if (curves := read_curves(folder))]
+    if found:
+        return found
+    picture = adapters[0] / "curves.png"
+    return picture_uri(picture) if picture.is_file() else None
 
 
 def picture_uri(path: Path) -> str:
@@ -126,80 +146,50 @@ def picture_uri(path: Path) -> str:
 def render_report(report: Report) -> str:
     """Return the whole page; every text in the report is shown as text, never as markup."""
     for name, picture in report.curves.items():
-        if not picture.startswith("data:image/"):
+        if isinstance(picture, str) and not picture.startswith("data:image/"):
             raise ValueError(f"curves.{name}: found {picture[:40]!r}, wanted a data:image/… URI")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=number, p_value=p_value, duration=duration)
-    environment.globals.update(
-        axis=axis, zero_axis=zero_axis, reading=reading, in_group=in_group, marked_answers=marked_answers
+    environment.filters.update(
+        number=number, p_value=p_value, duration=duration, title_of=overview.title_of, spread_of=spread_of
     )
-    page = environment.get_template(TEMPLATE.name).render(dict(report))
+    environment.globals.update(
+        axis=axis, zero_axis=zero_axis, reading=reading, in_group=in_group, marked_answers=marked_answers,
+        draw_curves=draw_curves, difference=overview.difference, finding=overview.finding,
+        signs=overview.SIGNS, folded_after=FOLDED_AFTER, few=overview.TILES,
+    )  # fmt: skip
+    page = environment.get_template(TEMPLATE.name).render(
+        dict(report),
+        overview=overview.overview(report),
+        decisive=overview.decisive(report),
+        key=overview.key_pair(report),
+    )
     return page.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be saved
-
-
-def number(value: float | None, unit: str = "", signed: bool = False) -> str:
-    """Write a figure with the digits a reader needs; a share becomes percent, its difference points."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    size = 100 * abs(value) if unit == "share" else abs(value)
-    if isinstance(value, int) or size >= 1000:
-        text = f"{size:,.0f}"
-    elif unit == "share" or size >= 10:
-        text = f"{size:.1f}"
-    else:
-        text = f"{size:.3f}" if size == 0 or size >= 0.01 else f"{size:.2g}"
-    if not re.search("[1-9]", text):  # what rounds to nothing has no sign
-        return text
-    return (MINUS if value < 0 else "+" if signed else "") + text
-
-
-def p_value(value: float | None) -> str:
-    """Write a p-value without digits that mean nothing."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Write a time as a person would say it."""
-    if seconds is None or not math.isfinite(seconds):
-        return NOTHING
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def axis(metric: Metric) -> tuple[float, float]:
-    """Return the ends of the common scale on which a metric's intervals are drawn."""
-    if metric.unit == "share":
-        return 0.0, 1.0
-    bounds = _bounds([*metric.models.values(), *metric.baselines.values()])
-    margin = 0.08 * (max(bounds) - min(bounds)) or 1.0
-    return min(bounds) - margin, max(bounds) + margin
-
-
-def zero_axis(metrics: Iterable[Metric]) -> tuple[float, float]:
-    """Return the ends of a scale with zero in its middle that holds every difference of these metrics."""
-    widest = max(map(abs, _bounds(d for metric in metrics for d in metric.differences))) * 1.08 or 1.0
-    return -widest, widest
-
-
-def _bounds(estimates: Iterable[Estimate | Difference]) -> list[float]:
-    bounds = [bound for each in estimates for bound in (each.value, each.ci_low, each.ci_high)]
-    return [bound for bound in bounds if bound is not None and math.isfinite(bound)] or [0.0]
 
 
 def reading(difference: Difference, better: Better) -> str:
     """Say in words what a difference between two models means."""
     value, needed = difference.value, difference.needed_n
-    if difference.shown:
-        return f"{difference.a} is {'better' if (value > 0) == (better == 'higher') else 'worse'}"
+    found = overview.finding(difference, better)
+    if found != "undecided":
+        return f"{difference.a} is {found.replace('_', ' ')}"
     if value == difference.ci_low == difference.ci_high == 0:
         return "no difference at all"
     return "not shown" + (f"; this size would need about {needed:,} items" if needed else "")
+
+
+def spread_of(metric: Metric, pair: tuple[str, str]) -> tuple[float, float] | None:
+    """Return which share of the uncertainty of a difference comes from the seeds, and which from the items.
+
+    The variance of the mean over both is sd_seeds² / seeds + sd_items² / items.
+    """
+    found = overview.difference(metric, *pair)
+    if found is None or found.sd_seeds is None or found.sd_items is None or found.seeds < 2:
+        return None
+    seeds, items = found.sd_seeds**2 / found.seeds, found.sd_items**2 / metric.n
+    return (seeds / (seeds + items), items / (seeds + items)) if seeds + items else None
 
 
 def in_group(metrics: list[Metric], group: str) -> list[Metric]:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from eval.figures import number
 from eval.metrics import Difference, Estimate, Finding, Metric, adjust_p_values, describe
-from eval.report import Benchmarks, Report, number, render_report
+from eval.report import Benchmarks, Report, render_report
 from eval.tables import Table
 from scripts.common.artifacts import read_manifest, sha256_json
 from scripts.common.errors import UserError

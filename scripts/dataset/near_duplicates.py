@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
-ALIKE = 0.75  # cosine of what two prompts are written of
-ALIKE_IN_WHAT_IS_RARE = 0.6  # and of what in them is rare
-FEW = 4  # prompts that share a text before it counts as the data's template
+# Cosines of two prompts. Measured on public sets: data/README.md says what they find and what they miss.
+CANDIDATE = 0.4  # usual TF-IDF: worth a closer look
+ALIKE = 0.7  # everything that is written counts the same
+ALIKE_IN_WHAT_IS_RARE = 0.7  # what is written in many prompts hardly counts: it is a template
+FEW = 4  # prompts that may share a text before it starts to count as one
 BLOCK = 256  # prompts compared at once with all others: bounds memory
 
 
 def find_near(prompts: Sequence[str], ranks: Sequence[int]) -> dict[int, int]:
     """Map the index of each prompt that is close to one of a lower rank to the index of the closest of these.
 
-    `prompts` are words with one space between them. Two are close when most of what they are written of agrees, and so
-    does most of what is rare in it: a text that many prompts share weighs less and less. Other numbers make another
-    question.
+    `prompts` are words with one space between them. Two are close when most of what is written agrees, and so does most
+    of what is rare in it, or only spelling differs. Other numbers make another question.
     """
     first: dict[str, dict[int, int]] = {}
     for index, (prompt, rank) in enumerate(zip(prompts, ranks, strict=True)):
         first.setdefault(prompt, {}).setdefault(rank, index)
-    distinct = list(first)
-    lowest = [min(of_rank) for of_rank in first.values()]
-    closest = _closest(distinct, lowest)
+    closest = _closest(list(first), [min(of_rank) for of_rank in first.values()])
     found = {}
     for index, (prompt, rank) in enumerate(zip(prompts, ranks, strict=True)):
-        least = min(first[prompt])
-        if least < rank:  # the very same prompt, which another group has too
-            found[index] = first[prompt][least]
-        elif prompt in closest:
-            other = first[closest[prompt]]
-            found[index] = other[min(other)]
+        # The very same prompt can be on two sides: in two groups, or as a later turn makes two conversations alike.
+        twin = prompt if min(first[prompt]) < rank else closest.get(prompt)
+        if twin is not None:
+            found[index] = first[twin][min(first[twin])]
     return found
 
 
@@ -42,46 +40,54 @@ def _closest(prompts: Sequence[str], ranks: Sequence[int]) -> dict[str, str]:
     """Return the closest prompt of a lower rank for each that has a close one."""
     import numpy as np
 
-    ranks_of = np.array(ranks)
-    held, others = np.flatnonzero(ranks_of > ranks_of.min()), np.flatnonzero(ranks_of < ranks_of.max())
-    if not len(held):
-        return {}
-    plain, rare = _vectors(prompts)
-    candidates = rare[others].T.tocsr()
+    of_rank = np.array(ranks)
+    held, others = np.flatnonzero(of_rank > of_rank.min()), np.flatnonzero(of_rank < of_rank.max())
     closest: dict[str, str] = {}
+    if not len(held):
+        return closest
+    plain, usual, rare = _vectors(prompts)
+    candidates = usual[others].T.tocsr()
     for start in range(0, len(held), BLOCK):
         block = held[start : start + BLOCK]
-        likeness = (rare[block] @ candidates).tocoo()
-        close = likeness.data >= ALIKE_IN_WHAT_IS_RARE
-        left, right = block[likeness.row[close]], others[likeness.col[close]]
-        overall = np.asarray(plain[left].multiply(plain[right]).sum(axis=1)).ravel()
-        order = np.lexsort((right, -likeness.data[close]))  # the closest first, and of these the first in the data
-        for at in order:
+        likeness = (usual[block] @ candidates).tocoo()
+        worth = likeness.data >= CANDIDATE
+        left, right = block[likeness.row[worth]], others[likeness.col[worth]]
+        alike = (of_rank[right] < of_rank[left]) & (_cosines(plain, left, right) >= ALIKE)
+        left, right, score = left[alike], right[alike], likeness.data[worth][alike]
+        same_where_rare = _cosines(rare, left, right) >= ALIKE_IN_WHAT_IS_RARE
+        for at in np.lexsort((right, -score)):  # the closest first, and of these the first in the data
             one, other = prompts[left[at]], prompts[right[at]]
-            if overall[at] >= ALIKE and ranks[right[at]] < ranks[left[at]] and _numbers(one) == _numbers(other):
-                closest.setdefault(one, other)
+            if one in closest or _numbers(one) != _numbers(other):
+                continue
+            if same_where_rare[at] or _differ_in_spelling(one, other):
+                closest[one] = other
     return closest
 
 
-def _vectors(prompts: Sequence[str]) -> tuple[Any, Any]:
-    """Return each prompt as the pieces it is written of, and as the same weighted by how rare they are; unit length."""
+def _vectors(prompts: Sequence[str]) -> list[Any]:
+    """Return the prompts as the pieces they are written of, of unit length: all pieces alike, weighted as usual, by rarity."""
     import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.preprocessing import normalize
 
     pieces = CountVectorizer(analyzer=_pieces, binary=True, dtype=np.float32).fit_transform(prompts)
     times = np.asarray(pieces.sum(axis=0)).ravel()
-    rarity = np.log(len(prompts) / np.maximum(1, times - FEW + 1)).clip(0) ** 2
-    common = times > max(FEW, len(prompts) / 2)
-    return normalize(_scaled(pieces, ~common)), normalize(_scaled(pieces, rarity))
+    written = times <= max(FEW, len(prompts) / 2)  # what most share says nothing about any of them
+    rarity = np.log(len(prompts) / np.maximum(1, times - FEW + 1))
+    usual = rarity * (times <= max(FEW, len(prompts) / 10))  # what is frequent adds little but most of the work
+    weights: list[np.ndarray] = [written, usual, rarity**4]
+    return [normalize(pieces.multiply(each.astype(np.float32)).tocsr()) for each in weights]
 
 
-def _scaled(pieces: Any, weights: np.ndarray) -> Any:
-    return pieces.multiply(weights.astype("float32")).tocsr()
+def _cosines(vectors: Any, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the cosine of each pair of rows, (pairs,)."""
+    import numpy as np
+
+    return np.asarray(vectors[left].multiply(vectors[right]).sum(axis=1)).ravel()
 
 
 def _pieces(prompt: str) -> list[str]:
-    """Cut words into overlapping pieces, so that a misspelt or inflected word is still mostly the same."""
+    """Cut words into overlapping pieces, so that an inflected word is still mostly the same."""
     pieces = []
     for word in prompt.split():
         padded = f" {word} "
@@ -91,5 +97,23 @@ def _pieces(prompt: str) -> list[str]:
 
 
 def _numbers(prompt: str) -> list[str]:
-    """Return the numbers in a prompt; more digits are rather a name, such as that of an order."""
+    """Return the numbers in a prompt; with more digits it is rather a name, such as that of an order."""
     return sorted(word for word in prompt.split() if word.isdecimal() and len(word) <= 4)
+
+
+def _differ_in_spelling(one: str, other: str) -> bool:
+    """Tell whether two prompts have the same words but for slips: one letter in a word, or a space."""
+    from rapidfuzz.distance import OSA
+
+    words, others = Counter(one.split()), Counter(other.split())
+    left, right = list((words - others).elements()), list((others - words).elements())
+    if "".join(left) == "".join(right):
+        return True
+    if len(left) != len(right):
+        return False
+    for word in left:
+        slips = [each for each in right if min(len(word), len(each)) >= 4 and OSA.distance(word, each) == 1]
+        if not slips:
+            return False
+        right.remove(slips[0])
+    return True

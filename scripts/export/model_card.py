@@ -120,17 +120,26 @@ def describe_comparison(manifest: Manifest, comparison_dir: str) -> str:
         report = json.loads((Path(comparison_dir) / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "Not measured: there is no comparison report. `python -m eval.compare` writes one."
-    if report["lineage"].get(manifest.stage, {}).get("sha256") != manifest.sha256:
+    if all(made.get("sha256") != manifest.sha256 for made in report["lineage"].values()):
         return "Not measured: the comparison report that is there is about another adapter."
     models = report["models"]
     rows = [f"| held out | n | {' | '.join(models)} |", "|---|---" + "|---" * len(models) + "|"]
     for metric in report["metrics"]:
         cells = []
         for name in models:
-            estimate = metric["models"].get(name)
-            cells.append("–" if estimate is None else "{value:.3g} ({ci_low:.3g} to {ci_high:.3g})".format(**estimate))
+            cells.append(describe_estimate(metric["models"].get(name)))
         rows.append(f"| {metric['title']}, {metric['unit']} | {metric['n']} | {' | '.join(cells)} |")
     return f"> {report['verdict']['text']}\n\n" + "\n".join(rows) + "\n\nIn brackets: 95 % intervals."
+
+
+def describe_estimate(estimate: dict[str, float | None] | None) -> str:
+    """Write a value with its interval, as far as they are known."""
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    value = f"{estimate['value']:.3g}"
+    if estimate["ci_low"] is None or estimate["ci_high"] is None:
+        return value
+    return f"{value} ({estimate['ci_low']:.3g} to {estimate['ci_high']:.3g})"
 
 
 def describe_parity(metrics: dict[str, Any]) -> str:

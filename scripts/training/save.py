@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.artifacts import MANIFEST, BaseModelFacts, DatasetFacts, Manifest, RunFacts, SplitFacts
+from scripts.common.curves import PANELS, Curves, label, write_curves
 from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError
 from scripts.common.question import freeze_plan
@@ -21,26 +22,23 @@ from scripts.training.start import Start
 log = logging.getLogger(__name__)
 
 
-def draw_curves(history: list[dict[str, Any]], path: Path, stage: str) -> None:
+def draw_curves(curves: Curves, path: Path) -> None:
     """Draw training and held-out loss, and for DPO the rewards, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels: list[tuple[str, str, tuple[str, ...]]] = [("loss", "loss in nats", ("loss", "eval_loss"))]
-    if any("rewards/margins" in entry for entry in history):
-        panels.append(("rewards", "implicit reward", ("rewards/chosen", "rewards/rejected", "eval_rewards/margins")))
+    panels = curves.panels or PANELS[:1]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (title, unit, keys) in zip(axes[0], panels, strict=True):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                label = key.replace("eval_", "held-out ") if key.startswith("eval_") else f"training {key}"
-                axis.plot(*zip(*points, strict=True), label=label, marker="o" if key.startswith("eval_") else None)
-        axis.set(title=f"{stage.upper()}: {title}", xlabel="optimizer step", ylabel=unit)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for key in panel.series:
+            if points := curves.series.get(key):
+                marker = "o" if key.startswith("eval_") else None
+                axis.plot(*zip(*points, strict=True), label=label(key), marker=marker)
+                axis.legend()
+        axis.set(title=f"{curves.stage.upper()}: {panel.title}", xlabel="optimizer step", ylabel=panel.unit)
         axis.grid(alpha=0.3)
-        axis.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -95,8 +93,10 @@ def save_adapter(
     trainer.processing_class.save_pretrained(part)
     before = metrics["held_out_loss_before"]
     at_start = [] if before is None else [{"step": 0, "eval_loss": before}]
-    draw_curves(at_start + trainer.state.log_history, part / "curves.png", run.stage)
     values = run.values
+    curves = Curves.of(at_start + trainer.state.log_history, run.stage, values.seed)
+    write_curves(part, curves)
+    draw_curves(curves, part / "curves.png")
     manifest = run.publish(
         part,
         Manifest(

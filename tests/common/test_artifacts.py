@@ -255,6 +255,10 @@ def test_manifest_of_the_first_release_is_read_as_it_was_written(tmp_path: Path,
     for before, after in zip(content.pop("datasets"), now.pop("datasets"), strict=True):
         assert after == dict.fromkeys(after) | before, "what it lacks is null"
     lacking = {"chat_template_kwargs": {}, "template_date": None, "system_prompt": None, "thinking": False}
+    old = content.pop("split")
+    assert now.pop("split") == {
+        "seed": old["seed"], "validation_ratio": old["ratio"], "test_ratio": 0.0, "key_version": 0, "group_field": None
+    }, "it had two sides"  # fmt: skip
     assert now == content | lacking, "it prints today's date, and is given nothing"
     assert (manifest.parent is None) == (stage == "sft")
     assert manifest.section == manifest.config.get(stage, {})

@@ -12,6 +12,7 @@ import pytest
 
 from eval import compare, judge
 from eval.arms import find_arms, find_references
+from eval.held_out import read_held_out
 from eval.report import Report, read_report
 from eval.tables import read_tables
 from scripts import export_lora, train_dpo, train_sft
@@ -206,18 +207,20 @@ def test_a_changed_line_of_the_items_is_named(report: tuple[Path, Report], tmp_p
         (["a={sft_0},{dpo_1}"], "found adapters of different stages ({out}/sft_0 of sft, {out}/dpo_1 of dpo)"),
         (["a={sft_0}", "b={other_base}"], "{out}/other_base: was trained on another base model"),
         (["a={sft_0}", "b={merged_other}"], "{out}/merged_other: was trained on another base model"),
-        (["a={sft_0}", "b={other_split}"], "eval.models.b: {out}/other_split: was trained with the split of seed 5"),
+        (["a={sft_0}", "b={other_split}"], "eval.models.b: {out}/other_split: was trained with another split (seed 5"),
+        (["a={sft_0}", "b={two_sides}"], "eval.models.b: {out}/two_sides: was trained by an earlier version, whose split"),
         (["a={sft_0},{sft_1}", "b={seed_7}"], "a and b have no seed in common (a has 0, 1 and b has 7)"),
         (["a={comparison}"], "found a folder of stage `comparison`, wanted sft or dpo or merged"),
     ],
 )  # fmt: skip
 def test_refuses(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture, models: list[str], said: str) -> None:
     out = chain / "out"
-    base = read_manifest(out / "sft_0").base_model.model_dump()
+    base, split = (getattr(read_manifest(out / "sft_0"), fact).model_dump() for fact in ("base_model", "split"))
     for name, source, facts in (
         ("other_base", "dpo_0", {"base_model": {**base, "fingerprint": "0" * 64}}),
         ("merged_other", "merged_0", {"base_model": {**base, "fingerprint": "0" * 64}}),
-        ("other_split", "dpo_0", {"split": {"seed": 5, "ratio": 0.25}}),
+        ("other_split", "dpo_0", {"split": {**split, "seed": 5}}),
+        ("two_sides", "dpo_0", {"split": {"seed": 0, "ratio": 0.25}}),
         ("seed_7", "sft_0", {"config": {**read_manifest(out / "sft_0").config, "seed": 7}}),
         ("comparison", "sft_0", {"stage": "comparison"}),
     ):
@@ -279,7 +282,7 @@ def test_one_item_without_rules_or_pairs_is_compared(chain: Path, tmp_path: Path
     found = read_report(tmp_path / "c")
     assert [(metric.name, metric.n, metric.primary) for metric in found.metrics] == [("held_out_loss", 1, True)]
     assert found.question.measures == ["held_out_loss"]
-    assert found.verdict.outcome in ("undecided", "no_difference")
+    assert found.verdict.outcome in ("undecided",)
 
 
 def test_looks_at_one_test_side_are_counted_beside_the_report(chain: Path, tmp_path: Path) -> None:
@@ -300,6 +303,36 @@ def test_looks_at_one_test_side_are_counted_beside_the_report(chain: Path, tmp_p
     assert run(chain, out, sft, settings=short) == 2
 
 
+def test_variants_are_measured_on_the_validation_side_without_a_look_at_the_test_side(
+    chain: Path, tmp_path: Path
+) -> None:
+    items = {}
+    for side in ("validation", "test"):
+        out = tmp_path / side
+        assert (
+            run(chain, out, arm(chain, "sft", "sft_0"), settings=["eval.max_new_tokens=1"], flags=["--side", side]) == 0
+        )
+        found = read_report(out)
+        assert (found.side, found.looks) == (side, 1 if side == "test" else None)
+        assert (tmp_path / f"{side}.looks.jsonl").exists() is (side == "test")
+        items[side] = {item for table in read_tables(out, found) for item in table.items}
+    assert items["validation"]
+    assert not items["validation"] & items["test"]
+
+
+def test_records_of_one_group_are_one_cluster(tmp_path: Path) -> None:
+    """Two prompts of one customer are not two observations."""
+    rows = [
+        {"instruction": f"say {number}", "input": "", "output": "yes", "customer": f"c{number // 2}"}
+        for number in range(40)
+    ]
+    config = write_chain(tmp_path)
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    held_out = read_held_out(load_config(config, ["data.group_field=customer"]), ["sft"])
+    questions = held_out.questions(None)
+    assert len(questions) == 2 * len({question.cluster for question in questions}) > 2
+
+
 def test_the_plan_is_frozen_by_the_first_stage_and_handed_down(chain: Path, tmp_path: Path) -> None:
     values = load_config(chain / "config.yaml").values
     plans = [read_manifest(chain / "out" / name).plan for name in ("sft_0", "dpo_0", "strong_1", "merged_0")]
@@ -313,6 +346,7 @@ def test_the_plan_is_frozen_by_the_first_stage_and_handed_down(chain: Path, tmp_
         (['eval.plan.question=["dpo","base"]'], False),
         (['eval.plan.measures=["held_out_loss"]'], False),
         (['eval.margins={"all_rules":0.1}'], False),
+        (["eval.plan.alpha=0.01"], False),
         (['eval.checks=[{"name":"short","max_words":9}]'], False),
     ):
         assert run(chain, tmp_path / "c", *models, settings=[*short, *settings]) == 0

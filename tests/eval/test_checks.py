@@ -41,6 +41,23 @@ def test_all_conditions_of_a_check_must_hold() -> None:
     assert not passes(check, "no indeed", "", None)
 
 
+@pytest.mark.parametrize("answer", ["", " \n", "...", "🎉🎉", "–—\u200b", "{}", "\ufffd"])
+def test_an_answer_without_words_keeps_no_rule(answer: str) -> None:
+    for conditions in (
+        {},
+        {"max_words": 9},
+        {"must_not_contain": ["very"]},
+        {"numbers_from_prompt": True},
+        {"regex": "."},
+    ):
+        assert not passes(Check(name="rule", **conditions), answer, "the prompt", answer), conditions
+
+
+@pytest.mark.parametrize("answer", ["a", "7", "да", "是", "ไทย", "हिन्दी", "١٢", '{"a": 1}', "…ok"])
+def test_letters_and_digits_of_every_script_are_words(answer: str) -> None:
+    assert passes(Check(name="rule", max_words=9), answer, "7 ١٢ 1", None)
+
+
 def test_bad_rules_are_refused() -> None:
     with pytest.raises(UserError, match=r"eval\.checks\[0\]\.regex: not a regular expression"):
         check_rules([Check(name="a", regex="(")])

@@ -78,7 +78,7 @@ def write_comparison(folder: Path, rows: list[dict]) -> Path:
         tokenizer_sha256="a" * 64,
         chat_template_sha256="b" * 64,
         datasets=[],
-        split=SplitFacts(seed=0, ratio=0.1),
+        split=SplitFacts(seed=0, validation_ratio=0.1, test_ratio=0.2),
         config={},
         mlflow=RunFacts(run_id=None),
         metrics={},

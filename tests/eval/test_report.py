@@ -14,19 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from eval.drawing import axis, draw_curves
+from eval.figures import number, p_value, round_ticks
 from eval.metrics import Difference
+from eval.overview import overview, typical_answer
 from eval.report import (
+    TEMPLATE,
     Report,
-    axis,
+    find_curves,
     marked_answers,
-    number,
-    p_value,
     read_report,
     reading,
     render_report,
     word_differences,
     write_report,
 )
+from scripts.common.curves import Curves, write_curves
+from tests.support.reports import REPORTS, curves
 
 HOSTILE = [
     "</script><script>window.attacked = 1</script>",
@@ -77,7 +81,7 @@ def lineage(stage: str) -> dict:
         "path": f"outputs/{stage}_adapter", "sha256": "ab12" * 16, "created": "2026-01-02T03:04:05+00:00",
         "base_model": {"id": "models/smollm2-135m-instruct", "revision": None, "fingerprint": "cd34" * 16},
         "datasets": [{"path": f"data/{stage}/sample_{stage}.jsonl", "sha256": "ef56" * 16, "train": 320, "validation": 80}],
-        "split": {"seed": 0, "ratio": 0.2}, "seed": 0, "git": {"commit": "9f" * 20, "dirty": True},
+        "split": {"seed": 0, "validation_ratio": 0.1, "test_ratio": 0.2, "key_version": 1, "group_field": None}, "seed": 0, "git": {"commit": "9f" * 20, "dirty": True},
         "packages": {"torch": "2.13.0", "trl": "1.16.0"}, "mlflow_run_id": "77" * 16,
     }  # fmt: skip
 
@@ -127,7 +131,7 @@ def report() -> Report:
             "dpo": {**health, "kl_to_base": 0.455, "kl_to_sft": 0.0071},
         },
         "training": {"sft": training, "dpo": {**training, "held_out_loss_before": None}},
-        "curves": {"sft": picture(1), "dpo": picture(2)},
+        "curves": {"sft": picture(1), "dpo": curves("dpo", seeds=2)},
         "lineage": {"base": {"base_model": lineage("sft")["base_model"]}, "sft": lineage("sft"), "dpo": lineage("dpo")},
         "samples": [
             sample(0, 0.1, "I do not know.", polite, polite.replace("two days", "three days")),
@@ -188,7 +192,7 @@ def test_what_was_not_measured_is_left_out_or_dashed(report):
     bare = Report.model_validate(facts)
     page = render_report(bare)
     assert not re.search(r">(None|nan|undefined)<", page)
-    for section in ("Judge", "Several runs", "Checks", "Generation health", "Answers side by side"):
+    for section in ("Judge", "Several runs", "Rules", "Generation health", "All answers, side by side", "Training"):
         assert f"<h2>{section}</h2>" not in page
     assert "2.000" in page
 
@@ -266,6 +270,7 @@ addEventListener("load", () => {
     width: innerWidth, content: document.documentElement.scrollWidth,
     tables: all("table").length, empty: all("table").filter((t) => !t.tBodies[0].rows.length).length,
     pictures: all("img").map((i) => i.naturalWidth),
+    curves: all(".curve").map((e) => [e.querySelector("figcaption").textContent.match(/: (\\w+)/)[1], e.querySelectorAll("polyline").length]),
     answers: all(".answer .text-block").map((e) => e.textContent), foreign: all(".text-block :not(mark, .muted)").length,
     verdict: document.querySelector(".verdict .text").textContent,
     marked: all("mark").map((e) => e.textContent), start: shown(),
@@ -280,19 +285,22 @@ addEventListener("load", () => {
 
 # A frame is as narrow as a phone; a desktop browser's window stops at 500 pixels.
 FRAME = """<!doctype html><meta charset="utf-8"><pre id="facts"></pre>
-<script>addEventListener("message", (e) => {
-  document.getElementById("facts").textContent = btoa(unescape(encodeURIComponent(e.data)));
+<script>const facts = []; addEventListener("message", (e) => {
+  facts.push(JSON.parse(e.data));
+  if (facts.length === document.querySelectorAll("iframe").length)
+    document.getElementById("facts").textContent = btoa(unescape(encodeURIComponent(JSON.stringify(facts))));
 });</script>
-<iframe src="PAGE" style="width:WIDTHpx;height:900px;border:0"></iframe>"""
+"""
+PAGE = '<iframe src="{}" style="width:{}px;height:900px;border:0"></iframe>'
 
 
-def look(page: Path, width: int, profile: Path) -> tuple[dict, str]:
-    """Open a page in headless Chromium without network; return what the probe saw and what the console said."""
+def look(pages: list[Path], width: int, profile: Path) -> tuple[list[dict], str]:
+    """Open pages in headless Chromium without network; return what the probe saw and what the console said."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs Debian's chromium: apt-get install chromium")
-    frame = page.with_name("frame.html")
-    frame.write_text(FRAME.replace("PAGE", page.name).replace("WIDTH", str(width)), encoding="utf-8")
+    frame = pages[0].with_name("frame.html")
+    frame.write_text(FRAME + "".join(PAGE.format(page.name, width) for page in pages), encoding="utf-8")
     done = subprocess.run(
         [
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}",
@@ -312,7 +320,7 @@ def look(page: Path, width: int, profile: Path) -> tuple[dict, str]:
 def test_a_real_browser_shows_the_report(report, tmp_path, width):
     page = tmp_path / "report.html"
     page.write_text(render_report(report).replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    facts, console = look(page, width, tmp_path / "profile")
+    [facts], console = look([page], width, tmp_path / "profile")
     assert console == ""
     assert facts["requests"] == []
     assert facts["attacked"] == "no"
@@ -320,7 +328,8 @@ def test_a_real_browser_shows_the_report(report, tmp_path, width):
     assert facts["content"] <= width, "the page itself must not scroll sideways"
     assert facts["tables"] >= 8
     assert facts["empty"] == 0
-    assert facts["pictures"] == [600, 600]
+    assert facts["pictures"] == [600], "a run of an earlier version has kept only a picture"
+    assert facts["curves"] == [["loss", 4], ["rewards", 6]], "a line for each series and seed"
     assert facts["verdict"] == report.verdict.text
     for text in HOSTILE:
         assert text in facts["answers"], "an answer is shown letter by letter"
@@ -338,6 +347,220 @@ def test_the_browser_check_itself_notices_errors(report, tmp_path):
     page = tmp_path / "report.html"
     trap = '<img src="http://192.0.2.1/x.png"><script>throw new Error("planted")</script>'
     page.write_text(render_report(report).replace("</body>", trap + PROBE + "</body>"), encoding="utf-8")
-    _, console = look(page, 1280, tmp_path / "profile")
+    _, console = look([page], 1280, tmp_path / "profile")
     assert "planted" in console
     assert "Content Security Policy" in console, "the page's own policy refuses what is not in the file"
+
+
+# --- the first screen, in every way that a report can look
+
+
+SAID = {
+    "undecided": "Between this DPO adapter and this SFT adapter no difference can be shown in the share of answers that keep all "
+    "rules (81 % → 75 %); SFT is better than the base (0 % → 81 %).",
+    "better": "DPO is better than SFT in the share of answers that keep all rules (72 % → 84 %); SFT is better than the base "
+    "(2 % → 72 %).",
+    "worse": "DPO is worse than SFT in the share of answers that keep all rules (81 % → 62 %); SFT is better than the base "
+    "(0 % → 81 %).",
+    "no_worse": "dpo-merged-int8 is no worse than DPO in the share of answers that keep all rules (81 % → 80 %); DPO is better "
+    "than the base (2 % → 81 %).",
+    "equivalent": "These DPO adapters are equivalent to these SFT adapters in the share of answers that keep all rules "
+    "(81.0 % → 81.2 %); SFT is better than the base (2 % → 81 %).",
+    "bare": "This SFT adapter is better than the base in the loss of the target answers (2.230 → 1.240).",
+}
+
+
+def said(report: Report) -> str:
+    return "".join(piece.text for piece in overview(report).sentence).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_one_sentence_says_what_was_found_and_in_which_measure(name):
+    assert said(REPORTS[name]()) == SAID[name]
+
+
+def test_the_sentence_speaks_of_the_measure_in_which_something_was_found():
+    report = REPORTS["undecided"]()
+    for metric, outcome in zip(report.metrics, ("undecided", "worse"), strict=False):
+        metric.differences[-1].outcome = outcome
+    report.verdict = report.verdict.model_copy(update={"outcome": "worse"})
+    assert "is worse than this SFT adapter in the share of pairs where the chosen answer is likelier" in said(report)
+    assert said(report).endswith(
+        "; SFT is better than the base in the share of answers that keep all rules (0 % → 81 %)."
+    )
+    report.metrics[0].differences[-1].outcome = "better"
+    assert "in the share of answers that keep all rules (81 % → 75 %) but worse in the share of pairs" in said(report)
+
+
+def test_a_report_of_an_earlier_version_keeps_its_own_verdict(report):
+    assert report.verdict.outcome == "no_difference"
+    report = report.model_copy(deep=True)
+    report.metrics[1].name, report.metrics[1].differences[0].shown = "preference_accuracy", True
+    assert "no difference can be shown" in said(report), "there the seeds could overrule what the items show"
+
+
+def test_every_step_is_coloured_by_what_was_found_for_it():
+    assert [tile.found for tile in overview(REPORTS["undecided"]()).tiles] == ["", "better", "undecided"]
+    assert [tile.found for tile in overview(REPORTS["worse"]()).tiles] == ["", "better", "worse"]
+    many = overview(REPORTS["many_arms"]())
+    assert [tile.name for tile in many.tiles] == ["base", "beta-0.5", "beta-1.0"]
+    assert len(many.picture.rows) == 8
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_picture_holds_every_interval_and_a_ring_for_each_seed(name):
+    shown = overview(REPORTS[name]())
+    for row in shown.picture.rows:
+        places = [row.dot, *row.line, *row.seeds]
+        assert all(0 <= place <= 100 for place in places)
+        assert row.line[0] <= row.dot <= row.line[1]
+    trained = [len(row.seeds) for row in shown.picture.rows if row.name != "base"]
+    expected = {"better": 5, "worse": 3, "many_arms": 10, "no_worse": 3, "equivalent": 2}.get(name, 0)
+    assert set(trained) == {expected}, "the value of a single seed is the dot itself"
+
+
+def test_what_a_verdict_rests_on_is_said():
+    assert overview(REPORTS["undecided"]()).facts == [
+        "84 prompts and 37 pairs",
+        "one seed, so it speaks of these two adapters",
+        "not planned before training",
+        "these data were looked at 3 times",
+    ]
+    assert overview(REPORTS["better"]()).facts[1:] == [
+        "5 seeds, so it speaks of the methods",
+        "planned before training",
+        "first look at these data",
+    ]
+    page = render_report(REPORTS["better"]())
+    assert "seeds 7 %, prompts 93 %" in page
+    validation = REPORTS["better"]().model_copy(update={"side": "validation"})
+    assert "it proves nothing" in overview(validation).facts[-1]
+
+
+def test_the_answer_that_is_shown_first_is_a_typical_one():
+    report = REPORTS["undecided"]()
+    rules = list(report.samples[0].checks["base"])
+    for place, sample in enumerate(report.samples):  # the base keeps one rule more from prompt to prompt
+        sample.checks["base"] = {rule: number < min(place, 4) for number, rule in enumerate(rules)}
+        sample.checks["dpo"] = dict.fromkeys(rules, True)
+    kept = sum(typical_answer(report).sample.checks["base"].values())
+    assert kept == 3, "on average it keeps 2.9 of 4"
+    assert typical_answer(report.model_copy(update={"samples": []})) is None
+
+
+def test_a_difference_without_an_interval_is_shown_without_one():
+    report = REPORTS["undecided"]()
+    for each in report.metrics[0].differences:
+        each.ci_low = each.ci_high = None
+    page = render_report(report)
+    assert "no interval can be given" in page
+    assert not re.search(r">(None|nan)<", page)
+
+
+def test_scales_end_in_round_numbers_and_hold_what_is_drawn():
+    assert round_ticks(0.3, 9.7) == [0, 2, 4, 6, 8, 10]
+    assert round_ticks(-1.2, 0.4) == [-1.5, -1.0, -0.5, 0.0, 0.5]
+    assert round_ticks(3, 3)[0] <= 3 <= round_ticks(3, 3)[-1]
+    assert len(round_ticks(0, 0)) > 1
+
+
+def test_curves_are_found_as_figures_or_as_the_picture_of_an_earlier_version(tmp_path):
+    assert find_curves([tmp_path]) is None
+    (tmp_path / "curves.png").write_bytes(b"a picture")
+    assert find_curves([tmp_path]) == "data:image/png;base64," + base64.b64encode(b"a picture").decode()
+    [run] = curves("dpo")
+    write_curves(tmp_path, run)
+    assert find_curves([tmp_path, tmp_path]) == [run, run]
+
+
+def test_a_curve_of_one_point_or_of_one_value_is_drawn():
+    [drawing] = draw_curves([Curves(stage="sft", series={"loss": [(1, 2.0)]})])
+    assert drawing.lines[0].points == [(drawing.lines[0].points[0])]
+    assert draw_curves([Curves(stage="sft", series={})]) == []
+
+
+def luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_can_be_read_in_light_and_in_dark(scheme):
+    blocks = re.findall(r":root \{([^}]*--m7[^}]*)\}", TEMPLATE.read_text(encoding="utf-8"))
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]+);", blocks[scheme]))
+    grounds = [colours[name] for name in ("paper", "card", "soft", "good-soft", "bad-soft")]
+    for name in ("ink", "muted"):
+        assert min(contrast(colours[name], ground) for ground in grounds) >= 4.5, name
+    for name, ground in (("good", "good-soft"), ("bad", "bad-soft"), ("even", "soft")):
+        assert min(contrast(colours[name], colours[each]) for each in (ground, "paper")) >= 4.5, name
+    for name in ("old", "new"):
+        assert contrast(colours["ink"], colours[name]) >= 4.5, name
+    for hue in range(8):
+        assert contrast(colours[f"m{hue}"], colours["paper"]) >= 3, "marks can be told from the page"
+
+
+FIRST_SCREEN = """<script>
+const all = (selector) => [...document.querySelectorAll(selector)];
+const bottom = (selector) => Math.max(0, ...all(selector).map((e) => e.getBoundingClientRect().bottom));
+const cut = (box) => all(".keyed .key").filter((e) => {
+  const outer = e.closest(".scroll").getBoundingClientRect(), inner = e.getBoundingClientRect();
+  return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1);
+}).length;
+addEventListener("load", () => {
+  const facts = {
+    width: innerWidth, content: document.documentElement.scrollWidth, tiles: bottom(".tiles"), picture: bottom(".picture"),
+    example: bottom(".example"), keys: all(".keyed .key").length, cut: cut(), title: document.title,
+    outside: all("main *").filter((e) => {
+      const box = e.closest(".reached, .example") || document.documentElement;
+      return !e.closest(".scroll") && e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1;
+    }).map((e) => e.className),
+    last: all("section[id]").at(-1).id,
+  };
+  all(".scroll").forEach((e) => { e.scrollLeft = 10000; });
+  facts.scrolled = all(".scroll").filter((e) => e.scrollLeft > 0).length;
+  facts.cutAfterScrolling = cut();
+  const folded = all("#more .sample"), seen = () => folded.filter((e) => e.checkVisibility()).length;
+  facts.open = all("#samples > .sample").length;
+  facts.folded = [folded.length, seen()];
+  const more = document.querySelector("#more > summary");
+  if (more) more.click();
+  facts.unfolded = seen();
+  parent.postMessage(JSON.stringify(facts), "*");
+});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
+def test_the_first_screen_holds_the_story_and_no_key_column_is_cut(tmp_path, width, height):
+    pages = []
+    for name, make in REPORTS.items():
+        pages.append(tmp_path / f"{name}.html")
+        pages[-1].write_text(render_report(make()).replace("</body>", FIRST_SCREEN + "</body>"), encoding="utf-8")
+    found, console = look(pages, width, tmp_path / "profile")
+    assert console == ""
+    assert len(found) == len(pages)
+    for facts in found:
+        name = facts["title"]
+        assert facts["width"] == width
+        assert facts["content"] <= width, name
+        assert facts["outside"] == [], name
+        assert 0 < facts["tiles"] < facts["picture"], name
+        if "very-long-name" not in name:
+            assert facts["picture"] <= height, name
+            assert width < 1000 or 0 < facts["example"] <= height, name
+        assert facts["keys"] > 0, name
+        assert (facts["cut"], facts["cutAfterScrolling"]) == (0, 0), name
+        assert width > 1000 or facts["scrolled"] > 0, "there was something to scroll"
+        assert facts["last"] == "lineage"
+    assert sorted({(facts["open"], *facts["folded"], facts["unfolded"]) for facts in found}) == [
+        (3, 0, 0, 0),
+        (5, 4, 0, 4),
+    ]

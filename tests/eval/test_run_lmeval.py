@@ -29,7 +29,7 @@ from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.repo.test_library_traps import write_gguf
 from tests.support.chain import manifest, write_chain
-from tests.support.manifests import change_manifest
+from tests.support.manifests import change_manifest, split_facts
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
 CPU = Machine("cpu", torch.float32, 1, 1, ())
@@ -51,7 +51,7 @@ def save_adapter(folder: Path, base: Path, stage: str, seed: int, scale: float =
         "base_model": {"id": str(base), "revision": None, "fingerprint": base_fingerprint(base)},
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "chat_template_sha256": template_sha256(tokenizer),
-        "parent": None, "datasets": [], "split": {"seed": 0, "ratio": 0.25}, "config": {},
+        "parent": None, "datasets": [], "split": split_facts(), "config": {},
         "mlflow": {"run_id": None}, "metrics": {},
     }  # fmt: skip
     write_manifest(folder, Manifest.model_validate({"stage": stage, **about, **facts}))
@@ -418,13 +418,13 @@ def test_domain_refuses_an_adapter_that_continues_one_of_another_split(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(place / "sft_adapter", first)
-    change_manifest(first, split={"seed": 4, "ratio": 0.25})
+    change_manifest(first, split=split_facts(seed=4))
     shutil.copytree(place / "dpo_adapter", second)
     change_manifest(second, parent=read_manifest(first).as_parent(first).model_dump())
 
     assert call(place, tmp_path / "out", "--model_path", str(second), "--task", "domain") == 2
 
-    assert f"{second}: continues {first}, which was trained with the split of seed 4" in capsys.readouterr().err
+    assert f"{second}: continues {first}, which was trained with another split (seed 4" in capsys.readouterr().err
 
 
 def test_a_metric_that_is_no_mean_of_its_items_is_shown_without_a_test() -> None:
@@ -490,7 +490,7 @@ def broken(place: Path, folder: Path, case: str) -> list[str]:
         save_adapter(adapter, other, "dpo", seed=1)
         return ["--model_path", str(place / "sft_adapter"), str(adapter), "--task", quiz]
     elif case == "another split":
-        save_adapter(adapter, place / "model", "sft", seed=1, split={"seed": 4, "ratio": 0.1})
+        save_adapter(adapter, place / "model", "sft", seed=1, split=split_facts(seed=4))
         return ["--model_path", str(adapter), "--task", "domain"]
     elif case == "no such adapter":
         pass
@@ -530,7 +530,7 @@ MISTAKES = {
     "tampered": "changed since manifest.json was written",
     "another base": "was trained on another base model",
     "two bases": "was made on another base",
-    "another split": "may have seen these prompts",
+    "another split": "may have seen the prompts that are held out now",
     "no such adapter": "no such folder. Run the stage that writes it first",
     "wrong fields": "data.jsonl:1: found question, answers, label",
     "gold outside": "gold: found 2, wanted the index",

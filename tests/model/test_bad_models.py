@@ -62,7 +62,7 @@ CLI: list[tuple[str, list[str], str]] = [
     ("export", ["--config", "config.yaml", "--adapter", "sft_adapter", "--base_model", "sft_adapter"], "is an adapter"),
     ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", ""], "--task: found an empty name"),
     ("lmeval", ["--config", "config.yaml", "--model_path", "base", "--task", "multiple_choice=sft.jsonl"], "sft.jsonl:1: found instruction, output"),
-    ("compare", ["--config", "config.yaml", "--set", "sft.output_dir=sft_adapter", "--set", "data.validation_ratio=0.1", "--runs", "nowhere"], "nowhere"),
+    ("compare", ["--config", "config.yaml", "--models", "sft=sft_adapter,nowhere"], "eval.models.sft: nowhere: no such folder"),
     ("deid", ["--in", "sft.jsonl", "--out", "o.jsonl", "--fields", ""], "deid.fields"),
     ("deid", ["--in", "sft.jsonl", "--out", "o.jsonl", "--set", "deid.recognizers=sft.jsonl"], "sft.jsonl"),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,7 @@ from scripts.common.config import add_config_arguments, load_config
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, SFT
 from scripts.dataset.records import parse_record
-from scripts.dataset.split import is_validation
+from scripts.dataset.split import side_of
 from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import ROOT, run_python, write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
@@ -74,11 +75,14 @@ def test_everything_in_order_is_one_screen_of_ok_and_the_next_command(screen: Sc
 
 
 def test_data_lines_say_how_the_records_are_split(screen: Screen) -> None:
-    held_out = sum(is_validation(parse_record(row, "", Data()).prompt, Data()) for row in sft_rows())
+    sides = Counter(side_of(parse_record(row, "", Data()), Data()) for row in sft_rows())
 
     _, found = screen()
 
-    assert found["data"][0] == f"ok sft.dataset_path: {40 - held_out} records to train on, {held_out} held out"
+    assert found["data"][0] == (
+        f"ok sft.dataset_path: {sides['train']} records to train on, {sides['validation']} for validation, "
+        f"{sides['test']} for the test"
+    )
 
 
 def test_slow_libraries_are_not_loaded(write_config: Callable[..., Path], tiny_llama: Path, tmp_path: Path) -> None:
@@ -356,7 +360,8 @@ def test_local_model_without_a_hub_is_a_warning(screen: Screen, monkeypatch) -> 
     [
         ("sft.dataset_path=stf.jsonl", "bad sft.dataset_path: stf.jsonl: no such file. Did you mean sft.jsonl?"),
         ("sft.dataset_path=dpo.jsonl", "bad sft.dataset_path: none of the 40 rows can be used"),
-        ("data.validation_ratio=0", "warn sft.dataset_path: 40 records to train on, 0 held out | fix: --set data.valid"),
+        ("data.test_ratio=0", "warn sft.dataset_path: 38 records to train on, 2 for validation, 0 for the test | fix: --set data.test"),
+        ("data.validation_ratio=0", "warn sft.dataset_path: 30 records to train on, 0 for validation, 10 for the test | fix: --set data.valid"),
         ("sft.dataset_path=owner/name", "ok sft.dataset_path: owner/name: not read here; python -m scripts.train_sft --dry"),
     ],
 )  # fmt: skip

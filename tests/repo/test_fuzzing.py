@@ -38,7 +38,7 @@ from scripts.dataset.records import (
     parse_record,
     write_rejects,
 )
-from scripts.dataset.split import prompt_key, split_records
+from scripts.dataset.split import cluster_of, split_records
 from serve.fastapi_server import refuse_invalid
 from serve.metrics import Metrics
 from serve.schemas import ChatRequest, CompareRequest, CompletionRequest, GenerateRequest, ScoreRequest, VoteRequest
@@ -108,7 +108,7 @@ PAIR = {"prompt": "say a", "chosen": "a", "rejected": "b"}
 MANIFEST: dict[str, Any] = {
     "schema": 1, "stage": "sft", "files": {"weights": "0" * 64}, "tokenizer_sha256": "a", "chat_template_sha256": "b",
     "base_model": {"id": "model", "revision": None, "fingerprint": "c"}, "datasets": [], "parent": None, "metrics": {},
-    "split": {"seed": 0, "ratio": 0.1}, "config": {}, "mlflow": {"run_id": None},
+    "split": {"seed": 0, "validation_ratio": 0.1, "test_ratio": 0.2}, "config": {}, "mlflow": {"run_id": None},
 }  # fmt: skip
 REPORT = {"schema": 1, "counts": {}, "output": {"sha256": "0" * 64}, "created": None}
 
@@ -162,7 +162,7 @@ def read_records(ending: str) -> Callable[[bytes, Path], None]:
                     files = load_datasets(str(path), parse, data, "sft.dataset_path")
                     (file,) = files
                     assert all(isinstance(record, kind) and record.answer.strip() for record in file.records)
-                    assert len({prompt_key(record.messages) for record in file.records if kind is Record}) >= (
+                    assert len({cluster_of(record) for record in file.records if kind is Record}) >= (
                         kind is Record
                     )
                     assert count_duplicates(file.records) < len(file.records)

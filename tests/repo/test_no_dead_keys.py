@@ -86,6 +86,7 @@ EFFECTS = "repo/test_key_effects.py::test_key_reaches_the_trainer"
 SFT, DPO = "training/test_train_sft.py::", "training/test_train_dpo.py::"
 SCRUB, DEID = "deid/test_scrubbing.py::", "deid/test_deid_presidio.py::"
 JUDGE, LMEVAL, COMPARE = "eval/test_judge.py::", "eval/test_run_lmeval.py::", "eval/test_compare.py::"
+ARMS = "eval/test_arms.py::"
 FAULTS, EXPORT = "serve/test_faults.py::", "export/test_export_lora.py::"
 CHECK = "eval/test_checks.py::test_each_condition_decides"
 PROOFS = {
@@ -145,6 +146,12 @@ PROOFS = {
     "eval.batch_size": COMPARE + "test_answers_are_given_in_batches_of_the_size_asked_for",
     "eval.max_prompts": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",
     "eval.checks": COMPARE + "test_every_metric_has_intervals_around_its_value",
+    "eval.models": ARMS + "test_each_reward_is_against_the_adapter_of_its_own_seed",
+    "eval.plan.question": ARMS + "test_every_arm_has_its_column_with_its_seeds",
+    "eval.plan.measures": ARMS + "test_a_measure_of_the_plan_that_cannot_be_measured_is_refused",
+    "eval.plan.alpha": ARMS + "test_the_plan_is_frozen_by_the_first_stage_and_handed_down",
+    "eval.plan.seeds": ARMS + "test_another_number_of_seeds_than_planned_is_noted",
+    "eval.margins": ARMS + "test_the_plan_is_frozen_by_the_first_stage_and_handed_down",
     "eval.judge.models": JUDGE + "test_other_models_are_judged_beside_the_first_pair",
     "eval.judge.criteria": JUDGE + "test_settings_of_the_endpoint_reach_it",
     "eval.judge.base_url": JUDGE + "test_settings_of_the_endpoint_reach_it",
@@ -233,7 +240,10 @@ FLAG_PROOFS = {
     "scripts.deid_presidio --decrypt": DEID + "test_encrypted_records_can_be_restored_with_the_key",
     "scripts.deid_presidio --config": "repo/test_key_effects.py::test_deid_reads_the_configuration_it_is_given",
     "scripts.get_demo_model --out": "repo/test_key_effects.py::test_demo_model_goes_where_it_is_asked_for",
-    "eval.compare --runs": COMPARE + "test_several_seeds_aggregate_to_mean_and_spread",
+    "eval.compare --models": ARMS + "test_every_arm_has_its_column_with_its_seeds",
+    "eval.compare --side": ARMS + "test_variants_are_measured_on_the_validation_side_without_a_look_at_the_test_side",
+    "eval.compare --note": ARMS + "test_every_arm_has_its_column_with_its_seeds",
+    "eval.compare --runs": ARMS + "test_runs_is_refused_and_names_the_study",
     "eval.judge --by": JUDGE + "test_settings_of_the_endpoint_reach_it",
     "eval.judge --votes": JUDGE + "test_votes_of_a_page_on_other_answers_are_refused",
     "eval.run_lmeval --model_path": LMEVAL + "test_a_chat_template_is_put_around_questions_when_asked",

@@ -48,7 +48,7 @@ def write_chain(folder: Path, **changes: dict) -> Path:
     tree: dict = {
         "base_model_id": str(folder / "model"),
         "offline": True,
-        "data": {"validation_ratio": 0.25},
+        "data": {"validation_ratio": 0.15, "test_ratio": 0.2},
         "sft": {
             **common,
             "dataset_path": str(folder / "sft.jsonl"),

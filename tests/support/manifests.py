@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scripts.common.artifacts import MANIFEST, Manifest, write_manifest
+from scripts.common.artifacts import MANIFEST, SPLIT_KEY_VERSION, Manifest, write_manifest
+
+
+def split_facts(**changes: Any) -> dict[str, Any]:
+    """Describe the split of tests/support/chain.py, or another one, as a manifest holds it."""
+    facts = {"seed": 0, "validation_ratio": 0.15, "test_ratio": 0.2, "key_version": SPLIT_KEY_VERSION}
+    return {**facts, "group_field": None, **changes}
+
 
 FACTS: dict[str, Any] = {
     "base_model": {"id": "model", "revision": None, "fingerprint": "f"},
     "tokenizer_sha256": "t",
     "chat_template_sha256": "c",
     "datasets": [],
-    "split": {"seed": 0, "validation_ratio": 0.1, "test_ratio": 0.2, "key_version": 1},
+    "split": split_facts(),
     "config": {},
     "mlflow": {"run_id": None},
     "metrics": {},

@@ -87,7 +87,7 @@ def write_project(folder: Path) -> Path:
     tree = {
         "base_model_id": "model",
         "offline": True,
-        "data": {"validation_ratio": 0.25},
+        "data": {"validation_ratio": 0.2, "test_ratio": 0.3},
         "sft": {"dataset_path": "sft.jsonl", "output_dir": "out/sft", "max_length": 200, "trainer": {"max_steps": 2}},
         "dpo": {"dataset_path": "dpo.jsonl", "output_dir": "out/dpo", "init_from": "sft_adapter", "beta": 0.1,
                 "max_length": 200, "trainer": {"max_steps": 2}},

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts import train_sft
+from scripts.common.curves import Curves, read_curves, write_curves
 from scripts.common.errors import UserError
 from scripts.common.schema import Lora
 from scripts.model.adapter import add_lora, load_adapter, merge_initialisation, save_initialisation, whole_weights
@@ -23,13 +24,29 @@ def test_curves_are_drawn_with_and_without_rewards(tmp_path: Path) -> None:
     sft = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.1}, {"step": 2, "loss": 1.5}]
     dpo = [{**entry, "rewards/margins": 0.1, "rewards/chosen": 0.2, "rewards/rejected": 0.1} for entry in sft]
 
-    draw_curves(sft, tmp_path / "sft.png", "sft")
-    draw_curves(dpo, tmp_path / "dpo.png", "dpo")
+    draw_curves(Curves.of(sft, "sft"), tmp_path / "sft.png")
+    draw_curves(Curves.of(dpo, "dpo"), tmp_path / "dpo.png")
 
     one, two = (image.imread(tmp_path / name) for name in ("sft.png", "dpo.png"))
     assert one.shape[1] > 400
     assert two.shape[1] == pytest.approx(2 * one.shape[1], abs=4)
     assert one.std() > 0.05
+
+
+def test_the_figures_of_the_curves_are_kept_and_what_is_no_number_is_left_out(tmp_path: Path) -> None:
+    history = [
+        {"step": 1, "loss": 2.0, "learning_rate": 1e-4},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "eval_loss": 1.9},
+    ]
+
+    assert read_curves(tmp_path) is None, "an adapter of an earlier version has only the picture"
+    write_curves(tmp_path, Curves.of(history, "sft", 7))
+
+    curves = read_curves(tmp_path)
+    assert curves is not None
+    assert (curves.stage, curves.seed) == ("sft", 7)
+    assert curves.series == {"loss": [(1, 2.0)], "eval_loss": [(3, 1.9)]}
 
 
 def test_nested_values_are_named_by_their_dotted_keys() -> None:

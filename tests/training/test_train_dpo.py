@@ -18,7 +18,7 @@ from scripts.common.artifacts import read_manifest, sha256_file
 from scripts.model.base import load_tokenizer
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import dpo_rows, manifest, start_stage, wait_for, write_chain
-from tests.support.manifests import change_manifest
+from tests.support.manifests import change_manifest, split_facts
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 from tests.support.training import build_trainer
 
@@ -342,7 +342,12 @@ def dry_run_from(chain: Path, adapter: Path, *settings: str) -> int:
 
 @pytest.mark.parametrize(
     "settings",
-    [["data.split_seed=3"], ["data.validation_ratio=0.5"], ["data.split_seed=3", "data.validation_ratio=0.1"]],
+    [
+        ["data.split_seed=3"],
+        ["data.validation_ratio=0.5"],
+        ["data.test_ratio=0.5"],
+        ["data.split_seed=3", "data.validation_ratio=0.1"],
+    ],
 )
 def test_refuses_an_adapter_that_may_have_trained_on_what_is_held_out_now(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture, settings: list[str]
@@ -352,8 +357,9 @@ def test_refuses_an_adapter_that_may_have_trained_on_what_is_held_out_now(
     assert dry_run_from(chain, adapter, *settings) == 2
 
     said = capsys.readouterr().err
-    assert f"dpo.init_from: {adapter}: was trained with the split of seed 0 and ratio 0.25, but" in said
-    assert "Set data.split_seed: 0 and data.validation_ratio: 0.25, or train it again" in said
+    assert f"dpo.init_from: {adapter}: was trained with another split (seed 0, validation 0.15, test 0.2) than" in said
+    assert f"Set {settings[0].partition('=')[0]}: " in said
+    assert "or train again: `python -m scripts.train_sft`" in said
     real = [*settings, f"dpo.init_from={adapter}", f"dpo.output_dir={tmp_path}/out"]
     config = ["--config", str(chain / "config.yaml")]
     assert train_dpo.main([*config, *(part for item in real for part in ("--set", item))]) == 2
@@ -366,20 +372,20 @@ def test_takes_an_adapter_that_has_seen_nothing_of_what_is_held_out(chain: Path,
     change_manifest(adapter, datasets=[{"path": "other.jsonl", "sha256": "0" * 64, "train": 3, "validation": 1}])
 
     assert dry_run_from(chain, adapter) == 0
-    assert dry_run_from(chain, adapter, "data.validation_ratio=0.1") == 0
-    assert dry_run_from(chain, adapter, "data.validation_ratio=0", "data.split_seed=3") == 0
+    assert dry_run_from(chain, adapter, "data.validation_ratio=0.1", "data.test_ratio=0.15") == 0
+    assert dry_run_from(chain, adapter, "data.validation_ratio=0", "data.test_ratio=0", "data.split_seed=3") == 0
 
 
 def test_refuses_an_adapter_whose_own_start_had_another_split(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     first = shutil.copytree(chain / "out/sft_adapter", tmp_path / "first")
-    change_manifest(first, split={"seed": 7, "ratio": 0.25})
+    change_manifest(first, split=split_facts(seed=7))
     second = shutil.copytree(chain / "out/dpo_adapter", tmp_path / "second")
     change_manifest(second, parent={"path": str(first), "sha256": read_manifest(first).sha256})
 
     assert dry_run_from(chain, second) == 2
-    assert f"{second}: continues {first}, which was trained with the split of seed 7" in capsys.readouterr().err
+    assert f"{second}: continues {first}, which was trained with another split (seed 7" in capsys.readouterr().err
 
 
 def test_bad_pairs_are_named_by_line(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,6 +17,7 @@ import torch
 from scripts.common import run as common_run
 from scripts.common.artifacts import (
     MANIFEST,
+    SPLIT_KEY_VERSION,
     BaseModelFacts,
     SplitFacts,
     locked_run_dir,
@@ -55,7 +56,7 @@ def sft_config(write_config, tmp_path: Path, tiny_llama: Path):
         data = write_jsonl(tmp_path / "data.jsonl", records or rows())
         return write_config(
             base_model_id=str(base),
-            data={"validation_ratio": 0.2},
+            data={"validation_ratio": 0.2, "test_ratio": 0.2},
             lora={"r": 4, "alpha": 8},
             performance={"dtype": "fp32", "threads": 1},
             sft={
@@ -105,7 +106,7 @@ def finished(request, tmp_path_factory, tiny_llama: Path, tiny_gpt2: Path, empty
     shutil.copy(empty_store, folder / "mlflow.db")
     write_jsonl(folder / "data.jsonl", rows())
     config = {
-        "base_model_id": str(base), "offline": True, "data": {"validation_ratio": 0.2}, "performance": {"dtype": "fp32", "threads": 1},
+        "base_model_id": str(base), "offline": True, "data": {"validation_ratio": 0.2, "test_ratio": 0.2}, "performance": {"dtype": "fp32", "threads": 1},
         "lora": {"r": 4, "alpha": 8}, "tracking": {"mlflow_tracking_uri": f"sqlite:///{folder}/mlflow.db"},
         "sft": {"dataset_path": "data.jsonl", "learning_rate": 1e-2, "max_length": 128, "num_train_epochs": 2},
     }  # fmt: skip
@@ -134,12 +135,18 @@ def test_manifest_of_a_finished_adapter_is_complete(in_finished) -> None:
     assert manifest.parent is None
     (dataset,) = manifest.datasets
     assert dataset.sha256 == sha256_file(folder / "data.jsonl")
-    assert dataset.train + dataset.validation == 40
-    assert dataset.validation > 0
-    assert manifest.split == SplitFacts(seed=0, ratio=0.2)
+    assert dataset.train + dataset.validation + dataset.test + dataset.near_duplicates == 40
+    assert min(dataset.validation, dataset.test) > 0
+    assert manifest.split == SplitFacts(seed=0, validation_ratio=0.2, test_ratio=0.2, key_version=SPLIT_KEY_VERSION)
     assert manifest.config["seed"] == 7
     assert manifest.config["sft"]["learning_rate"] == 1e-2
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "curves.png"} <= manifest.files.keys()
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "curves.png",
+        "curves.json",
+    } <= manifest.files.keys()
     assert set(manifest.files) == {
         path.relative_to("outputs/sft_adapter").as_posix()
         for path in Path("outputs/sft_adapter").rglob("*")
@@ -177,16 +184,16 @@ def test_saved_adapter_scores_the_held_out_loss_that_was_reported(in_finished) -
     from scripts.common.machine import Machine
     from scripts.common.schema import Config, Data
     from scripts.dataset.records import load_datasets, parse_record
-    from scripts.dataset.split import is_validation
+    from scripts.dataset.split import side_of
     from scripts.model.adapter import load_adapter
     from scripts.model.base import load_base
     from scripts.model.scoring import mean_loss, score_answers
 
     _, base, _ = in_finished
-    data = Data(validation_ratio=0.2)
+    data = Data(validation_ratio=0.2, test_ratio=0.2)
     tokenizer = load_tokenizer(base)
     records = load_datasets("data.jsonl", parse_record, data, "sft.dataset_path")[0].records
-    held_out = [one_row(tokenizer, record) for record in records if is_validation(record.prompt, data)]
+    held_out = [one_row(tokenizer, record) for record in records if side_of(record, data) == "validation"]
     plain = load_base(base, Config(), Machine("cpu", torch.float32, 1, 1, ()))
     before = mean_loss(score_answers(plain, held_out, 0))
     after = mean_loss(score_answers(load_adapter(plain, "outputs/sft_adapter"), held_out, 0))
