@@ -106,23 +106,26 @@ def plan_lines(items: Mapping[str, int], clusters: Mapping[str, int], seeds: int
     measures = [name for name in question.measures if items.get(name)]
     alpha = question.alpha / max(len(measures), 1)
     whom = "these two adapters" if seeds == 1 else "these adapters" if seeds < METHODS else "the methods"
-    lines, assumptions = [], {}
+    lines: list[str] = []
+    assumptions: dict[Assumption, list[str]] = {}
     for name in measures:
         assumed = ASSUMED.get(name, SHARE)
         size = Size(items[name], clusters[name], seeds)
         gap = size.smallest_gap(assumed, alpha)
         of = f" of {size.clusters} prompts" if size.clusters < size.items else ""
-        line = f"{name}: {size.items} items{of}, {seeds} seed{'s' * (seeds > 1)}: shows a difference between {whom} of "
-        line += f"{_amount(gap, assumed.unit)}; half of that takes {_needed(size, gap / 2, assumed, alpha)}"
-        lines.append(line)
-        assumptions[name] = (
-            f"{name}: standard deviation {_amount(assumed.item_sd, assumed.unit)} between items and "
-            f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
+        lines.append(
+            f"{name}: {size.items} items{of}, {seeds} seed{'s' * (seeds > 1)}: shows a difference between {whom} of "
+            f"{_amount(gap, assumed.unit)}; half of that takes {_needed(size, gap / 2, assumed, alpha)}"
         )
+        assumptions.setdefault(assumed, []).append(name)
+    scatter = "; ".join(
+        f"{' and '.join(names)} scatter by {_amount(assumed.item_sd, assumed.unit)} between items and "
+        f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
+        for assumed, names in assumptions.items()
+    )
     if lines:
         lines.append(
-            f"assumed, until there are figures: {'; '.join(assumptions.values())}. At {alpha:g} for each measure, in four of "
-            "five comparisons"
+            f"assumed: {scatter} (standard deviations). In four of five comparisons, at {alpha:g} for each measure"
         )
     return lines
 
