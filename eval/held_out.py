@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ class HeldOut:
     records: tuple[Record | Preference, ...]
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     near_duplicates: tuple[NearDuplicate, ...] = ()  # left out, because a model may have learnt their like
+    settings: Data | None = None  # of the configuration that reads them
 
     @property
     def pairs(self) -> list[Preference]:
@@ -98,7 +100,7 @@ def read_held_out(
     if near:
         log.warning("%s", describe_near_duplicates(near))
     hashes = {stage: {portable_path(file.path): file.sha256 for file in of_stage} for stage, of_stage in files.items()}
-    return HeldOut(records, hashes, near)
+    return HeldOut(records, hashes, near, values.data)
 
 
 def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, data: Data) -> HeldOut:
@@ -127,11 +129,36 @@ def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, 
 
 
 def describe_changes(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[str]:
-    """Say where a model is compared on other data than it was trained on.
+    """Say where a model is compared on other data than it was trained on, or on data that are read otherwise.
 
     With the same split none of it can have trained on a prompt that is held out: its text alone decides the side. But
     where a file has changed, the held-out prompt may be a trained one in new words.
     """
+    return describe_settings(folder, manifest, held_out.settings) + describe_files(folder, manifest, held_out)
+
+
+def describe_settings(folder: Path, manifest: Manifest, data: Data | None) -> list[str]:
+    """Say which settings that change a record or the way it is written are others than those of the training."""
+    if data is None:
+        return []
+    now = data.model_dump(mode="json")
+    trained = {
+        "system_prompt": manifest.system_prompt,
+        "train_on": (manifest.config.get("data") or {}).get("train_on", now["train_on"]),
+        "chat_template_kwargs": manifest.chat_template_kwargs,
+        "template_date": manifest.template_date,
+    }
+    inherited = {key for key in ("chat_template_kwargs", "template_date") if now[key] is None}
+    return [
+        f"{folder}: was trained with data.{key}: {json.dumps(value, ensure_ascii=False)}, but the configuration has "
+        f"{json.dumps(now[key], ensure_ascii=False)}. It is measured as it was trained. To change it, train again."
+        for key, value in trained.items()
+        if key not in inherited and now[key] != value
+    ]
+
+
+def describe_files(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[str]:
+    """Say which data files are others than those of the training."""
     compared = held_out.files.get(manifest.stage)
     trained = {source.path: source.sha256 for source in manifest.datasets}
     if not compared or not trained or set(trained.values()) == set(compared.values()):

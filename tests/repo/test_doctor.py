@@ -26,7 +26,7 @@ from scripts.dataset.split import side_of
 from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import ROOT, run_python, write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
-from tests.support.manifests import finish_folder
+from tests.support.manifests import change_manifest, finish_folder, split_facts
 
 Screen = Callable[..., tuple[int, dict[str, list[str]]]]
 
@@ -401,6 +401,30 @@ def test_adapters_are_proved_whole_and_of_the_configured_base(screen: Screen, tm
     assert "adapter_model.safetensors: changed since manifest.json" in lines["changed"]
     assert lines["misspelt"].startswith("bad serve.adapters.mine: outputs/sft_adaptor: no such folder")
     assert lines["misspelt"].endswith("fix: Did you mean outputs/sft_adapter?")
+
+
+@pytest.mark.parametrize(
+    ("key", "split", "status", "said"),
+    [
+        ("dpo.init_from", {"seed": 0, "ratio": 0.5}, "bad", "dpo.init_from: old: was trained by an earlier version"),
+        ("dpo.init_from", split_facts(seed=4), "bad", "dpo.init_from: old: was trained with another split (seed 4"),
+        ("dpo.init_from", split_facts(validation_ratio=0.05), "bad", "Set data.validation_ratio: 0.05, or train again"),
+        ("dpo.init_from", split_facts(), "ok", "old: whole, sft on some/base"),
+        ("serve.adapter_path", {"seed": 0, "ratio": 0.5}, "warn", "old: whole, sft on some/base, but it cannot be compared"),
+    ],
+)  # fmt: skip
+def test_the_split_of_an_adapter_is_checked_before_it_is_continued(
+    screen: Screen, tmp_path: Path, tiny_llama: Path, key: str, split: dict, status: str, said: str
+) -> None:
+    """Serving takes any; only what will be refused later is bad."""
+    change_manifest(finished(tmp_path / "old", base_fingerprint(tiny_llama)), split=split)
+
+    code, found = screen(f"{key}=old")
+
+    (line,) = (line for line in found["adapters"] if "not there yet" not in line)
+    assert line.startswith(f"{status} ")
+    assert said in line
+    assert code == (status == "bad")
 
 
 def older_schema(path: Path) -> None:

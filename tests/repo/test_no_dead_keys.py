@@ -102,8 +102,11 @@ PROOFS = {
     },
     "lora.target_modules": "model/test_adapter.py::test_named_modules_are_the_only_ones_adapted",
     "lora.init": EFFECTS,
-    "data.validation_ratio": "dataset/test_split.py::test_split_seed_changes_who_is_held_out_and_ratio_how_many",
-    "data.split_seed": "dataset/test_split.py::test_split_seed_changes_who_is_held_out_and_ratio_how_many",
+    **{
+        f"data.{key}": "dataset/test_split.py::test_split_seed_changes_which_prompts_and_ratios_how_many"
+        for key in ("validation_ratio", "test_ratio", "split_seed")
+    },
+    "data.group_field": "dataset/test_split.py::test_a_group_stays_on_one_side_in_every_file_and_with_any_prompt",
     "data.on_bad_row": SFT + "test_bad_rows_are_written_to_the_run_folder_when_skipped",
     "data.train_on": "dataset/test_records.py::test_train_on_decides_which_answers_carry_the_loss",
     "data.system_prompt": "dataset/test_records.py::test_system_prompt_goes_only_before_conversations_that_bring_none",
