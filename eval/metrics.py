@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
@@ -13,9 +13,6 @@ from pydantic import BaseModel
 from eval.statistics import SIGNIFICANT, Floats, Inference, Interval, crossed, holm
 from eval.tables import Better, Table
 from scripts.common.errors import UserError
-
-if TYPE_CHECKING:
-    from eval.verdict import Question
 
 Outcome = Literal["better", "worse", "no_worse", "equivalent", "undecided"]
 
@@ -100,6 +97,18 @@ class Runs(BaseModel):
 
     seeds: list[int]
     metrics: list[SeedMetric]
+
+
+class Question(BaseModel):
+    """The primary question, fixed before anything is measured: is `a` better than `b` in these measures?"""
+
+    a: str
+    b: str
+    measures: list[str]
+    alpha: float = SIGNIFICANT
+    margins: dict[str, float] = {}
+    planned: bool = False  # it stands in the manifests of the adapters as it is here
+    plan_sha256: str | None = None
 
 
 class Finding(NamedTuple):

@@ -227,7 +227,7 @@ def degrees_of_freedom(of_seeds: float, of_clusters: float, of_both: float, seed
     """
     free = max(clusters - 1, 1)
     variance = of_seeds + of_clusters
-    if seeds == 1 or not of_seeds:
+    if seeds == 1 or not of_seeds:  # seeds that all give the same add nothing
         return free
     share = of_seeds / variance * of_seeds**2 / (of_seeds**2 + of_both**2 / 2)
     return 1 / (share / (seeds - 1) + (1 - share) / free)

@@ -295,6 +295,17 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     return Finding("ok", text)
 
 
+def check_plan(config: LoadedConfig) -> Iterator[Finding]:
+    """Say how small a difference the comparison can show."""
+    from eval.planning import plan_of
+
+    try:
+        for line in plan_of(config):
+            yield Finding("ok", line)
+    except UserError:
+        return  # the lines on data say what is wrong with them
+
+
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
     """Say which adapters are there, whole, and made on the configured base."""
     named, results = adapters_of(config)
@@ -418,6 +429,7 @@ CHECKS = {
     "memory": check_memory,
     "disk": check_disk,
     "data": check_data,
+    "plan": check_plan,
     "adapters": check_adapters,
     "ports": check_ports,
     "store": check_store,  # last: it imports MLflow, which takes seconds

@@ -53,8 +53,10 @@ def test_each_measure_has_a_line_with_its_own_numbers() -> None:
     )
     assert re.search(r"half of that takes about \d+ items$", lines[0])
     assert lines[1].startswith("preference_accuracy: 464 items of 274 prompts, 1 seed:")
-    assert "standard deviation 45 points between items and 2 points between seeds" in lines[2]
-    assert "At 0.025 for each measure" in lines[2]
+    scatter = "all_rules and preference_accuracy scatter by 45 points between items and 2 points between seeds"
+    assert (
+        lines[2] == f"assumed: {scatter} (standard deviations). In four of five comparisons, at 0.025 for each measure"
+    )
     assert "between the methods of" in plan_lines(items, clusters, 3, question("all_rules"))[0]
     (loss, _) = plan_lines({"held_out_loss": 84}, {"held_out_loss": 84}, 1, question("held_out_loss"))
     assert "nats per token" in loss

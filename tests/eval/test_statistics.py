@@ -91,7 +91,7 @@ def test_the_degrees_of_freedom_fall_to_those_of_the_seeds_as_these_scatter() ->
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize(("seeds", "pairs"), [(1, 1), (1, 4), (2, 1), (5, 4)])
 def test_p_value_and_interval_agree(binary: bool, seeds: int, pairs: int) -> None:
-    """Whatever the test says at a level, the interval of that level says too."""
+    """What the test says at a level, the interval of that level says too."""
     disagreed = []
     for seed in range(150):
         generator = np.random.default_rng(seed)

@@ -68,10 +68,23 @@ def test_everything_in_order_is_one_screen_of_ok_and_the_next_command(screen: Sc
 
     assert code == 0
     assert {line.split()[0] for name, lines in found.items() if name != "packages" for line in lines} == {"ok"}
-    assert list(found) == ["python", "packages", "config", "hardware", "model", "memory", "disk", "data", "adapters", "ports", "store"]  # fmt: skip
-    assert sum(len(lines) for lines in found.values()) <= 20
+    assert list(found) == ["python", "packages", "config", "hardware", "model", "memory", "disk", "data", "plan", "adapters", "ports", "store"]  # fmt: skip
+    assert sum(len(lines) for lines in found.values()) <= 22
     assert found["adapters"] == ["ok not there yet: outputs/sft_adapter, outputs/dpo_adapter"]
     assert list(tmp_path.glob("outputs*")) == [], "it writes nothing"
+
+
+def test_plan_lines_say_how_small_a_difference_can_be_shown(screen: Screen) -> None:
+    """At the number of seeds that is planned; nothing where the data cannot be read, which their own lines say."""
+    _, found = screen()
+    assert re.match(
+        r"ok preference_accuracy: \d+ items.*, 1 seed: shows a difference between these two adapters", found["plan"][0]
+    )
+    assert found["plan"][-1].startswith("ok assumed: preference_accuracy scatter by ")
+    _, found = screen("eval.plan.seeds=5", 'eval.plan.measures=["held_out_loss"]')
+    assert re.match(r"ok held_out_loss: \d+ items.*, 5 seeds: shows a difference between the methods", found["plan"][0])
+    _, found = screen("dpo.dataset_path=nowhere.jsonl")
+    assert "plan" not in found
 
 
 def test_data_lines_say_how_the_records_are_split(screen: Screen) -> None:
