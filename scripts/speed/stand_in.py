@@ -32,7 +32,9 @@ class StandIn:
     ) -> Any:  # fmt: skip
         """Return what the library's forward returns: last_hidden_state (B, T, C), of which padding holds anything."""
         plain = input_ids is not None and not use_cache and all(value is None for value in others.values())
-        if plain and (attention_mask is None or attention_mask.ndim == 2) and not self._chance_of_base():
+        # A reference asked within a training step must not touch what that step's backward pass still needs.
+        within_step = self.decoder.training and not torch.is_grad_enabled()
+        if plain and not within_step and (attention_mask is None or attention_mask.ndim == 2) and not self._chance_of_base():
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             real = mask != 0
             usual = position_ids is None or bool((position_ids == mask.cumsum(1) - 1)[real].all())
