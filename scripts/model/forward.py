@@ -32,15 +32,15 @@ class Forward(Protocol):
     def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits at some places of each row, one row after the other, (n, V)."""
 
-    def decoding(self) -> Decoding | None:
-        """Return rows to be continued; None where the library's `generate` must do that."""
+    def decoding(self, sample: Sequence[Sequence[int]]) -> Decoding | None:
+        """Return rows to be continued; None where the library's `generate` must do that. `sample`: some prompts, for a proof."""
 
 
 class PaddedForward:
     """The library's forward pass on rows padded on the left, so that all of them end in the same column."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self.model, self.pad_token_id = model, pad_token_id
 
     def similarity(self, row: Sequence[int]) -> int:
         """Return the length: rows of similar length pad each other little."""
@@ -48,7 +48,7 @@ class PaddedForward:
 
     def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits at some places of each row, (n, V)."""
-        input_ids, attention_mask = left_padded_batch(rows, 0)  # masked, so any id would do
+        input_ids, attention_mask = left_padded_batch(rows, self.pad_token_id)
         device = next(self.model.parameters()).device
         width = input_ids.shape[1]
         columns = [torch.tensor(wanted) + width - len(row) for row, wanted in zip(rows, places, strict=True)]
@@ -62,12 +62,12 @@ class PaddedForward:
         ).logits
         return torch.cat([row[column.to(device) - first] for row, column in zip(logits, columns, strict=True)])
 
-    def decoding(self) -> None:
+    def decoding(self, sample: Sequence[Sequence[int]]) -> None:
         """Leave generation to the library."""
 
 
-def forward_of(model: Any) -> Forward:
+def forward_of(model: Any, pad_token_id: int) -> Forward:
     """Return what stands in for a model's forward pass (speed/stand_in.py), or the library's own."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     lean: Forward | None = getattr(base, "lean_forward", None)
-    return lean or PaddedForward(model)
+    return lean or PaddedForward(model, pad_token_id)

@@ -34,10 +34,10 @@ def _log_probs(forward: Forward, rows: Sequence[Rendered]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score_answers(model: Any, rows: Sequence[Rendered], batch_size: int = 8) -> list[AnswerScore]:
+def score_answers(model: Any, rows: Sequence[Rendered], pad_token_id: int, batch_size: int = 8) -> list[AnswerScore]:
     """Score the trained tokens of each row, in the order given; independent of how rows fall into batches."""
     scores: dict[int, AnswerScore] = {}
-    forward, was_training = forward_of(model), model.training
+    forward, was_training = forward_of(model, pad_token_id), model.training
     model.eval()
     for indices in _batches(forward, rows, batch_size):
         batch = [rows[index] for index in indices]
@@ -54,6 +54,7 @@ def score_answers(model: Any, rows: Sequence[Rendered], batch_size: int = 8) -> 
 def mean_kl(
     model: Any,
     rows: Sequence[Rendered],
+    pad_token_id: int,
     references: Mapping[str, Callable[[], AbstractContextManager[None]]],
     batch_size: int = 8,
 ) -> dict[str, float]:
@@ -62,7 +63,7 @@ def mean_kl(
     Each value of `references` switches the model over to one.
     """
     totals, count = dict.fromkeys(references, 0.0), 0
-    forward, was_training = forward_of(model), model.training
+    forward, was_training = forward_of(model, pad_token_id), model.training
     model.eval()
     for indices in _batches(forward, rows, batch_size):
         batch = [rows[index] for index in indices]

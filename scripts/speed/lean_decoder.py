@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from scripts.speed.lora_products import Product, with_room
 from scripts.speed.packing import Packed, Piece
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # q, k, v and room
+CACHE_STEP = 64  # tokens by which the places of a cache grow
 QUERY_BLOCK = 256  # tokens whose scores are looked at together; keys after the last of them are left out
 
 
@@ -172,6 +175,67 @@ def _later(tokens: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)
 
 
+def _attend_within(packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:
+    attended: torch.Tensor = Attend.apply(q, k, v, packed.pieces, window, room)
+    return attended
+
+
+class Cache:
+    """Keys and values of rows that are continued; a row has a place of its own, and the places grow by need.
+
+    Shapes: states (layers, 2, B, G, S, D), of which the first `lengths` of each row count.
+    """
+
+    def __init__(self, layers: int, groups: int, size: int, like: torch.Tensor) -> None:
+        self.states = like.new_empty(layers, 2, 0, groups, 0, size)
+        self.lengths = torch.zeros(0, dtype=torch.long, device=like.device)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many rows of so many tokens."""
+        layers, _, had_rows, groups, had_tokens, size = self.states.shape
+        if rows > had_rows or tokens > had_tokens:
+            tokens = max(had_tokens, -(-tokens // CACHE_STEP) * CACHE_STEP)
+            states = self.states.new_empty(layers, 2, max(rows, had_rows), groups, tokens, size)
+            states[:, :, :had_rows, :, :had_tokens] = self.states
+            self.states = states
+
+    def drop(self, row: int) -> None:
+        """Put the last row in the place of another."""
+        last = len(self.lengths) - 1
+        if row != last:
+            length = int(self.lengths[last])
+            self.states[:, :, row, :, :length] = self.states[:, :, last, :, :length]
+            self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:last]
+
+    def attention(self, number: int, packed: Packed, window: int | None) -> Attention:
+        """Return how a layer attends: within whole rows that are read, or from one new token of each row to all before it."""
+        return partial(self._read if packed.pieces else self._continue, number, packed, window)
+
+    def _read(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
+        """Keep the keys and values of new rows, which come after those that are there."""
+        places = torch.nn.utils.rnn.pad_sequence(packed.places, batch_first=True)
+        rows, width = slice(len(self.lengths), len(self.lengths) + len(places)), places.shape[1]
+        for state, values in zip(self.states[number], (k, v), strict=True):
+            state[rows, :, :width] = values[:, places].transpose(0, 1)
+        return _attend_within(packed, window, q, k, v, room)
+
+    def _continue(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
+        """Add a token to every row; q (G, B R, D), k and v (G, B, D)."""
+        rows, groups, used = k.shape[1], len(k), int(self.lengths.max()) + 1
+        keys, values = self.states[number, :, :rows]
+        each = torch.arange(rows, device=k.device)
+        keys[each, :, self.lengths], values[each, :, self.lengths] = k.transpose(0, 1), v.transpose(0, 1)
+        scores = q.view(groups, rows, -1, k.shape[2]).transpose(0, 1) @ keys[:, :, :used].transpose(2, 3)
+        place = torch.arange(used, device=k.device)
+        unseen = place > self.lengths[:, None]
+        if window is not None:
+            unseen |= place <= self.lengths[:, None] - window
+        weights = scores.masked_fill_(unseen[:, None, None], -torch.inf).softmax(-1)
+        found = (weights @ values[:, :, :used]).reshape(rows, -1)
+        return with_room(*found.shape, room, found).copy_(found)
+
+
 class SiluGate(torch.autograd.Function):
     """Return silu(gate) * up of (N, 2 I), the gated unit of Shazeer 2020, equation 6."""
 
@@ -214,15 +278,16 @@ class LeanDecoder:
             for product in layer.products:
                 product.renew()
 
-    def hidden(self, packed: Packed) -> torch.Tensor:
-        """Return the last hidden states of packed rows, (N, C)."""
+    def hidden(self, packed: Packed, cache: Cache | None = None) -> torch.Tensor:
+        """Return the last hidden states of packed rows (N, C), which continue those of the cache where one is given."""
         x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
         turns = self._turns(x, packed.positions)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            attend = partial(_attend_within, packed, layer.window) if cache is None else cache.attention(number, packed, layer.window)
             if layer.module.gradient_checkpointing and layer.module.training and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(layer, x, *turns[layer.kind], packed, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(layer, x, *turns[layer.kind], attend, use_reentrant=False)
             else:
-                x = layer(x, *turns[layer.kind], packed)
+                x = layer(x, *turns[layer.kind], attend)
         return self.norm(x)
 
     def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
@@ -266,7 +331,7 @@ class _Layer:
         self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
         self.groups = self.qkv.layers[1].out_features // attention.head_dim
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packed: Packed) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention) -> torch.Tensor:
         """Return the next hidden states of all tokens, (N, C)."""
         heads = self.qkv(self.before_attention(x, self.qkv.room))
         if self.norms_of_heads:
@@ -274,7 +339,7 @@ class _Layer:
         if not self.turns:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         q, k, v = Rotate.apply(heads, cos, sin, self.attention.scaling, self.groups, self.qkv.room)
-        attended = Attend.apply(q, k, v, packed.pieces, self.window, self.o.room)
+        attended = attend(q, k, v, self.o.room)
         x = self._joined(x, attended, self.o, self.after_attention)
         both = self.gate_up(self.before_mlp(x, self.gate_up.room))
         if isinstance(self.act, torch.nn.SiLU):

@@ -13,8 +13,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from scripts.common.machine import Machine
 from scripts.common.schema import Config, Lora
+from scripts.dataset.rendering import Rendered
 from scripts.model.adapter import add_lora, switched_to
-from scripts.model.base import load_base
+from scripts.model.base import load_base, load_tokenizer
+from scripts.model.generation import generate_answers
+from scripts.model.scoring import score_answers
 from scripts.speed.lean_decoder import RMSNorm
 from scripts.speed.packing import pack
 from scripts.speed.speed_up import speed_up, stand_in_of
@@ -273,3 +276,20 @@ def test_rows_that_end_where_others_continue_and_equal_rows_are_packed() -> None
 
     assert [packed.ids[places].tolist() for places in packed.places] == rows
     assert len(packed.ids) < 20 + 3 * 5 + 1  # what saves a few tokens only is not shared
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_logits_at_places_and_greedy_answers_equal_peft(tmp_path: Path, family: str) -> None:
+    """Windows are crossed while answers grow, rows leave at different tokens, and places grow beyond their first size."""
+    folder = save_family(tmp_path, family)
+    tokenizer = load_tokenizer(folder)
+    model = adapted(folder, Lora(r=4), torch.float64).eval()
+    prompts = [[*SYSTEM, *range(40, 40 + count)] for count in (1, 5, 30, 9)] + [[7, 8, 9]] * 2
+    rows = [Rendered([*row], [-100] * (len(row) - 3) + row[-3:]) for row in ROWS if len(row) > 4]
+    plain = generate_answers(model, tokenizer, prompts, 70, batch_size=1), score_answers(model, rows, 0)
+
+    speed_up(model)
+
+    assert generate_answers(model, tokenizer, prompts, 70, batch_size=3) == plain[0]
+    assert [each.logps for each in score_answers(model, rows, 0, 3)] == pytest.approx([each.logps for each in plain[1]], abs=1e-4)
+    assert stand_in_of(model).proven == {False: True}
