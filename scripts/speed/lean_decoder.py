@@ -20,6 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch.nn import functional
 
+from scripts.model.memory import LEAN_KEPT_KEYS
 from scripts.model.shape import ModelShape
 from scripts.speed.lora_products import Product, with_room
 from scripts.speed.packing import Packed, Piece
@@ -112,12 +113,12 @@ class Attend(torch.autograd.Function):
         output = with_room(count, groups * shared * size, room, q)
         kept = []
         for begin, end, seen, start in _blocks(pieces):
-            weights = _scores(q[:, begin * shared : end * shared], _gathered(k, seen), end - begin, start, window).softmax(-1)
+            weights = _weights(q[:, begin * shared : end * shared], _gathered(k, seen), end - begin, start, window)
             found = torch.bmm(weights, _gathered(v, seen))
             output[begin:end].view(-1, groups, shared, size).copy_(found.view(groups, -1, shared, size).transpose(0, 1))
-            kept.append(weights)
+            kept.append(weights if weights.shape[2] <= LEAN_KEPT_KEYS else None)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.pieces, ctx.shared = pieces, shared
+        ctx.pieces, ctx.window, ctx.shared = pieces, window, shared
         return output
 
     @staticmethod
@@ -126,12 +127,14 @@ class Attend(torch.autograd.Function):
         groups, _, size = k.shape
         shared = ctx.shared
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (begin, end, seen, _), weights in zip(_blocks(ctx.pieces), kept, strict=True):
-            rows = slice(begin * shared, end * shared)
+        for (begin, end, seen, start), weights in zip(_blocks(ctx.pieces), kept, strict=True):
+            rows, keys = slice(begin * shared, end * shared), _gathered(k, seen)
+            if weights is None:
+                weights = _weights(q[:, rows], keys, end - begin, start, ctx.window)
             grad_found = grad[begin:end].view(-1, groups, shared, size).transpose(0, 1).reshape(groups, -1, size)
             grad_weights = torch.bmm(grad_found, _gathered(v, seen).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[:, rows] = torch.bmm(grad_scores, _gathered(k, seen))
+            grad_q[:, rows] = torch.bmm(grad_scores, keys)
             _add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q[:, rows]), seen)
             _add(grad_v, torch.bmm(weights.transpose(1, 2), grad_found), seen)
         return grad_q, grad_k, grad_v, None, None, None
@@ -158,26 +161,40 @@ def _add(total: torch.Tensor, values: torch.Tensor, stretches: Sequence[tuple[in
         total[:, start:end] += part
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, tokens: int, before: int, window: int | None) -> torch.Tensor:
-    """Return the scores of some queries (G, T R, D) towards the keys they may see (G, S, D): (G, T R, S)."""
+def _weights(q: torch.Tensor, k: torch.Tensor, tokens: int, before: int, window: int | None) -> torch.Tensor:
+    """Return how much some queries (G, T R, D), of tokens with so many keys before them, look at keys (G, S, D): (G, T R, S)."""
     scores = torch.bmm(q, k.transpose(1, 2))
     by_token = scores.view(len(q), tokens, -1, k.shape[1])
-    if window is None or k.shape[1] <= window:
-        if tokens > 1:
-            by_token[..., before:] += _later(tokens, q.dtype)[:, None]
-        return scores
-    distance = torch.arange(before, before + tokens)[:, None] - torch.arange(k.shape[1])
-    by_token.masked_fill_(((distance < 0) | (distance >= window))[:, None], -torch.inf)
-    return scores
-
-
-def _later(tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)
+    if tokens > 1:
+        by_token[..., before:] += scores.new_full((tokens, tokens), -torch.inf).triu_(1)[:, None]
+    if window is not None and k.shape[1] > window:
+        place = torch.arange(k.shape[1], device=q.device)
+        by_token.masked_fill_((place[before:, None] - place >= window)[:, None], -torch.inf)
+    return scores.softmax(-1)
 
 
 def _attend_within(packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:
+    if q.device.type != "cpu":
+        return attend_padded(packed.pieces, window, q, k, v)
     attended: torch.Tensor = Attend.apply(q, k, v, packed.pieces, window, room)
     return attended
+
+
+def attend_padded(pieces: Sequence[Piece], window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Do what Attend does with torch's fused kernel, for a GPU: it would wait for the host between pieces."""
+    groups, count, size = k.shape
+    looking = [torch.arange(piece.start, piece.end) for piece in pieces]
+    seen = [torch.cat([torch.arange(*stretch) for stretch in (*piece.past, (piece.start, piece.end))]) for piece in pieces]
+    # On the left, so that the last key of each piece stands in the last column, as its last query does.
+    queries, keys = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=-1, padding_side="left") for each in (looking, seen))
+    distance = torch.arange(queries.shape[1])[:, None] + keys.shape[1] - queries.shape[1] - torch.arange(keys.shape[1])
+    allowed = (distance >= 0) & (distance < (window or keys.shape[1])) & ((keys >= 0)[:, None] | (distance == 0))
+    mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, torch.finfo(q.dtype).min)[:, None].to(q.device)
+    real, queries, keys = (queries >= 0).to(q.device), queries.clamp(min=0).to(q.device), keys.clamp(min=0).to(q.device)
+    by_head = q.view(groups, count, -1, size).transpose(1, 2).flatten(0, 1)
+    repeated = (x.repeat_interleave(len(by_head) // groups, 0)[:, keys].transpose(0, 1) for x in (k, v))
+    found = functional.scaled_dot_product_attention(by_head[:, queries].transpose(0, 1), *repeated, mask, scale=1.0)
+    return found.transpose(1, 2)[real].flatten(1)  # pieces follow one another as their tokens do
 
 
 class Cache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,11 +164,23 @@ def stand_in(model: Any) -> StandIn | None:
     """Put the lean decoder in the place of a causal model's decoder; None where the model is of another family."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     reason = "the weights are split over processes" if sharding_engine() else other_than_family(base.base_model)
+    if getattr(base, "is_loaded_in_8bit", False):
+        reason = "an 8-bit base rounds the activations of a batch together"
     if reason:
         log.info("performance.fast_path: %s, so the model's own forward pass is used", reason)
         return None
     base.lean_forward = StandIn(model, base)  # where forward_of finds it
     return base.lean_forward
+
+
+def stands_in_for(folder: Path) -> bool:
+    """Return whether the model in a folder, whose weights are not read, is of the family of the lean decoder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sharding_engine() is None and other_than_family(base.base_model) is None
 
 
 def stand_in_of(model: Any) -> StandIn | None:

@@ -18,7 +18,7 @@ from scripts.model.adapter import add_lora, switched_to
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.generation import generate_answers
 from scripts.model.scoring import score_answers
-from scripts.speed.lean_decoder import RMSNorm
+from scripts.speed.lean_decoder import Attend, RMSNorm, attend_padded
 from scripts.speed.packing import pack
 from scripts.speed.speed_up import speed_up, stand_in_of
 from tests.support.architectures import save_family
@@ -293,3 +293,32 @@ def test_logits_at_places_and_greedy_answers_equal_peft(tmp_path: Path, family: 
     assert generate_answers(model, tokenizer, prompts, 70, batch_size=3) == plain[0]
     assert [each.logps for each in score_answers(model, rows, 0, 3)] == pytest.approx([each.logps for each in plain[1]], abs=1e-4)
     assert stand_in_of(model).proven == {False: True}
+
+
+def test_long_rows_are_computed_in_blocks(tiny_llama: Path) -> None:
+    """Of which only the first weights are kept; two share a beginning that is a block and a part of one."""
+    shared = [number % 400 + 5 for number in range(300)]
+    rows = [shared + [number % 300 + 7 for number in range(280)], [*shared, 8, 9, 10, 11], [5, 6, 7]]
+    model = adapted(tiny_llama, Lora(r=4), torch.float64)
+    plain = loss_and_gradients(model, rows)
+
+    speed_up(model)
+    lean = loss_and_gradients(model, rows)
+
+    assert abs(lean[0] - plain[0]) < 1e-6
+    assert furthest(lean[1], plain[1]) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_gpus_attention_is_that_of_the_cpu(window: int | None) -> None:
+    packed = pack(ROWS)
+    torch.manual_seed(0)
+    count = len(packed.ids)
+    given = [torch.randn(2, size, 8, dtype=torch.float64, requires_grad=True) for size in (3 * count, count, count)]
+    toward = torch.randn(count, 2 * 3 * 8, dtype=torch.float64)
+
+    found = [Attend.apply(*given, packed.pieces, window, 0), attend_padded(packed.pieces, window, *given)]
+
+    assert torch.allclose(*found)
+    for ours, theirs in zip(*(torch.autograd.grad((each * toward).sum(), given) for each in found), strict=True):
+        assert torch.allclose(ours, theirs)
