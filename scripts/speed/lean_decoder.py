@@ -253,25 +253,28 @@ class Cache:
         return with_room(*found.shape, room, found).copy_(found)
 
 
-class SiluGate(torch.autograd.Function):
-    """Return silu(gate) * up of (N, 2 I), the gated unit of Shazeer 2020, equation 6."""
+class Gate(torch.autograd.Function):
+    """Return act(gate) * up of both, (N, 2 I): the gated unit of Shazeer 2020, equations 5 and 6. Only `both` is kept."""
 
     @staticmethod
-    def forward(ctx: Any, both: torch.Tensor, room: int, grad_room: int) -> torch.Tensor:
+    def forward(ctx: Any, both: torch.Tensor, act: Any, room: int, grad_room: int) -> torch.Tensor:
         gate, up = both.chunk(2, 1)
         ctx.save_for_backward(both)
-        ctx.room = grad_room
-        return torch.mul(functional.silu(gate), up, out=with_room(*up.shape, room, up))
+        ctx.act, ctx.room = act, grad_room
+        return torch.mul(act(gate), up, out=with_room(*up.shape, room, up))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, 1)
         grad_both = with_room(*both.shape, ctx.room, both)
         grad_gate, grad_up = grad_both.chunk(2, 1)
-        torch.mul(grad, functional.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grad_both, None, None
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            acted = ctx.act(gate)
+        grad_gate.copy_(torch.autograd.grad(acted, gate, grad * up)[0])
+        torch.mul(grad, acted.detach(), out=grad_up)
+        return grad_both, None, None, None
 
 
 class LeanDecoder:
@@ -359,11 +362,7 @@ class _Layer:
         attended = attend(q, k, v, self.o.room)
         x = self._joined(x, attended, self.o, self.after_attention)
         both = self.gate_up(self.before_mlp(x, self.gate_up.room))
-        if isinstance(self.act, torch.nn.SiLU):
-            gated = SiluGate.apply(both, self.down.room, self.gate_up.room)
-        else:
-            gate, up = both.chunk(2, 1)
-            gated = self.act(gate) * up
+        gated = Gate.apply(both, self.act, self.down.room, self.gate_up.room)
         return self._joined(x, gated, self.down, self.after_mlp)
 
     def _joined(self, x: torch.Tensor, inner: torch.Tensor, product: Product, norm: _Norm | None) -> torch.Tensor:
