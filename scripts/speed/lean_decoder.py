@@ -38,7 +38,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offset: float, eps: float, room: int) -> torch.Tensor:
         wide = x.float()
         inverse = (torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1] + eps).rsqrt_()
-        output = with_room(*x.shape, room, x)
+        output = with_room(len(x), x.shape[1], room, x)
         if offset:  # Gemma rounds once, after the weight
             output.copy_(wide * inverse * (weight.float() + offset))
         elif x.dtype == wide.dtype:
@@ -62,7 +62,9 @@ class Rotate(torch.autograd.Function):
     """Cut heads (N, (G R + 2 G) D) into q (G, N R, D), k and v (G, N, D); turn q and k by their position, cos and sin (N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int, room: int) -> Any:
+    def forward(
+        ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int, room: int
+    ) -> Any:
         count, size = len(heads), cos.shape[1]
         q, k, v = _split(heads, groups, size)
         ctx.save_for_backward(cos, sin)
@@ -107,7 +109,15 @@ class Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Sequence[Piece], window: int | None, room: int) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pieces: Sequence[Piece],
+        window: int | None,
+        room: int,
+    ) -> torch.Tensor:
         groups, count, size = k.shape
         shared = q.shape[1] // count
         output = with_room(count, groups * shared * size, room, q)
@@ -173,27 +183,41 @@ def _weights(q: torch.Tensor, k: torch.Tensor, tokens: int, before: int, window:
     return scores.softmax(-1)
 
 
-def _attend_within(packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:
+def _attend_within(
+    packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int
+) -> torch.Tensor:
     if q.device.type != "cpu":
         return attend_padded(packed.pieces, window, q, k, v)
     attended: torch.Tensor = Attend.apply(q, k, v, packed.pieces, window, room)
     return attended
 
 
-def attend_padded(pieces: Sequence[Piece], window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Do what Attend does with torch's fused kernel, for a GPU: it would wait for the host between pieces."""
+def attend_padded(
+    pieces: Sequence[Piece], window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Do what Attend does in one call of torch's fused kernel, for a GPU: it would wait for the host between pieces."""
     groups, count, size = k.shape
     looking = [torch.arange(piece.start, piece.end) for piece in pieces]
-    seen = [torch.cat([torch.arange(*stretch) for stretch in (*piece.past, (piece.start, piece.end))]) for piece in pieces]
-    # On the left, so that the last key of each piece stands in the last column, as its last query does.
-    queries, keys = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=-1, padding_side="left") for each in (looking, seen))
-    distance = torch.arange(queries.shape[1])[:, None] + keys.shape[1] - queries.shape[1] - torch.arange(keys.shape[1])
-    allowed = (distance >= 0) & (distance < (window or keys.shape[1])) & ((keys >= 0)[:, None] | (distance == 0))
-    mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, torch.finfo(q.dtype).min)[:, None].to(q.device)
+    seen = [
+        torch.cat([torch.arange(*stretch) for stretch in (*piece.past, (piece.start, piece.end))]) for piece in pieces
+    ]
+    # Padded on the left, so that the last query and the last key of each piece, the same token, end in the last column.
+    queries, keys = (
+        torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=-1, padding_side="left")
+        for each in (looking, seen)
+    )
+    width, length = queries.shape[1], keys.shape[1]
+    distance = torch.arange(width)[:, None] + length - width - torch.arange(length)
+    allowed = (distance >= 0) & (distance < (window or length)) & ((keys >= 0)[:, None] | (distance == 0))
+    mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, torch.finfo(q.dtype).min)
     real, queries, keys = (queries >= 0).to(q.device), queries.clamp(min=0).to(q.device), keys.clamp(min=0).to(q.device)
-    by_head = q.view(groups, count, -1, size).transpose(1, 2).flatten(0, 1)
-    repeated = (x.repeat_interleave(len(by_head) // groups, 0)[:, keys].transpose(0, 1) for x in (k, v))
-    found = functional.scaled_dot_product_attention(by_head[:, queries].transpose(0, 1), *repeated, mask, scale=1.0)
+    heads = q.view(groups, count, -1, size).transpose(1, 2).flatten(0, 1)  # (G R, N, D)
+    keys_of_heads, values_of_heads = (
+        x.repeat_interleave(len(heads) // groups, 0)[:, keys].transpose(0, 1) for x in (k, v)
+    )
+    found = functional.scaled_dot_product_attention(
+        heads[:, queries].transpose(0, 1), keys_of_heads, values_of_heads, mask[:, None].to(q.device), scale=1.0
+    )
     return found.transpose(1, 2)[real].flatten(1)  # pieces follow one another as their tokens do
 
 
@@ -250,7 +274,7 @@ class Cache:
             unseen |= place <= self.lengths[:, None] - window
         weights = scores.masked_fill_(unseen[:, None, None], -torch.inf).softmax(-1)
         found = (weights @ values[:, :, :used]).reshape(rows, -1)
-        return with_room(*found.shape, room, found).copy_(found)
+        return with_room(rows, found.shape[1], room, found).copy_(found)
 
 
 class Gate(torch.autograd.Function):
@@ -261,13 +285,13 @@ class Gate(torch.autograd.Function):
         gate, up = both.chunk(2, 1)
         ctx.save_for_backward(both)
         ctx.act, ctx.room = act, grad_room
-        return torch.mul(act(gate), up, out=with_room(*up.shape, room, up))
+        return torch.mul(act(gate), up, out=with_room(len(up), up.shape[1], room, up))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, 1)
-        grad_both = with_room(*both.shape, ctx.room, both)
+        grad_both = with_room(len(both), both.shape[1], ctx.room, both)
         grad_gate, grad_up = grad_both.chunk(2, 1)
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
@@ -285,7 +309,9 @@ class LeanDecoder:
         windows = ModelShape.of(decoder.config).windows
         self.layers = [_Layer(layer, window) for layer, window in zip(decoder.layers, windows, strict=True)]
         self.norm = _Norm(decoder.norm)
-        self.of_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters  # local and global rope differ
+        self.of_kind = (
+            "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        )  # local and global rope differ
 
     @property
     def left_to_chance(self) -> bool:
@@ -303,7 +329,11 @@ class LeanDecoder:
         x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
         turns = self._turns(x, packed.positions)
         for number, layer in enumerate(self.layers):
-            attend = partial(_attend_within, packed, layer.window) if cache is None else cache.attention(number, packed, layer.window)
+            attend = (
+                partial(_attend_within, packed, layer.window)
+                if cache is None
+                else cache.attention(number, packed, layer.window)
+            )
             if layer.module.gradient_checkpointing and layer.module.training and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(layer, x, *turns[layer.kind], attend, use_reentrant=False)
             else:
@@ -341,13 +371,21 @@ class _Layer:
         self.kind = getattr(attention, "layer_type", None)
         self.turns = bool(getattr(attention, "use_rope", True))  # SmolLM3 leaves positions out in some layers
         self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o, self.gate_up, self.down = Product([attention.o_proj]), Product([mlp.gate_proj, mlp.up_proj]), Product([mlp.down_proj])
+        self.o, self.gate_up, self.down = (
+            Product([attention.o_proj]),
+            Product([mlp.gate_proj, mlp.up_proj]),
+            Product([mlp.down_proj]),
+        )
         self.products = (self.qkv, self.o, self.gate_up, self.down)
         norms = [_Norm(getattr(module, name)) for name in NORMS if hasattr(module, name)]
         # Gemma 2 and 3 also norm what attention and MLP give.
-        self.before_attention, self.before_mlp = norms[0], norms[2] if len(norms) == 4 else norms[1]
-        self.after_attention, self.after_mlp = (norms[1], norms[3]) if len(norms) == 4 else (None, None)
-        self.norms_of_heads = [_Norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        both_sides = len(norms) == len(NORMS)
+        self.before_attention, self.before_mlp = norms[0], norms[2] if both_sides else norms[1]
+        self.after_attention = norms[1] if both_sides else None
+        self.after_mlp = norms[3] if both_sides else None
+        self.norms_of_heads = [
+            _Norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)
+        ]
         self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
         self.groups = self.qkv.layers[1].out_features // attention.head_dim
 
@@ -373,7 +411,9 @@ class _Layer:
     def _with_normed_heads(self, heads: torch.Tensor) -> torch.Tensor:
         size = self.attention.head_dim
         q, k, v = heads.split([layer.out_features for layer in self.qkv.layers], 1)
-        normed = [norm(part.reshape(-1, size)).view_as(part) for norm, part in zip(self.norms_of_heads, (q, k), strict=True)]
+        normed = [
+            norm(part.reshape(-1, size)).view_as(part) for norm, part in zip(self.norms_of_heads, (q, k), strict=True)
+        ]
         return torch.cat([*normed, v], 1)
 
 

@@ -71,7 +71,9 @@ class Product:
         self.plain_bases = all(type(base) is torch.nn.Linear and not base.weight.requires_grad for base in self.bases)
         self.inputs, self.outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
         self.storage: torch.Tensor | None = None  # has room for the adapter of highest rank
-        self.matrix: torch.Tensor | None = None  # the part of it that the active adapter fills; None where PEFT computes
+        self.matrix: torch.Tensor | None = (
+            None  # the part of it that the active adapter fills; None where PEFT computes
+        )
         self.bias: torch.Tensor | None = None
         self.adapters: list[tuple[int, str]] = []  # which layers have one at work, and its name
         self.factors: tuple[Any, ...] = ()  # each adapted layer's A, then each one's B
@@ -147,7 +149,9 @@ class Product:
             row += len(block)
         empty_heap()  # of the weights as they lay before; otherwise the allocator would keep as much again
         if any(base.bias is not None for base in self.bases):
-            biases = [base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias for base in self.bases]
+            biases = [
+                base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias for base in self.bases
+            ]
             self.bias = torch.cat(biases)
         return storage
 
@@ -208,7 +212,9 @@ class _AdaptedProduct(torch.autograd.Function):
             return (*grads, *[None] * (2 * len(ctx.ranks)))
         grad_As = (hidden_grad.T @ x).float().split(ctx.ranks)
         grad_Bs = [
-            (part.T @ grad[:, columns]).T.float().mul_(scale)  # a third faster than grad.T @ part: the smaller one turns
+            (part.T @ grad[:, columns])
+            .T.float()
+            .mul_(scale)  # a third faster than grad.T @ part: the smaller one turns
             for part, columns, scale in zip(hidden.split(ctx.ranks, 1), ctx.columns, ctx.scales, strict=True)
         ]
         return (*grads, *grad_As, *grad_Bs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -47,7 +47,9 @@ def pack(rows: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
     pieces: list[Piece] = []
     places: list[list[int]] = [[] for _ in rows]
 
-    def add(members: Sequence[int], start: int, end: int, past: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    def add(
+        members: Sequence[int], start: int, end: int, past: tuple[tuple[int, int], ...]
+    ) -> tuple[tuple[int, int], ...]:
         """Append a stretch of the first member's row for all members; return what stands before what follows it."""
         if start == end:
             return past
@@ -67,17 +69,20 @@ def pack(rows: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
         common = _common(rows[members[0]], rows[members[-1]], start)
         if (common - start) * (len(members) - 1) >= WORTH_SHARING:
             past, start = add(members, start, common, past), common
-        for token, same in groupby(members, lambda member: rows[member][common] if len(rows[member]) > common else None):
+        for token, same in groupby(
+            members, lambda member: rows[member][common] if len(rows[member]) > common else None
+        ):
             if token is None:  # these rows end here
                 for member in same:
                     add([member], start, common, past)
             else:
                 grow(list(same), start, past)
 
-    for number in range(len(rows)) if not share else ():
-        add([number], 0, len(rows[number]), ())
-    if share:
-        grow(sorted(range(len(rows)), key=rows.__getitem__), 0, ())
+    if not share:
+        for number, row in enumerate(rows):
+            add([number], 0, len(row), ())
+    else:
+        grow(sorted(range(len(rows)), key=lambda number: list(rows[number])), 0, ())
     return Packed(torch.tensor(ids), torch.tensor(positions), pieces, [torch.tensor(row) for row in places])
 
 

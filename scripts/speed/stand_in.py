@@ -41,7 +41,12 @@ class StandIn:
         plain = input_ids is not None and not use_cache and all(value is None for value in others.values())
         # A reference asked within a training step must not touch what that step's backward pass still needs.
         within_step = self.decoder.training and not torch.is_grad_enabled()
-        if plain and not within_step and (attention_mask is None or attention_mask.ndim == 2) and not self._chance_of_base():
+        if (
+            plain
+            and not within_step
+            and (attention_mask is None or attention_mask.ndim == 2)
+            and not self._chance_of_base()
+        ):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             real = mask != 0
             usual = position_ids is None or bool((position_ids == mask.cumsum(1) - 1)[real].all())
@@ -169,8 +174,8 @@ def stand_in(model: Any) -> StandIn | None:
     if reason:
         log.info("performance.fast_path: %s, so the model's own forward pass is used", reason)
         return None
-    base.lean_forward = StandIn(model, base)  # where forward_of finds it
-    return base.lean_forward
+    found = base.lean_forward = StandIn(model, base)  # where forward_of finds it
+    return found
 
 
 def stands_in_for(folder: Path) -> bool:

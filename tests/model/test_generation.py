@@ -161,7 +161,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_k: int, top_p: float, 
 
 
 def test_a_nucleus_of_more_tokens_than_are_looked_at_first_is_whole() -> None:
-    drawn = choose(torch.zeros(3000, 1000), Sampling(1, temperature=1.0, top_p=0.9), [random.Random(n) for n in range(3000)])
+    drawn = choose(
+        torch.zeros(3000, 1000), Sampling(1, temperature=1.0, top_p=0.9), [random.Random(n) for n in range(3000)]
+    )
 
     assert len(set(drawn)) > 800
 

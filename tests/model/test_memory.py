@@ -118,7 +118,9 @@ def test_values_kept_for_the_backward_pass_are_those_that_torch_keeps(tmp_path: 
 
     lean = stands_in_for(folder)
     assert lean == (family != "gemma3")
-    assert kept_values(folder, ModelShape.of_folder(folder), 16, dtype.itemsize, lean) == pytest.approx(per_layer, rel=0.15)
+    assert kept_values(folder, ModelShape.of_folder(folder), 16, dtype.itemsize, lean) == pytest.approx(
+        per_layer, rel=0.15
+    )
 
 
 def save_wide_model(folder: Path, family: str, layers: int, dtype: torch.dtype) -> Path:

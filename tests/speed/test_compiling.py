@@ -36,7 +36,10 @@ def test_work_decides_and_not_a_clock(tiny_llama: Path) -> None:
     assert not choose_compilation(config("auto"), GPU, tiny_llama, False, enough * 1.01)[0]
     assert choose_compilation(config(True), CPU, tiny_llama, False, 1) == (True, "layers compiled: asked for")
     assert choose_compilation(config("auto"), CPU, tiny_llama, True, enough * 9) == (False, "layers not compiled: the lean decoder is faster without")  # fmt: skip
-    assert choose_compilation(config(False), CPU, tiny_llama, False, enough * 9) == (False, "layers not compiled: asked for")
+    assert choose_compilation(config(False), CPU, tiny_llama, False, enough * 9) == (
+        False,
+        "layers not compiled: asked for",
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,9 @@ def test_what_cannot_be_compiled_is_not_and_says_why(
     assert not chosen
     assert said in why
     with pytest.raises(UserError, match="performance.compile: found true, but .*" + re.escape(said)):
-        choose_compilation(Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, False, 1e18)
+        choose_compilation(
+            Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, False, 1e18
+        )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -27,7 +27,7 @@ TAKEN = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "G
 OTHERS = ("GPT-2", "OLMo 2", "Gemma 2", "Phi-3", "Mixtral", "Cohere 2", "LFM2")
 SYSTEM, PROMPT = list(range(10, 34)), list(range(40, 60))
 ROWS = [  # two answers to one prompt, others behind the same system prompt, one of its own and one of a single answer token
-    SYSTEM + PROMPT + [70, 71, 72, 73, 74, 75], SYSTEM + PROMPT + [80], SYSTEM + [90, 91, 92], SYSTEM + [93] * 30, [5, 6, 7, 8],
+    SYSTEM + PROMPT + [70, 71, 72, 73, 74, 75], SYSTEM + PROMPT + [80], [*SYSTEM, 90, 91, 92], SYSTEM + [93] * 30, [5, 6, 7, 8],
 ]  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def test_packed_rows_hold_what_they_share_once() -> None:
 
 
 def test_rows_that_end_where_others_continue_and_equal_rows_are_packed() -> None:
-    rows = [SYSTEM, SYSTEM, SYSTEM + [1], SYSTEM[:20], [3]]
+    rows = [SYSTEM, SYSTEM, [*SYSTEM, 1], SYSTEM[:20], [3]]
     packed = pack(rows)
 
     assert [packed.ids[places].tolist() for places in packed.places] == rows
@@ -291,7 +291,9 @@ def test_logits_at_places_and_greedy_answers_equal_peft(tmp_path: Path, family: 
     speed_up(model)
 
     assert generate_answers(model, tokenizer, prompts, 70, batch_size=3) == plain[0]
-    assert [each.logps for each in score_answers(model, rows, 0, 3)] == pytest.approx([each.logps for each in plain[1]], abs=1e-4)
+    assert [each.logps for each in score_answers(model, rows, 0, 3)] == pytest.approx(
+        [each.logps for each in plain[1]], abs=1e-4
+    )
     assert stand_in_of(model).proven == {False: True}
 
 
