@@ -104,8 +104,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             asked = [(context, answer) for row in rows for _, context, answer in row]
             places = [range(len(context) - 1, len(context) + len(answer) - 1) for context, answer in asked]
             logits = forward.logits([[*context, *answer[:-1]] for context, answer in asked], places)
-            parts = logits.split([len(answer) for _, answer in asked])
-            return [_scored(part, answer) for part, (_, answer) in zip(parts, asked, strict=True)]
+            of_answers = torch.split(logits, [len(answer) for _, answer in asked])
+            return [_scored(each, answer) for each, (_, answer) in zip(of_answers, asked, strict=True)]
         # Nothing follows the last token of a continuation, so it is not read.
         packed = [(row[0][1], [answer[:-1] for _, _, answer in row]) for row in rows]
         width = max(len(context) + sum(map(len, read)) for context, read in packed)
