@@ -21,8 +21,8 @@ def with_room(rows: int, columns: int, room: int, like: torch.Tensor) -> torch.T
 def _widened(x: torch.Tensor, room: int) -> torch.Tensor:
     """Return x (N, I) as (N, I + room), whose last columns hold anything: in place where `with_room` made x."""
     rows, columns = x.shape
-    size = x.storage_offset() + rows * x.stride(0)
-    if x.stride(0) >= columns + room and x.stride(1) == 1 and x.untyped_storage().nbytes() >= size * x.element_size():
+    whole = x.storage_offset() == 0 and x.untyped_storage().nbytes() == rows * (columns + room) * x.element_size()
+    if whole and x.stride() == (columns + room, 1):
         return x.as_strided((rows, columns + room), x.stride())
     wide = x.new_empty(rows, columns + room)
     wide[:, :columns] = x
