@@ -107,7 +107,7 @@ def sample_answers(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[list[Answer]]:
-    """Return `sampling.n` answers to each prompt, in the order given; `progress` is told how many more are done.
+    """Return `sampling.n` answers to each prompt, in the order given; `progress` is called with how many more are done.
 
     `seeds`: one for each prompt; an answer depends on its prompt's seed and on its number, not on its neighbours, but for
     rounding. The samples of a prompt stand together, so that it is read once.
