@@ -24,6 +24,7 @@ from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter, switched_to
 from scripts.model.base import load_base
 from scripts.model.batch import left_padded_batch
+from scripts.model.forward import PaddedForward, forward_of
 from scripts.model.generation import decoding_greedily
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     @torch.inference_mode()
     def _score(self, rows: Sequence[Sequence[Request]]) -> list[tuple[float, bool]]:
         """Score the continuations of some contexts in one pass; each row is of one context, padded on the left."""
+        forward = forward_of(self.model, self.tokenizer.pad_token_id)
+        if not isinstance(forward, PaddedForward):  # it computes what rows share once by itself
+            asked = [(context, answer) for row in rows for _, context, answer in row]
+            places = [range(len(context) - 1, len(context) + len(answer) - 1) for context, answer in asked]
+            logits = forward.logits([[*context, *answer[:-1]] for context, answer in asked], places)
+            of_answers = torch.split(logits, [len(answer) for _, answer in asked])
+            return [_scored(each, answer) for each, (_, answer) in zip(of_answers, asked, strict=True)]
         # Nothing follows the last token of a continuation, so it is not read.
         packed = [(row[0][1], [answer[:-1] for _, _, answer in row]) for row in rows]
         width = max(len(context) + sum(map(len, read)) for context, read in packed)
@@ -127,11 +135,15 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             column = last_of_context + 1
             for _, _, answer in answers:
                 columns = [last_of_context, *range(column, column + len(answer) - 1)]
-                answer_ids, logps = torch.tensor(answer), torch.log_softmax(row[columns].float(), -1).cpu()
-                total = float(logps.gather(-1, answer_ids[:, None]).sum())
-                scores.append((total, bool((logps.argmax(-1) == answer_ids).all())))
+                scores.append(_scored(row[columns], answer))
                 column += len(answer) - 1
         return scores
+
+
+def _scored(logits: torch.Tensor, answer: Sequence[int]) -> tuple[float, bool]:
+    """Return the log-probability of an answer under logits (T, V), and whether greedy decoding would write it."""
+    answer_ids, logps = torch.tensor(answer), torch.log_softmax(logits.float(), -1).cpu()
+    return float(logps.gather(-1, answer_ids[:, None]).sum()), bool((logps.argmax(-1) == answer_ids).all())
 
 
 def _share_contexts(requests: Sequence[Request]) -> list[list[int]]:

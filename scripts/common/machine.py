@@ -70,6 +70,8 @@ def choose_machine(config: Config) -> Machine:
     else:
         dtype = torch.bfloat16 if wanted.dtype == "bf16" else torch.float32
         reasons.append(f"base weights in {str(dtype).removeprefix('torch.')}: asked for")
+        if dtype == torch.bfloat16 and device == "cpu" and not fast:
+            log.warning("performance.dtype: found bf16, but %s: a step takes 25 to 30 times as long as in fp32", why)
     threads = available_cores() if wanted.threads == "auto" else wanted.threads
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:

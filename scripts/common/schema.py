@@ -239,11 +239,11 @@ class Performance(Section):
     )
     fast_path: bool = Field(
         True,
-        description="Score only answer tokens, multiply adapters with the base, compute a pair's prompt once; exact in fp32, much faster on a CPU.",
+        description="Compute real tokens only, what rows share once, adapters with the base, and logits of answers alone; exact in fp32, much faster on a CPU.",
     )
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="Compile the decoder layers: a third faster on a CPU, after half a minute or more; `auto` does so when the run is long enough. Needs a C++ compiler.",
+        description="Compile the layers of families that `fast_path` computes no faster itself, after half a minute or more; `auto` does so when the run is long enough. Needs a C++ compiler.",
     )
     group_by_length: bool = Field(
         True, description="Batch records of similar length for less padding. Every answer token keeps the same weight."

@@ -19,6 +19,7 @@ LIBRARIES_GIB = 1.05  # torch, transformers, TRL and MLflow in one CPU process
 EAGER_SHARE, GPU_SHARE, COMPILED_SHARE = 1.3, 1.1, 1.0
 TILE_BYTES = 512 * 2**20  # of logits that are kept together (speed/answer_head.py); what lies beyond is computed again
 PLAINLY_ATTENDED = 16 * 512**2  # tokens that tokens attend to in a batch: 8 rows of 724, 16 of 512
+LEAN_KEPT_KEYS = 512  # weights of tokens that see more are computed again (speed/lean_decoder.py)
 SAFETY_RATIO = 0.9  # of what is free
 NF4_BYTES, INT8_BYTES = 0.52, 1.01  # per weight, with its share of the scales
 
@@ -67,10 +68,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
         yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-def kept_values(folder: Path, shape: ModelShape, rank: int, bytes_per_value: int) -> float:
+def kept_values(folder: Path, shape: ModelShape, rank: int, bytes_per_value: int, lean: bool = False) -> float:
     """Count the values that one decoder layer with adapters keeps of a token for the backward pass.
 
-    The factors are those of Llama, Qwen 3 and Gemma 3, counted by torch's hooks for saved tensors.
+    The factors are those of Llama, Qwen 3 and Gemma 3, counted by torch's hooks for saved tensors; `lean` is the decoder of
+    speed/lean_decoder.py.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # A norm of 16-bit values keeps one copy in fp32. There are two to a layer, and in some families four, or some for each head.
@@ -81,6 +83,8 @@ def kept_values(folder: Path, shape: ModelShape, rank: int, bytes_per_value: int
         if len(size) == 1 and re.search(r"\.0\.(?!.*bias).*(norm|ln_)", name) and not re.search("vision|audio", name)
     ]
     normed = sum(norms) or 2 * shape.hidden  # a folder without safetensors
+    if lean:  # each norm keeps what it read; what follows it keeps its output
+        return 2 * shape.hidden + normed + 2 * (queries + keys) + 3 * shape.intermediate + 7 * rank
     return 3.5 * shape.hidden + 2 * (queries + keys) + of_norm * normed + 4 * shape.intermediate + 7 * rank
 
 
@@ -96,11 +100,12 @@ def estimate_memory(
     checkpointing: bool,
     compiled: bool,
     keep_weights: bool = True,
+    lean: bool = False,
 ) -> MemoryEstimate:
     """Estimate a run's peak from the model's shape and its largest batch.
 
     That is its largest forward pass: so many sequences, padded to the tokens of the longest, with so many answer tokens. For
-    `keep_weights` see speed/attention.py.
+    `keep_weights` see speed/attention.py, for `lean` speed/lean_decoder.py.
     """
     shape = ModelShape.of_folder(folder)
     layers, hidden, intermediate = shape.layers, shape.hidden, shape.intermediate
@@ -111,10 +116,12 @@ def estimate_memory(
         weight_bytes -= parameter_count(folder, of_decoder_matrices=True) * (bytes_per_value - shrunk)
     adapter_parameters = layers * config.lora.r * (8 * hidden + 3 * (hidden + intermediate))
     share = COMPILED_SHARE if compiled else EAGER_SHARE if cpu else GPU_SHARE
-    per_layer = kept_values(folder, shape, config.lora.r, bytes_per_value) * share
+    per_layer = kept_values(folder, shape, config.lora.r, bytes_per_value, lean) * share
     kept = (layers * hidden + per_layer) if checkpointing else layers * per_layer
     attended = 0
-    if fast_cpu and attends_plainly(sequences, longest):
+    if lean and cpu:
+        attended = sequences * shape.heads * min(longest, LEAN_KEPT_KEYS) ** 2 * (1 if checkpointing else layers)
+    elif fast_cpu and attends_plainly(sequences, longest):
         attended = sequences * shape.heads * longest**2 * (layers if keep_weights and not checkpointing else 1)
     logit_bytes = answer_tokens * shape.vocab * bytes_per_value
     packed_head = (

@@ -26,8 +26,12 @@ REPAID_FROM_FLOP = 8e13
 FLOP_PER_WEIGHT = 4  # and token: forward, and the gradient of the activations
 
 
-def choose_compilation(config: Config, machine: Machine, base_folder: Path, tokens: float) -> tuple[bool, str]:
+def choose_compilation(
+    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float
+) -> tuple[bool, str]:
     """Decide whether to compile, and say why; `tokens` are those this process will train on.
+
+    The lean decoder is faster uncompiled than the library's compiled layers; only the answer head can then be compiled.
 
     The answer depends on plan and machine alone, never on a clock, so that a resumed run computes as it did before.
     Raises: UserError when it is asked for and cannot be.
@@ -41,7 +45,9 @@ def choose_compilation(config: Config, machine: Machine, base_folder: Path, toke
     if setting is True:
         if obstacle:
             raise UserError(f"performance.compile: found true, but {obstacle}. Set it to auto or false.")
-        return True, "layers compiled: asked for"
+        return True, "answer head compiled: asked for" if lean else "layers compiled: asked for"
+    if lean:
+        return False, "layers not compiled: the lean decoder is faster without"
     if obstacle:
         return False, f"layers not compiled: {obstacle}"
     flop = FLOP_PER_WEIGHT * parameter_count(base_folder) * tokens

@@ -23,7 +23,6 @@ from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.records import DatasetFile
 from scripts.dataset.rendering import Rendered, RenderedPair
 from scripts.model.memory import SAFETY_RATIO, MemoryEstimate, available_memory_gib, estimate_memory
-from scripts.model.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +66,14 @@ def plan_training(
 ) -> Plan:
     """Count the steps, estimate memory for the largest batch, decide on gradient checkpointing and on compiling."""
     batch, sequences_per_row = section.per_device_train_batch_size, rows[0].sequences
-    pairs = sequences_per_row > 1
-    if pairs and machine.device == "cpu" and config.performance.fast_path:
-        window, joined = ModelShape.of_folder(base_folder).window, [row.in_one_row() for row in rows]
-        if not window or max(len(row.input_ids) for row in joined) <= window:  # speed/shared_prompts.py
-            rows, sequences_per_row = joined, 1
+    pairs, lean = sequences_per_row > 1, _stands_in_for(config, base_folder)
+    if pairs and lean:
+        rows, sequences_per_row = [row.in_one_row() for row in rows], 1
     largest = sorted(rows, key=lambda row: len(row.input_ids))[-batch:]
     steps = total_steps(section, len(rows), machine.world_size)
     seen = steps * batch * section.gradient_accumulation_steps
     mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
-    compiled, why = _choose_compilation(config, machine, base_folder, seen * sequences_per_row * mean_tokens)
+    compiled, why = _choose_compilation(config, machine, base_folder, lean, seen * sequences_per_row * mean_tokens)
     answers = sum(row.trained_tokens for row in largest)
 
     def estimate(checkpointing: bool) -> MemoryEstimate:
@@ -84,6 +81,7 @@ def plan_training(
             base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
             answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
             checkpointing=checkpointing, compiled=compiled, keep_weights=not (compiled and pairs),  # as training/dpo.py asks for
+            lean=lean,
         )  # fmt: skip
 
     wanted = config.performance.gradient_checkpointing
@@ -96,12 +94,23 @@ def plan_training(
     return Plan(steps, estimate(checkpointing), checkpointing, compiled, (reason, why))
 
 
-def _choose_compilation(config: Config, machine: Machine, base_folder: Path, tokens: float) -> tuple[bool, str]:
+def _stands_in_for(config: Config, base_folder: Path) -> bool:
+    """Tell whether training computes real tokens only (speed/lean_decoder.py)."""
+    if not config.performance.fast_path or config.quantization.load_in_8bit:
+        return False
+    from scripts.speed.speed_up import stands_in_for
+
+    return stands_in_for(base_folder)
+
+
+def _choose_compilation(
+    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float
+) -> tuple[bool, str]:
     if config.performance.compile is False:
         return False, "layers not compiled: asked for"
     from scripts.speed.speed_up import choose_compilation
 
-    return choose_compilation(config, machine, base_folder, tokens)
+    return choose_compilation(config, machine, base_folder, lean, tokens)
 
 
 def asks_reference_often(section: Training, machine: Machine, plan: Plan, train: int, validation: int) -> bool:

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 
+from scripts.common import machine as machine_module
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine, available_cores, check_launch
-from scripts.common.schema import Config, Quantization
+from scripts.common.schema import Config, Performance, Quantization
 from tests.conftest import ROOT
 
 CPU = Machine("cpu", torch.bfloat16, 1, 1, ())
@@ -70,3 +71,18 @@ def test_launch_file_says_to_the_pinned_accelerate_what_we_read_from_it(name, ki
         found = prepare_multi_gpu_env(_validate_launch_command(given)[0])
         assert found["ACCELERATE_MIXED_PRECISION"] == "no", "performance.dtype decides"
         assert found.items() >= environment.items()
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "warned"), [(False, "bf16", True), (True, "bf16", False), (False, "auto", False)]
+)
+def test_a_type_that_the_processor_cannot_compute_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool, dtype: str, warned: bool
+) -> None:
+    monkeypatch.setattr(
+        machine_module, "bf16_support", lambda device: (fast, "the CPU has neither AMX nor AVX512-BF16")
+    )
+
+    machine_module.choose_machine(Config(performance=Performance(device="cpu", dtype=dtype)))
+
+    assert ("25 to 30 times as long" in caplog.text) == warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ from scripts.dataset.chat_format import ChatFormat, stop_token_ids, user_turn
 from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import add_lora
 from scripts.model.base import load_tokenizer
-from scripts.model.generation import Answer, decoding_greedily, generate_answers, health, repetition
+from scripts.model.generation import (
+    Answer,
+    Sampling,
+    choose,
+    decoding_greedily,
+    generate_answers,
+    health,
+    repetition,
+    sample_answers,
+)
+from scripts.speed.speed_up import speed_up
 from tests.support.models import load
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 
@@ -135,3 +146,41 @@ def test_health_of_known_answers() -> None:
     assert found.mean_tokens == 3
     assert found.eos_rate == 0.5
     assert found.distinct_2 == pytest.approx(3 / 4)  # 12, 23, 34 and 12 again
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "left"), [(0, 1.0, 4), (2, 1.0, 2), (0, 0.65, 2), (3, 0.6, 2), (1, 1.0, 1)])
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_k: int, top_p: float, left: int) -> None:
+    """Probabilities 0.4, 0.3, 0.2 and 0.1 at temperature 2, of those that the limits leave."""
+    probs = torch.tensor([0.3, 0.1, 0.4, 0.2])
+    sampling = Sampling(1, temperature=2.0, top_p=top_p, top_k=top_k)
+    drawn = choose((2 * probs.log()).expand(4000, -1), sampling, [random.Random(seed) for seed in range(4000)])
+
+    kept = torch.tensor([2, 0, 3, 1])[:left]
+    wanted = torch.zeros(4).index_copy(0, kept, probs[kept] / probs[kept].sum())
+    assert torch.allclose(torch.bincount(torch.tensor(drawn), minlength=4) / 4000, wanted, atol=0.03)
+
+
+def test_a_nucleus_of_more_tokens_than_are_looked_at_first_is_whole() -> None:
+    drawn = choose(
+        torch.zeros(3000, 1000), Sampling(1, temperature=1.0, top_p=0.9), [random.Random(n) for n in range(3000)]
+    )
+
+    assert len(set(drawn)) > 800
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_samples_depend_on_their_seed_and_not_on_their_neighbours(tiny_llama: Path, fast: bool) -> None:
+    tokenizer, model = load_tokenizer(tiny_llama), add_lora(load(tiny_llama), Lora(r=4), "m")
+    if fast:
+        speed_up(model)
+    prompts = [render_prompt(ChatFormat(tokenizer), user_turn("go " * count)) for count in (1, 9, 4)]
+    sampling = Sampling(6, temperature=0.8, top_p=0.95, top_k=50, n=3)
+
+    together = sample_answers(model, tokenizer, prompts, sampling, [5, 6, 7], batch_size=5)
+    alone = sample_answers(model, tokenizer, prompts[1:2], sampling, [6], batch_size=1)
+    others = sample_answers(model, tokenizer, prompts, sampling, [5, 8, 7], batch_size=5)
+
+    assert together[1] == alone[0]
+    assert (others[0], others[2]) == (together[0], together[2])
+    assert others[1] != together[1]
+    assert len({tuple(answer.token_ids) for answers in together for answer in answers}) == 9

@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import textwrap
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,7 +285,7 @@ def test_the_loss_of_the_how_to_has_the_value_it_states_and_uses_what_the_traine
 
     trainer = SimpleNamespace(
         with_reference=lambda inputs: inputs | {"ref_chosen_logps": torch.tensor([0.0]), "ref_rejected_logps": torch.tensor([-1.0])},
-        prompts_shared=lambda inputs: nullcontext(), beta=0.1, model=Policy(), _metrics={"train": defaultdict(list)},
+        beta=0.1, model=Policy(), _metrics={"train": defaultdict(list)},
         accelerator=SimpleNamespace(gather=lambda value: value), _total_train_tokens=0,
     )  # fmt: skip
 

@@ -31,11 +31,15 @@ def config(compile: object) -> Config:
 def test_work_decides_and_not_a_clock(tiny_llama: Path) -> None:
     enough = REPAID_FROM_FLOP / (4 * parameter_count(tiny_llama))
 
-    assert choose_compilation(config("auto"), CPU, tiny_llama, enough * 1.01)[0]
-    assert not choose_compilation(config("auto"), CPU, tiny_llama, enough * 0.99)[0]
-    assert not choose_compilation(config("auto"), GPU, tiny_llama, enough * 1.01)[0]
-    assert choose_compilation(config(True), CPU, tiny_llama, 1) == (True, "layers compiled: asked for")
-    assert choose_compilation(config(False), CPU, tiny_llama, enough * 9) == (False, "layers not compiled: asked for")
+    assert choose_compilation(config("auto"), CPU, tiny_llama, False, enough * 1.01)[0]
+    assert not choose_compilation(config("auto"), CPU, tiny_llama, False, enough * 0.99)[0]
+    assert not choose_compilation(config("auto"), GPU, tiny_llama, False, enough * 1.01)[0]
+    assert choose_compilation(config(True), CPU, tiny_llama, False, 1) == (True, "layers compiled: asked for")
+    assert choose_compilation(config("auto"), CPU, tiny_llama, True, enough * 9) == (False, "layers not compiled: the lean decoder is faster without")  # fmt: skip
+    assert choose_compilation(config(False), CPU, tiny_llama, False, enough * 9) == (
+        False,
+        "layers not compiled: asked for",
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,12 +66,14 @@ def test_what_cannot_be_compiled_is_not_and_says_why(
         changes["quantization"] = Quantization(load_in_4bit=True)
     slow = {"fast_path": False} if obstacle == "slow" else {}
 
-    chosen, why = choose_compilation(Config(performance=Performance(**slow), **changes), CPU, tiny_llama, 1e18)
+    chosen, why = choose_compilation(Config(performance=Performance(**slow), **changes), CPU, tiny_llama, False, 1e18)
 
     assert not chosen
     assert said in why
     with pytest.raises(UserError, match="performance.compile: found true, but .*" + re.escape(said)):
-        choose_compilation(Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, 1e18)
+        choose_compilation(
+            Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, False, 1e18
+        )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
