@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 
-from scripts.deid.names import CUE, WORDS
+from scripts.deid.names import CUE, INTRODUCTION, TITLE, WORDS, is_name, is_part_of_name
 from scripts.deid.spans import TAG, Span
 from scripts.deid.words import words
 
@@ -27,6 +27,10 @@ _UNIT = re.compile(
     r"(?i)[ -]?(?:square|cubic|sq\.?)? ?(?:feet|foot|ft|miles?|yards?|inch(?:es)?|met(?:er|re)s?|cm|mm|km|kg|grams?|lbs?|pounds?|ounces?|oz|lit(?:er|re)s?|gallons?|acres?|hectares?"
     r"|dollars?|cents?|euros?|percent|degrees?|hours?|minutes?|seconds?|days?|weeks?|months?|square|cubic|watts?|volts?|calories|points?|pages?|people|pieces?|tickets?|bottles?|hz|khz|mph|kph|rpm)\b"
 )
+_CAPITALISED = re.compile(r"\b[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]")
+_PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
+# What a name in small letters that is on no list must score. Below these, most of what Rampart takes for one is a word.
+_LED_TO, _SURE = 0.7, 0.9
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
 )
@@ -105,6 +109,7 @@ class Doubts:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.capitals = bool(_CAPITALISED.search(text))
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
         closed = [match.span() for match in _FORMULA.finditer(text) if not _MONEY.match(match[0])]
         closed += [match.span() for match in _BRACES.finditer(text)]
@@ -151,8 +156,23 @@ class Doubts:
         return span.entity == "IP_ADDRESS" and bool(_LOCAL.match(surface))
 
     def _everyday(self, span: Span, surface: str) -> bool:
-        """Say whether a name is one everyday word in small letters that nothing introduces."""
-        return surface.islower() and surface in WORDS and not CUE.search(self.text, max(0, span.start - 24), span.start)
+        """Say whether a name in small letters is more likely a word: it is on no list of names, and nothing leads to it.
+
+        An author who writes no capitals at all writes names so too.
+        """
+        if not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
+            return False
+        before = max(0, span.start - 24)
+        if INTRODUCTION.search(self.text, before, span.start):
+            return False
+        if surface in WORDS or not self.capitals:
+            return surface in WORDS and (self.capitals or not CUE.search(self.text, before, span.start))
+        if span.entity != "PERSON":
+            return span.entity == "ORGANIZATION"
+        parts = re.findall(r"[^\W\d_]+", surface)
+        if TITLE.match(surface) or is_name(parts[0]) or (any(map(is_name, parts)) and all(map(is_part_of_name, parts))):
+            return False
+        return span.score < (_LED_TO if CUE.search(self.text, before, span.start) else _SURE)
 
     def _calculation(self, span: Span, surface: str) -> bool:
         after, before = self.text[span.end : span.end + 24], self.text[max(0, span.start - 12) : span.start]

@@ -18,12 +18,17 @@ from scripts.deid.words import words
 WORDS = words("everyday")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"
-# Words that lead to a name in a text whose author does not care for capitals.
-CUE = re.compile(
-    r"(?i)\b(?:(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|this is|it'?s|i'?m|i am|im|ask(?: for)?|tell|told|call|calls me|from|to|for|with|and|by|met|meet|mr|mrs|ms|miss|mx"
-    r"|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|partner|friend|mate"
-    r"|colleague|boss|manager|neighbour|neighbor|customer|patient|pt|agent|caller|driver|witness|witnesses|signed(?: for)? by|cc|thx|thanks|ty|hi|hey|hello|dear|love|is|old|little|big|did|does|has|@)\b\.?,?\s{1,2}$"
+# Words that lead to a name in a text whose author does not care for capitals; those of INTRODUCTION lead to little else.
+TITLE = re.compile(r"(?i)(?:mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor)\b")
+_INTRODUCED = (
+    r"(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|ask(?: for)?|tell|told|calls? me|met|mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty"
+    r"|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|friend|mate|colleague|boss|neighbour|neighbor|patient|witness|agent|signed(?: for)? by|cc|hi|hey|hello|dear|love"
 )
+_LED_TO = (
+    r"this is|it'?s|i'?m|i am|im|call|from|to|for|with|and|by|meet|partner|manager|customer|pt|caller|driver|witnesses|thx|thanks|ty|is|old|little|big|did|does|has|@"
+)
+INTRODUCTION = re.compile(rf"(?i)\b(?:{_INTRODUCED})\b\.?,?\s{{1,2}}$")
+CUE = re.compile(rf"(?i)\b(?:{_INTRODUCED}|{_LED_TO})\b\.?,?\s{{1,2}}$")
 # Before the colon of a speaker: a time, quotation marks, list marks, a bracket.
 _SPEAKER = re.compile(
     r"(?m)^[\s>*_#-]{0,6}(?:[\[(]?\d[\d:.,/ T-]{2,20}(?:[AaPp][Mm])?[\])]?\s*[-–]?\s*)?[<*_]{0,2}"
@@ -85,6 +90,11 @@ def is_name(word: str) -> bool:
     return folded in given_names() or folded in family_names()
 
 
+def is_part_of_name(word: str) -> bool:
+    """Say whether a word may stand within a name, even if it is an everyday word, a particle or an initial."""
+    return len(word) == 1 or word.casefold() in _every_name() or word.casefold() in _PARTICLES
+
+
 def is_full_name(text: str) -> bool:
     """Say whether a text is a name of two to four words, one of which is on the lists."""
     words = _WORD.findall(text)
@@ -104,6 +114,7 @@ def _speakers(text: str) -> Iterator[Span]:
         if (
             words
             and any(is_name(word) and len(word) >= 3 for word in words)
+            and (match["name"][-1].isdigit() or not match["name"].islower() or all(map(is_part_of_name, words)))
             and not any(word.casefold() in _NOT_AFTER for word in words)
         ):
             yield Span(*match.span("name"), "PERSON", 0.6)
