@@ -35,6 +35,11 @@ _DATE_LIKE = re.compile(
     r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?\s+(?:of\s+)?"
     r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))"
 )
+_PART_OF_DATE = re.compile(
+    r"(?i)\d[\d:./T+-]*(?:st|nd|rd|th|s|[ap]m|Z)?\b|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b"
+    r"|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)(?:uary|ruary|ch|il|ust|ember|ober)?\b"
+)
+_NEXT_SENTENCE = re.compile(r"(?<=\d [A-Z][a-z][a-z])\.\s(?=\d{1,3}\b)|(?<=\d [A-Z][a-z]{3})\.\s(?=\d{1,3}\b)")
 # Every key with a format of its own holds one of these, so that most texts are spared some fifty patterns.
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
 _HEADING = re.compile(r":\s")
@@ -99,7 +104,7 @@ class Detector:
                     spans += find_names(text)
                 spans += find_cells(text, self.entities)
                 doubts = Doubts(text)
-                spans = trim_names(text, cut(text, spans))
+                spans = trim_dates(text, trim_names(text, cut(text, spans)))
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
                 believed = extend_names(text, believed)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed
@@ -136,6 +141,18 @@ class Detector:
         if span.entity == "DATE_TIME" and self.settings.profile != "strict":
             return bool(_DATE_LIKE.search(text[span.start : span.end]))
         return True
+
+
+def trim_dates(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Take off the ends of dates what belongs to the sentence: `Minutes 4 May`, `6 Oct. 12 students`."""
+    trimmed = []
+    for span in spans:
+        parts = [*_PART_OF_DATE.finditer(text, span.start, span.end)] if span.entity == "DATE_TIME" else []
+        if parts:
+            end = _NEXT_SENTENCE.search(text, parts[0].end(), parts[-1].end())
+            span = span._replace(start=parts[0].start(), end=end.start() if end else parts[-1].end())
+        trimmed.append(span)
+    return trimmed
 
 
 def _is_spent(text: str) -> bool:

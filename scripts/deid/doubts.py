@@ -38,6 +38,7 @@ _DATE_CUE = re.compile(
 _COUNTED = re.compile(
     r"(?i)(?:^|\W)(?:pages?|houses?|figures?|fig|tables?|chapters?|sections?|lines?|steps?|days?|weeks?|bus|gate|port|divide|add|subtract|multiply|rows?|questions?|exercises?|problems?|level|grade)\.? \d"
 )
+_NARRATOR = re.compile(r"(?i)\b(?:i|my|me|we|our|us|you|your)\b")
 _SUM = re.compile(r"\d\s?[*^×÷]\s?[\d(]|\d\s?\+\s?\d|\d [-−–] \d|[\d)%]\s?=\s?[-(\d]")
 _ERRAND = re.compile(r"@|\b(?:card|account|order|transfer|patient|phone)\b")
 _DATE_WORD = re.compile(
@@ -45,7 +46,8 @@ _DATE_WORD = re.compile(
 )
 _MATHS = re.compile(
     r"(?i)\bhow (?:many|much|old|far|long|tall|fast)\b|\bwhat(?:'s| is| was| will be)(?: the)? (?:sum|total|average|difference|product|probability|area|perimeter|value|ratio|median|mean)\b"
-    r"|\b(?:solve|calculate|evaluate|simplify|twice as|times as|in total|altogether|equation)\b|<<[^<>]*>>"
+    r"|\b(?:solve|calculate|evaluate|simplify|twice as|times as|in total|altogether|equation|(?:number|the) (?:pattern|sequence|series)|(?:next|missing) (?:number|term)|multiples? of \d"
+    r"|divisible by|common (?:difference|ratio|factor|multiple)|what will (?:be )?\w+(?:['’]s)? age)\b|<<[^<>]*>>"
 )
 _CODE_LINE = re.compile(
     r"^\s*(?:(?:async\s+)?(?:def|class|function|func|fn)\s+\w|(?:from\s+[\w.]+\s+)?import\s+[\w{*]|(?:const|let|var|val|public|private|protected|static|final|package|using|namespace|#include|struct|enum)\b\s?\S"
@@ -111,6 +113,7 @@ class Doubts:
         self.text = text
         self.capitals = bool(_CAPITALISED.search(text))
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
+        self.story = self.maths and not _NARRATOR.search(text)
         closed = [match.span() for match in _FORMULA.finditer(text) if not _MONEY.match(match[0])]
         closed += [match.span() for match in _BRACES.finditer(text)]
         self.keys = _Ranges([match.span() for match in _JSON_KEY.finditer(text)] if _is_json(text) else [])
@@ -131,7 +134,7 @@ class Doubts:
         # A score this high means a checksum or an unmistakable label.
         if (
             span.entity in NUMBERS
-            and span.score < 0.95
+            and (span.score < 0.95 or (self.maths and _is_bare(self.text, span)))
             and any(c.isdigit() for c in surface)
             and self._calculation(span, surface)
         ):
@@ -163,12 +166,12 @@ class Doubts:
         if not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
             return False
         before = max(0, span.start - 24)
-        if INTRODUCTION.search(self.text, before, span.start):
+        if INTRODUCTION.search(self.text, before, span.start) or _speaks(self.text, span):
             return False
         if surface in WORDS or not self.capitals:
             return surface in WORDS and (self.capitals or not CUE.search(self.text, before, span.start))
         if span.entity != "PERSON":
-            return span.entity == "ORGANIZATION"
+            return span.entity == "ORGANIZATION" or span.score < _SURE
         parts = re.findall(r"[^\W\d_]+", surface)
         if TITLE.match(surface) or is_name(parts[0]) or (any(map(is_name, parts)) and all(map(is_part_of_name, parts))):
             return False
@@ -180,7 +183,7 @@ class Doubts:
             return self.maths or not re.search(r"[^\W\d_]{3}", surface)
         if span.entity == "DATE_TIME":
             if "=" not in surface and _DATE_WORD.search(surface):
-                return False
+                return self.story and not re.search(r"\d{4}", surface)
             return not _DATE_CUE.search(before) or bool(_BESIDE.match(after))
         if re.match(r",\d{3}(?!\d)", after) or (
             span.entity == "STREET_ADDRESS" and _COUNTED.search(before + surface[:12])
@@ -286,7 +289,7 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
     """
     public = [span for span in spans if span.entity == "PERSON" and _plain(text, span) in words("figures")]
     private = [span for span in spans if not any(one.start <= span.start and span.end <= one.end for one in public)]
-    labelled = [span for span in private if not _is_bare(text, span)]
+    labelled = [span for span in private if span.score >= 0.95 or not _is_bare(text, span)]
     if any(span.entity in PERSONAL for span in labelled) or any(
         tag[0][1:].startswith(tuple(PERSONAL)) for tag in TAG.finditer(text)
     ):
@@ -305,10 +308,7 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
 
 def _is_bare(text: str, span: Span) -> bool:
     """Say whether a number has neither a label before it nor a form of its own, so that it may count anything."""
-    if (
-        span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID")
-        or span.score >= 0.95
-    ):
+    if span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID"):
         return False
     plain = re.fullmatch(r"[\d\s,.]+", text[span.start : span.end])
     return bool(plain) and not _NUMBER_LABEL.search(text, max(0, span.start - 50), span.start)

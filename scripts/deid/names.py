@@ -22,7 +22,7 @@ _CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"
 TITLE = re.compile(r"(?i)(?:mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor)\b")
 _INTRODUCED = (
     r"(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|ask(?: for)?|tell|told|calls? me|met|mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty"
-    r"|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|friend|mate|colleague|boss|neighbour|neighbor|patient|witness|agent|signed(?: for)? by|cc|hi|hey|hello|dear|love"
+    r"|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|friend|mate|colleague|boss|neighbour|neighbor|patient|witness|agent|signed(?: for)? by|cc|hi|hiya|hey|hello|yo|oi|dear|love|coach|rip"
 )
 _LED_TO = (
     r"this is|it'?s|i'?m|i am|im|call|from|to|for|with|and|by|meet|partner|manager|customer|pt|caller|driver|witnesses|thx|thanks|ty|is|old|little|big|did|does|has|@"
@@ -34,6 +34,7 @@ _SPEAKER = re.compile(
     r"(?m)^[\s>*_#-]{0,6}(?:[\[(]?\d[\d:.,/ T-]{2,20}(?:[AaPp][Mm])?[\])]?\s*[-–]?\s*)?[<*_]{0,2}"
     r"(?P<name>@?[^\W\d_][\w.'’-]{1,24}(?: [^\W\d_][\w.'’-]{0,24}){0,3})(?P<role> ?\([\w ]{2,20}\))?[>*_]{0,2}\s?(?::[*_]{0,2}(?=\s|$)|(?<=>)\s)"
 )
+_NICK = re.compile(r"(?m)^(?:\[?\d\d?:\d\d(?::\d\d)?\]?\s)?<[@+ ]?(?P<name>[^\W\d][\w.|`-]{1,24})>\s(?=\S)")
 _LISTED = re.compile(
     rf"(?<![\w,] )(?<![\w-])(?P<last>{_CAPITAL}(?:[ -]{_CAPITAL})?),\s?(?P<first>{_CAPITAL}(?:[ ]{_CAPITAL}|[ ][^\W\d_]\.?(?!\w)){{0,2}})(?=\s*(?:$|[\n;:()/|<—–,.]|\d|-|is\b|was\b|has\b|says?\b))"
 )
@@ -41,10 +42,16 @@ _LISTED = re.compile(
 _FIRM = re.compile(
     r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b"
 )
+_INITIALS = re.compile(r"\b(?:[A-Z]\.[ -]?){1,3}(?P<last>[^\W\d_a-zß-öø-ÿ][\w'’-]{2,})\b")
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
 _PARTICLES = words("particles")
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)$")
+# Words that belong to the name they stand before.
+_ROLE = re.compile(
+    r"(?i:aunt|aunt(?:ie|y)|uncle|grand?dad|grandma|grandpa|granny|nan|nana|nonna|cousin)|RN|LPN|Sgt|Cpl|Lt|Capt|Cllr|Rev|Pastor|Imam|Rabbi|Coach|PC|Nurse|Sister|Brother"
+)
+_LEFT_CUE = re.compile(r"(?<=\w )(?:to|for|from|with|by|name is|am|pay|called|named) $")
 _NOT_AFTER = words("beside_names")
 
 
@@ -103,7 +110,7 @@ def is_full_name(text: str) -> bool:
 
 def find_names(text: str) -> list[Span]:
     """Return names that their place in the text gives away, and given names that nothing else could be."""
-    return sorted({*_speakers(text), *_lists(text), *_lone(text)})
+    return sorted({*_speakers(text), *_nicks(text), *_lists(text), *_lone(text), *_short(text)})
 
 
 def _speakers(text: str) -> Iterator[Span]:
@@ -120,6 +127,14 @@ def _speakers(text: str) -> Iterator[Span]:
             yield Span(*match.span("name"), "PERSON", 0.6)
 
 
+def _nicks(text: str) -> Iterator[Span]:
+    """Yield who writes in a chat that shows each writer as <nick>, whatever the nick is."""
+    matches = list(_NICK.finditer(text))
+    if len(matches) > 1 and "</" not in text:
+        for match in matches:
+            yield Span(*match.span("name"), "PERSON", 0.7)
+
+
 def _lists(text: str) -> Iterator[Span]:
     for match in _LISTED.finditer(text):
         last, first = _WORD.findall(match["last"]), _WORD.findall(match["first"])
@@ -131,6 +146,9 @@ def _lists(text: str) -> Iterator[Span]:
         folded = [word.casefold() for word in words]
         if any(map(is_name, words)) and all(word in _every_name() and len(word) >= 3 for word in folded):
             yield Span(*match.span(), "PERSON", 0.5)
+    for match in _INITIALS.finditer(text):
+        if is_name(match["last"]):
+            yield Span(*match.span(), "PERSON", 0.6)
     for match in _SLASHED.finditer(text):
         if any(is_name(word) for word in _WORD.findall(match["name"])):
             yield Span(match.start(), match.end(), "PERSON", 0.6)
@@ -160,6 +178,41 @@ def _lone(text: str) -> Iterator[Span]:
             )
         if found:
             yield Span(*match.span(), "PERSON", 0.5)
+
+
+# Names of two or three letters are too common to count by themselves: Li, Bo, Kim, Raj. What stands around them decides.
+_SHORT = re.compile(r"(?<![\w@./'’-])(?P<name>[^\W\d_]{2,3})(?![\w@/(=-]|['’](?!s\b)|\.\w)")
+_SHORT_BEFORE = re.compile(
+    r"(?i)(?:\b(?:assigned to|assignee|owner|contact|reviewed[ -]by|signed[ -]off[ -]by|author|attendees|employee|attn|from|to|cc|name|agent|nurse)\s?:\s?"
+    r"|\b(?:thanks|thank you|thx|cheers|best|regards|wishes|love|yours|sincerely|ta),?\s?\n+|\b(?:contact|employee|colleague|tenant|student|page|ping)\s)$"
+)
+_SHORT_AFTER = re.compile(
+    r"(?:['’]s)?\s(?:said|says|asked|asks|called|rang|rings|phoned|told|tells|wrote|writes|sent|sends|signed|signs|replied|emailed|texted|confirmed|agreed|reported|booked|paid|covers?|took|from (?:accounts|finance|sales|hr))\b"
+)
+_SHORT_DOES = re.compile(r"\s(?:is|was|will|has|had|said|says|isn't|won't|can't|can|could|wants|needs|thinks|knows|just)\b")
+
+
+def _short(text: str) -> Iterator[Span]:
+    speakers = {match.span("name") for match in _SPEAKER.finditer(text)}
+    several = len(speakers) > 1
+    for match in _SHORT.finditer(text):
+        word, before = match["name"], max(0, match.start() - 24)
+        if word.casefold() not in _every_name() or not (word.islower() or word.istitle()):
+            continue
+        led = INTRODUCTION.search(text, before, match.start())
+        if word.islower():
+            found = (led and word not in WORDS) or (several and match.span() in speakers)
+            found = found or (word in _english_names() and bool(_SHORT_DOES.match(text, match.end())))
+        else:
+            found = (
+                led
+                or _SHORT_BEFORE.search(text, before, match.start())
+                or _SHORT_AFTER.match(text, match.end())
+                or (several and match.span() in speakers)
+                or (word.casefold() in given_names() and len(word) == 3 and text[before : match.start()][-2:-1].islower())
+            )
+        if found and word.casefold() not in words("beside_names"):
+            yield Span(*match.span(), "PERSON", 0.55)
 
 
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
@@ -258,7 +311,10 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
             start = match.start("word")
             continue
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
-        if not (initial or (word[0].isupper() and is_name(word))):
+        if _ROLE.fullmatch(word) and not start < span.start:
+            return match.start("word")
+        led = word.istitle() and folded not in _NOT_AFTER and _LEFT_CUE.search(text, max(0, match.start() - 12), match.start())
+        if not (initial or (word[0].isupper() and (is_name(word) or led))):
             break
         start = shown = match.start("word")
     return shown

@@ -263,7 +263,7 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
         for span in leaf.spans if not leaf.kept else ():
             surface = leaf.text[span.start : span.end]
             if span.entity == "PERSON":
-                tokens |= {name: "PERSON" for name in name_tokens(surface)}
+                tokens |= {name: "PERSON" for name in [*name_tokens(surface), *logins(surface)]}
                 if len(surface.split()) > 1 or (len(surface) >= 4 and not surface.isalpha()):
                     values[surface.casefold()] = "PERSON"
             elif span.entity in ("ORGANIZATION", "LOCATION"):
@@ -290,6 +290,15 @@ def name_tokens(surface: str) -> set[str]:
     """Return the words of a name, in small letters, that are names wherever they stand."""
     words = {word.casefold() for word in _NAME_TOKEN.findall(surface.replace("_", " "))}
     return {word for word in words if len(word) >= 3 and word not in WORDS}
+
+
+def logins(surface: str) -> set[str]:
+    """Return the user names that systems make of a full name: ldavid, davidl, l.david, lucia.david."""
+    words = [word.casefold() for word in _NAME_TOKEN.findall(surface)]
+    if len(words) < 2 or len(words[-1]) < 3:
+        return set()
+    first, last = words[0], words[-1]
+    return {first[0] + last, last + first[0], first + last[0], *(a + b + c for b in "._-" for a, c in ((first, last), (last, first), (first[0], last)))}
 
 
 def _is_distinctive(surface: str) -> bool:
