@@ -316,7 +316,7 @@ class Deid(Section):
     )  # fmt: skip
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="What a field of a table holds: an entity, which replaces every value, or `text` to search it, as in {name: PERSON, note: text}.",
+        description="What a field holds, by name or dotted path: an entity, which replaces every value in it, or `text` to search it, as in {name: PERSON, note: text}.",
     )
     workers: Literal["auto"] | Positive = Field(
         "auto", description="Processes; `auto` takes the cores, or one for a small file. The output is the same."

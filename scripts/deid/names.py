@@ -24,9 +24,7 @@ _INTRODUCED = (
     r"(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|ask(?: for)?|tell|told|calls? me|met|mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty"
     r"|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|friend|mate|colleague|boss|neighbour|neighbor|patient|witness|agent|signed(?: for)? by|cc|hi|hiya|hey|hello|yo|oi|dear|love|coach|rip"
 )
-_LED_TO = (
-    r"this is|it'?s|i'?m|i am|im|call|from|to|for|with|and|by|meet|partner|manager|customer|pt|caller|driver|witnesses|thx|thanks|ty|is|old|little|big|did|does|has|@"
-)
+_LED_TO = r"this is|it'?s|i'?m|i am|im|call|from|to|for|with|and|by|meet|partner|manager|customer|pt|caller|driver|witnesses|thx|thanks|ty|is|old|little|big|did|does|has|@"
 INTRODUCTION = re.compile(rf"(?i)\b(?:{_INTRODUCED})\b\.?,?\s{{1,2}}$")
 CUE = re.compile(rf"(?i)\b(?:{_INTRODUCED}|{_LED_TO})\b\.?,?\s{{1,2}}$")
 # Before the colon of a speaker: a time, quotation marks, list marks, a bracket.
@@ -189,7 +187,9 @@ _SHORT_BEFORE = re.compile(
 _SHORT_AFTER = re.compile(
     r"(?:['’]s)?\s(?:said|says|asked|asks|called|rang|rings|phoned|told|tells|wrote|writes|sent|sends|signed|signs|replied|emailed|texted|confirmed|agreed|reported|booked|paid|covers?|took|from (?:accounts|finance|sales|hr))\b"
 )
-_SHORT_DOES = re.compile(r"\s(?:is|was|will|has|had|said|says|isn't|won't|can't|can|could|wants|needs|thinks|knows|just)\b")
+_SHORT_DOES = re.compile(
+    r"\s(?:is|was|will|has|had|said|says|isn't|won't|can't|can|could|wants|needs|thinks|knows|just)\b"
+)
 
 
 def _short(text: str) -> Iterator[Span]:
@@ -209,7 +209,11 @@ def _short(text: str) -> Iterator[Span]:
                 or _SHORT_BEFORE.search(text, before, match.start())
                 or _SHORT_AFTER.match(text, match.end())
                 or (several and match.span() in speakers)
-                or (word.casefold() in given_names() and len(word) == 3 and text[before : match.start()][-2:-1].islower())
+                or (
+                    word.casefold() in given_names()
+                    and len(word) == 3
+                    and text[before : match.start()][-2:-1].islower()
+                )
             )
         if found and word.casefold() not in words("beside_names"):
             yield Span(*match.span(), "PERSON", 0.55)
@@ -313,7 +317,11 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
         if _ROLE.fullmatch(word) and not start < span.start:
             return match.start("word")
-        led = word.istitle() and folded not in _NOT_AFTER and _LEFT_CUE.search(text, max(0, match.start() - 12), match.start())
+        led = (
+            word.istitle()
+            and folded not in _NOT_AFTER
+            and _LEFT_CUE.search(text, max(0, match.start() - 12), match.start())
+        )
         if not (initial or (word[0].isupper() and (is_name(word) or led))):
             break
         start = shown = match.start("word")

@@ -141,7 +141,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
             raise HeldBackError(f"a text of more than {MAX_CHARACTERS:,} characters")
         if _BLOB.search(text):
             raise HeldBackError("binary content (base64), which may be an image or a fingerprint")
-        declared = settings.columns.get(name)
+        declared = declared_entity(path, settings)
         whole = declared if declared not in (None, "text") else entity_of_label(name, detector.entities)
         whole = None if declared == "text" else whole
         if isinstance(value, str) or whole or len(text) >= 5:
@@ -153,7 +153,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
 def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if settings.fields is not None or key not in settings.safe_fields or key in settings.columns:
+            if settings.fields is not None or not _is_safe((*path, key), settings):
                 yield from _scalars(inner, (*path, key), settings)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -164,6 +164,21 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
             yield path, value
 
 
+def declared_entity(path: tuple[str | int, ...], settings: Deid) -> str | None:
+    """Return what deid.columns says of a value: by its own name or dotted path, or by the nearest field that it lies in."""
+    names = [part for part in path if isinstance(part, str)]
+    for end in range(len(names), 0, -1):
+        for start in range(end):
+            if declared := settings.columns.get(".".join(names[start:end])):
+                return declared
+    return None
+
+
+def _is_safe(path: tuple[str | int, ...], settings: Deid) -> bool:
+    """Say whether a field keeps its value: deid.safe_fields names it, and deid.columns says nothing of it."""
+    return path[-1] in settings.safe_fields and declared_entity(path, settings) is None
+
+
 def _safe_texts(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """List the texts below the safe fields, which are read but never changed; a number there is a code."""
     if settings.fields is not None:
@@ -171,7 +186,8 @@ def _safe_texts(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iter
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(inner, str):
-                if any(part in settings.safe_fields and part not in settings.columns for part in (*path, key)):
+                whole = (*path, key)
+                if any(_is_safe(whole[:end], settings) for end in range(1, len(whole) + 1)):
                     yield (*(part for part in path if isinstance(part, str)), key), inner
             else:
                 yield from _safe_texts(inner, (*path, key), settings)
@@ -298,7 +314,12 @@ def logins(surface: str) -> set[str]:
     if len(words) < 2 or len(words[-1]) < 3:
         return set()
     first, last = words[0], words[-1]
-    return {first[0] + last, last + first[0], first + last[0], *(a + b + c for b in "._-" for a, c in ((first, last), (last, first), (first[0], last)))}
+    return {
+        first[0] + last,
+        last + first[0],
+        first + last[0],
+        *(a + b + c for b in "._-" for a, c in ((first, last), (last, first), (first[0], last))),
+    }
 
 
 def _is_distinctive(surface: str) -> bool:

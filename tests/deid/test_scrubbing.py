@@ -45,6 +45,13 @@ PEOPLE = ["Maria Gonzalez", "Peter Hansen", "Amelia Thompson", "Robert Mitchell"
         ("He is 93 years old.", "93"),
         ("follow @maria_g", "maria_g"),
         ("card 4111111111111111 expired", "4111111111111111"),
+        ("She's 93 and well", "93"),
+        ("daughter Trish (555-0177)", "555-0177"),
+        ("Claim CL-2024-00917 was paid", "00917"),
+        ("pay to 60-22-18 33419027", "33419027"),
+        ("my insta is @milo.bakes now", "bakes"),
+        ("sshd[2211]: Failed password for cdubois from 203.0.113.80 port 52144 ssh2", "cdubois"),
+        ("K. Klein, Flat 3, 88 Copper Street", "Flat 3"),
     ],
 )
 def test_what_presidio_alone_lets_through_is_found(scrub, text, gone):
@@ -372,3 +379,26 @@ def test_rampart_finds_names_and_addresses():
     assert {"PERSON", "STREET_ADDRESS"} <= {span.entity for span in found[0]}
     assert found[1] == []
     assert any(texts[2][span.start : span.end] in "Maria Gonzalez" for span in found[2])
+
+
+def test_columns_reach_lists_and_what_lies_in_a_field():
+    settings = Deid(
+        rampart="off", profile="secrets-only", columns={"guests": "SECRET", "who.nick": "SECRET", "id": "text"}
+    )
+    row = {
+        "guests": ["Quux", {"first": "Zyx"}, None],
+        "who": {"nick": "Vex", "id": 7},
+        "nick": "stays",
+        "id": "password: hunter2!x",
+    }
+    [outcome] = scrub_chunk([(1, "f:1", row)], load_detector(settings), Replacer(settings, seed=0, key=KEY))
+    assert outcome.row == {
+        "guests": ["<SECRET>", {"first": "<SECRET>"}, None], "who": {"nick": "<SECRET>", "id": 7}, "nick": "stays", "id": "password: <SECRET>",
+    }  # fmt: skip
+
+
+def test_a_tag_is_no_label_for_what_stands_after_it(scrub):
+    text = "Ask @maria_g: rotate the key. Aged 93, 12 of them."
+    left = scrub({"text": text})[0].row["text"]
+    assert "rotate" in left
+    assert "12" in left
