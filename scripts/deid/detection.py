@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from scripts.common.schema import Deid
@@ -53,11 +53,13 @@ class Detector:
     """All recognizers of one configuration, loaded once per process."""
 
     settings: Deid
+    language: str
     entities: tuple[str, ...]
     thresholds: dict[str, float]
     analyzer: AnalyzerEngine
     rampart: Rampart | None
     user_entities: frozenset[str] = frozenset()
+    others: dict[str, Detector] = field(default_factory=dict)  # by language
 
     def detect(self, texts: Sequence[str]) -> list[list[Span]]:
         """Return the raw findings of each text, in its own offsets; they may overlap.
@@ -89,21 +91,19 @@ class Detector:
         if self.rampart:
             for number, found in zip(unknown, self.rampart.detect([texts[n] for n in unknown]), strict=True):
                 learnt[number] = found
-        with _doubts_raise(), engine.nlp[self.settings.language].memory_zone():
+        with _doubts_raise(), engine.nlp[self.language].memory_zone():
             read = [titled(text) for text in texts] if by_name else texts
             artifacts = self._artifacts(read, frozenset(unknown))
             for number, (text, more) in enumerate(zip(texts, learnt, strict=True)):
                 entities = [*self.entities] if re.search(r"\d", text) else wordy
                 if "SECRET" in entities and "SECRET" not in self.user_entities and not _KEY_LIKE.search(text):
                     entities = [name for name in entities if name != "SECRET"]
-                results = self.analyzer.analyze(
-                    text, self.settings.language, entities=entities, nlp_artifacts=artifacts[number]
-                )
+                results = self.analyzer.analyze(text, self.language, entities=entities, nlp_artifacts=artifacts[number])
                 spans = [Span(r.start, r.end, r.entity_type, r.score) for r in results] + more + find_secrets(text)
-                if by_name and self.settings.language == "en":
-                    spans += find_names(text)
+                if by_name:
+                    spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
-                doubts = Doubts(text)
+                doubts = Doubts(text, self.language)
                 spans = trim_dates(text, trim_names(text, cut(text, spans)))
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
                 believed = extend_names(text, believed)
@@ -111,7 +111,7 @@ class Detector:
 
     def _artifacts(self, texts: Sequence[str], unknown: frozenset[int]) -> list[Any]:
         """Return spaCy's reading of each text; what is spent is only cut into words."""
-        engine, language = self.analyzer.nlp_engine, self.settings.language
+        engine, language = self.analyzer.nlp_engine, self.language
         models = [name for name in engine.nlp[language].pipe_names if name in ("tok2vec", "ner", "transformer")]
         read: list[Any] = [None] * len(texts)
         for numbers, disabled in (

@@ -109,8 +109,8 @@ def countries() -> frozenset[str]:
 class Doubts:
     """What a text consists of, worked out once, so that each finding in it can be judged."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, language: str = "en") -> None:
+        self.text, self.language = text, language
         self.capitals = bool(_CAPITALISED.search(text))
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
         self.story = self.maths and not _NARRATOR.search(text)
@@ -163,7 +163,7 @@ class Doubts:
 
         An author who writes no capitals at all writes names so too.
         """
-        if not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
+        if self.language != "en" or not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
             return False
         before = max(0, span.start - 24)
         if INTRODUCTION.search(self.text, before, span.start) or _speaks(self.text, span):

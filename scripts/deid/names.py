@@ -106,9 +106,10 @@ def is_full_name(text: str) -> bool:
     return 2 <= len(words) <= 4 and any(word.casefold() in given_names() for word in words)
 
 
-def find_names(text: str) -> list[Span]:
-    """Return names that their place in the text gives away, and given names that nothing else could be."""
-    return sorted({*_speakers(text), *_nicks(text), *_lists(text), *_lone(text), *_short(text)})
+def find_names(text: str, language: str = "en") -> list[Span]:
+    """Return names that their place in the text gives away and, in English, given names that nothing else could be."""
+    english = {*_lone(text), *_short(text)} if language == "en" else set()
+    return sorted({*_speakers(text), *_nicks(text), *_lists(text), *english})
 
 
 def _speakers(text: str) -> Iterator[Span]:

@@ -17,7 +17,9 @@ from scripts.common.schema import Deid
 from scripts.dataset.files import BadRow
 from scripts.deid.detection import NER_ENTITIES, Detector
 from scripts.deid.labels import entity_of_label
+from scripts.deid.languages import READABLE, foreign_words, language_of
 from scripts.deid.names import WORDS, is_full_name
+from scripts.deid.recognizers import reader_of
 from scripts.deid.replacement import Replacer
 from scripts.deid.spans import TAG, Span, cut, merge_addresses, tidy
 
@@ -106,9 +108,13 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
             leaves[index] = read_leaves(row, detector)
         except HeldBackError as error:
             outcomes[index].reason = str(error)
-    for index, reason in search_until_stable(leaves, detector).items():
-        outcomes[index].reason = reason
-        del leaves[index]
+    for language, indices in by_language(leaves, detector).items():
+        reader = reader_of(language, detector)
+        part = {index: leaves[index] for index in indices}
+        failed = search_until_stable(part, reader) if reader else dict.fromkeys(part, unread(language, detector))
+        for index, reason in failed.items():
+            outcomes[index].reason = reason
+            del leaves[index]
     for index, found in leaves.items():
         number, _, row = chunk[index]
         try:
@@ -116,6 +122,24 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
         except Exception as error:  # a row that failed in any way must not pass
             outcomes[index].reason = str(error) if isinstance(error, HeldBackError) else _named(error)
     return outcomes
+
+
+def by_language(records: dict[int, list[Leaf]], detector: Detector) -> dict[str, list[int]]:
+    """Group records by the language they are written in."""
+    groups: dict[str, list[int]] = {}
+    for index, leaves in records.items():
+        language = detector.language
+        if detector.settings.detect_language and detector.settings.profile != "secrets-only":
+            language = language_of("\n".join(leaf.text for leaf in leaves if not leaf.kept), detector.language)
+        groups.setdefault(language, []).append(index)
+    return groups
+
+
+def unread(language: str, detector: Detector) -> str:
+    """Say why a record in another language is held back."""
+    if language in READABLE:
+        return f"written in another language ({language}), which needs Rampart"
+    return f"written in another language ({language}); deid.language is {detector.language}"
 
 
 def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
@@ -333,6 +357,8 @@ def _finish(
     """Replace what was found, and check that no original value is left anywhere in the row."""
     leaves, kept = [leaf for leaf in leaves if not leaf.kept], [leaf for leaf in leaves if leaf.kept]
     _check_kept(kept, leaves, detector)
+    if detector.settings.detect_language and detector.settings.profile != "secrets-only":
+        _check_scripts(leaves, detector.language)
     scrubbed = copy.deepcopy(row)
     replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
     surfaces: set[str] = set()
@@ -375,6 +401,14 @@ def _check_kept(kept: Sequence[Leaf], leaves: Sequence[Leaf], detector: Detector
                 raise HeldBackError(f"{FIELD_NAME} holds personal data ({span.entity}); rename it")
             if hit:
                 raise HeldBackError(f"{leaf.kept} holds {span.entity}; taken out of deid.safe_fields, it is scrubbed")
+
+
+def _check_scripts(leaves: Sequence[Leaf], language: str) -> None:
+    """Hold a record back that has words left in a script that no recognizer reads."""
+    for leaf in leaves:
+        left = leaf.view()[0] if leaf.spans else leaf.text
+        if foreign_words(left, language):
+            raise HeldBackError(f"holds words in a script that {language} does not use")
 
 
 def _put(row: Any, path: tuple[str | int, ...], text: str) -> None:
