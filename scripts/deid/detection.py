@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.common.schema import Deid
 from scripts.deid.doubts import Doubts, impersonal
 from scripts.deid.labels import find_cells
+from scripts.deid.languages import months_of
 from scripts.deid.names import extend_names, find_names, titled, trim_names
 from scripts.deid.rampart import Rampart
 from scripts.deid.secret_values import find_secrets, is_placeholder
@@ -104,9 +105,10 @@ class Detector:
                     spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
                 doubts = Doubts(text, self.language)
-                spans = trim_dates(text, trim_names(text, cut(text, spans)))
+                spans = trim_names(text, cut(text, spans), self.language)
+                spans = trim_dates(text, spans) if self.language == "en" else spans
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
-                believed = extend_names(text, believed)
+                believed = extend_names(text, believed, self.language)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed
 
     def _artifacts(self, texts: Sequence[str], unknown: frozenset[int]) -> list[Any]:
@@ -139,7 +141,8 @@ class Detector:
             return False
         # spaCy calls "45 minutes", "2023" and "next week" dates; only strict treats those as personal.
         if span.entity == "DATE_TIME" and self.settings.profile != "strict":
-            return bool(_DATE_LIKE.search(text[span.start : span.end]))
+            surface = text[span.start : span.end]
+            return bool(_DATE_LIKE.search(surface) or months_of(self.language).search(surface))
         return True
 
 

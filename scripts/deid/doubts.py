@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 
+from scripts.deid.languages import leads_to_name, months_of
 from scripts.deid.names import CUE, INTRODUCTION, TITLE, WORDS, is_name, is_part_of_name
 from scripts.deid.spans import TAG, Span
 from scripts.deid.words import words
@@ -163,9 +164,12 @@ class Doubts:
 
         An author who writes no capitals at all writes names so too.
         """
-        if self.language != "en" or not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
+        if not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
             return False
         before = max(0, span.start - 24)
+        if self.language != "en":
+            led = leads_to_name(self.language).search(self.text, before, span.start)
+            return self.capitals and span.score < _SURE and not led
         if INTRODUCTION.search(self.text, before, span.start) or _speaks(self.text, span):
             return False
         if surface in WORDS or not self.capitals:
@@ -182,7 +186,7 @@ class Doubts:
         if span.entity in ("LOCATION", "ORGANIZATION", "PERSON"):
             return self.maths or not re.search(r"[^\W\d_]{3}", surface)
         if span.entity == "DATE_TIME":
-            if "=" not in surface and _DATE_WORD.search(surface):
+            if "=" not in surface and (_DATE_WORD.search(surface) or months_of(self.language).search(surface)):
                 return self.story and not re.search(r"\d{4}", surface)
             return not _DATE_CUE.search(before) or bool(_BESIDE.match(after))
         if re.match(r",\d{3}(?!\d)", after) or (
@@ -222,7 +226,7 @@ class Doubts:
 
     def _identifier(self, span: Span, surface: str) -> bool:
         after = self.text[span.end : span.end + 12]
-        if _IDENTIFIER.search(surface) and not re.search(r"[A-Z][a-z]+ [A-Z]|%20|&\w+;|\w\+\w", surface):
+        if _IDENTIFIER.search(surface) and not re.search(r"[^\W_]+ [A-Z][a-z]|%20|&\w+;|\w\+\w", surface):
             return not (
                 span.entity == "PERSON"
                 and re.fullmatch(r"[a-z]+[_.][a-z]+\d{0,2}|(?:[A-Z]\.\s?)+\w+|[A-Za-z]+_", surface)

@@ -67,13 +67,13 @@ def foreign_words(text: str, language: str) -> bool:
     count = 0
     for word in () if text.isascii() else _WORD.findall(text):
         foreign = sum(_script(character) not in own for character in word if character.isalpha())
-        count += foreign if len(word) > 1 or not word.isascii() and _script(word) == "CJK" else 0
+        count += foreign if len(word) > 1 or _script(word) == "CJK" else 0
     return count >= 3
 
 
 def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
     """Say whether function words and labels speak for a language and not for the expected one."""
-    ours, theirs = _function_words(expected), _function_words(language)
+    ours, theirs = function_words(expected), function_words(language)
     # Not `de la` and `von` before a capital, which are parts of names.
     found = Counter(
         match[0].casefold()
@@ -101,7 +101,7 @@ def recognizers(language: str) -> list[dict[str, Any]]:
     if not lead:
         return []
     word = r"(?-i:\p{Lu}[\p{L}'’-]+)"
-    name = rf"{word}(?:[ ](?:(?-i:\p{{Lu}}\.)|(?:d[aeio]s?|del|della|di|van|von|der|den|de la|ten|ter|zu|y|e)(?=[ ])|{word})){{0,3}}"
+    name = rf"{word}(?:[ ](?:(?-i:\p{{Lu}}\.)|(?:d[aeio]s?|del|della|van(?: de[rn]?)?|von(?: de[rm])?|de la|ten|ter|zu|y|e)(?=[ ])|{word})){{0,3}}"
     end = r"(?=\s*(?:$|[\n,.;]))"
     kinds = {
         "PERSON": [
@@ -127,15 +127,37 @@ def recognizers(language: str) -> list[dict[str, Any]]:
 
 
 @cache
-def _function_words(language: str) -> frozenset[str]:
+def function_words(language: str) -> frozenset[str]:
+    """Return the words that a language is built with, and its greetings, titles and labels."""
     try:
         listed = frozenset(importlib.import_module(f"spacy.lang.{language}.stop_words").STOP_WORDS)
     except (ModuleNotFoundError, AttributeError):
         return frozenset()
-    labels = ",".join(
-        _vocabularies().get(language, {}).get(kind, "") for kind in ("name", "date", "phone", "address", "greeting")
-    )
-    return listed | frozenset(label for label in labels.split(",") if label.isalpha())
+    return listed | _own_words(language)
+
+
+@cache
+def _own_words(language: str) -> frozenset[str]:
+    """Return the greetings, titles and labels that only this language has."""
+    lists = {
+        code: set(re.findall(r"[^\W\d_]{4,}", " ".join(kinds.values()))) for code, kinds in _vocabularies().items()
+    }
+    others = set[str]().union(*(found for code, found in lists.items() if code != language))
+    return frozenset(lists.get(language, set()) - others - words("everyday") - words("labels"))
+
+
+@cache
+def months_of(language: str) -> re.Pattern[str]:
+    """Return a pattern of the months of a language."""
+    return re.compile(rf"(?i)\b(?:{vocabulary(language).get('months', '(?!)')})\b")
+
+
+@cache
+def leads_to_name(language: str) -> re.Pattern[str]:
+    """Return a pattern that ends where a name begins: after a greeting, a title or a relative."""
+    lead = vocabulary(language)
+    kinds = "|".join(lead[kind] for kind in ("greeting", "title", "called", "farewell", "ask"))
+    return re.compile(rf"(?i)(?<!\w)(?:{kinds})[,:]?\s{{1,2}}$")
 
 
 @cache

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+from scripts.deid.languages import function_words, leads_to_name, vocabulary
 from scripts.deid.spans import Span
 from scripts.deid.words import words
 
@@ -108,8 +109,8 @@ def is_full_name(text: str) -> bool:
 
 def find_names(text: str, language: str = "en") -> list[Span]:
     """Return names that their place in the text gives away and, in English, given names that nothing else could be."""
-    english = {*_lone(text), *_short(text)} if language == "en" else set()
-    return sorted({*_speakers(text), *_nicks(text), *_lists(text), *english})
+    alone = {*_lone(text), *_short(text)} if language == "en" else {*_abroad(text, language)}
+    return sorted({*_speakers(text), *_nicks(text), *_lists(text), *alone})
 
 
 def _speakers(text: str) -> Iterator[Span]:
@@ -179,6 +180,22 @@ def _lone(text: str) -> Iterator[Span]:
             yield Span(*match.span(), "PERSON", 0.5)
 
 
+def _abroad(text: str, language: str) -> Iterator[Span]:
+    """Yield given names in other languages: after a greeting or a title and, but in German, capitalised within a sentence."""
+    led = leads_to_name(language)
+    for match in _WORD.finditer(text):
+        word = match[0]
+        if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in function_words(language):
+            continue
+        within = (
+            word.istitle()
+            and language != "de"
+            and re.search(r"[^\W_][,;]? $", text[max(0, match.start() - 3) : match.start()])
+        )
+        if within or led.search(text, max(0, match.start() - 24), match.start()):
+            yield Span(*match.span(), "PERSON", 0.6)
+
+
 # Names of two or three letters are too common to count by themselves: Li, Bo, Kim, Raj. What stands around them decides.
 _SHORT = re.compile(r"(?<![\w@./'’-])(?P<name>[^\W\d_]{2,3})(?![\w@/(=-]|['’](?!s\b)|\.\w)")
 _SHORT_BEFORE = re.compile(
@@ -202,10 +219,10 @@ def _short(text: str) -> Iterator[Span]:
             continue
         led = INTRODUCTION.search(text, before, match.start())
         if word.islower():
-            found = (led and word not in WORDS) or (several and match.span() in speakers)
-            found = found or (word in _english_names() and bool(_SHORT_DOES.match(text, match.end())))
+            found = bool(led and word not in WORDS) or (several and match.span() in speakers)
+            found = found or (word in _english_names() and _SHORT_DOES.match(text, match.end()) is not None)
         else:
-            found = (
+            found = bool(
                 led
                 or _SHORT_BEFORE.search(text, before, match.start())
                 or _SHORT_AFTER.match(text, match.end())
@@ -229,13 +246,22 @@ _LEADING = re.compile(
 )
 
 
-def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
+@cache
+def _leading(language: str) -> re.Pattern[str]:
+    """Return what a model takes for the beginning of a name and is a greeting."""
+    if language == "en":
+        return _LEADING
+    lead = vocabulary(language)
+    return re.compile(rf"(?i)(?:(?:{lead['greeting']}|{lead['farewell']})[,!.]?\s+)+")
+
+
+def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Take the small words off the ends of names."""
     trimmed = []
     for span in spans:
         if span.entity == "PERSON":
             surface = text[span.start : span.end]
-            leading = _LEADING.match(surface)
+            leading = _leading(language).match(surface)
             start, end = span.start + (leading.end() if leading else 0), span.end
             while (
                 text[start : start + 1].isupper()
@@ -248,13 +274,15 @@ def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
     return [span for span in trimmed if span.start < span.end]
 
 
-def extend_names(text: str, spans: Sequence[Span]) -> list[Span]:
+def extend_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Let a name that was found in part take in the capitalised words, initials and particles beside it."""
     taken = [(span.start, span.end) for span in spans]
     extended = []
     for span in spans:
         if span.entity == "PERSON" and any(c.isalpha() for c in text[span.start : span.end]):
-            span = span._replace(start=_grow_left(text, span, taken), end=_grow_right(text, span, taken))
+            span = span._replace(
+                start=_grow_left(text, span, taken, language), end=_grow_right(text, span, taken, language)
+            )
             span = _whole_login(text, span)
         extended.append(span)
     return extended
@@ -270,7 +298,7 @@ def _whole_login(text: str, span: Span) -> Span:
     return span._replace(start=start, end=end)
 
 
-def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
+def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]], language: str) -> int:
     end, shown, capitals = span.end, span.end, text[span.start : span.end].isupper() and span.end - span.start > 2
     lower = text[span.start : span.end].islower()
     for _ in range(4):
@@ -288,6 +316,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
         named = (
             word[0].isupper()
             and folded not in _NOT_AFTER
+            and (language != "de" or is_name(word))  # nouns have capitals there
             and (capitals or not word.isupper() or initial or len(word) == 1)
         )
         if lower:
@@ -301,7 +330,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
     return shown
 
 
-def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
+def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]], language: str) -> int:
     start, shown = span.start, span.start
     lower = text[span.start : span.end].islower()
     for _ in range(3):
@@ -316,6 +345,8 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
             start = match.start("word")
             continue
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
+        if language != "en" and _leading(language).fullmatch(word + " "):
+            break
         if _ROLE.fullmatch(word) and not start < span.start:
             return match.start("word")
         led = (
