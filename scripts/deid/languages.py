@@ -100,15 +100,17 @@ def recognizers(language: str) -> list[dict[str, Any]]:
     lead = vocabulary(language)
     if not lead:
         return []
-    word = r"(?-i:\p{Lu}[\p{L}'’-]+)"
+    word = r"(?-i:\p{Lu}(?!\p{Lu}+\b)[\p{L}'’-]+)"
+    capitals = r"(?-i:\p{Lu}{2,}(?:[ ]\p{Lu}{2,})?)"
     name = rf"{word}(?:[ ](?:(?-i:\p{{Lu}}\.)|(?:d[aeio]s?|del|della|van(?: de[rn]?)?|von(?: de[rm])?|de la|ten|ter|zu|y|e)(?=[ ])|{word})){{0,3}}"
     end = r"(?=\s*(?:$|[\n,.;]))"
     kinds = {
         "PERSON": [
-            ("title", rf"\b(?:{lead['title']})[ ](?:(?:{lead['title']})[ ])*{name}", 0.85),
+            ("title", rf"\b(?:{lead['title']})[ ](?:(?:{lead['title']})[ ])*(?:{name}|{capitals})", 0.85),
             ("label", rf"\b(?:{lead['name']})[ ]?:[ ]*\K{name}", 0.8),
             ("greeting", rf"(?:^|\n)\s*(?:{lead['greeting']})[ ]\K{name}(?=[ ]*(?:$|[\n,.!:]))", 0.7),
             ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K{name}{end}", 0.7),
+            ("rota", rf"\b(?:{lead['days']})[ ]\K{name}(?=[ ]*(?:$|[\n,;]))", 0.6),
             ("called", rf"\b(?:{lead['called']})[ ]\K{name}", 0.7),
         ],
         "DATE_TIME": [

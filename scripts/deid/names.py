@@ -110,7 +110,7 @@ def is_full_name(text: str) -> bool:
 def find_names(text: str, language: str = "en") -> list[Span]:
     """Return names that their place in the text gives away and, in English, given names that nothing else could be."""
     alone = {*_lone(text), *_short(text)} if language == "en" else {*_abroad(text, language)}
-    return sorted({*_speakers(text), *_nicks(text), *_lists(text), *alone})
+    return sorted({*_speakers(text), *_nicks(text), *_lists(text, language), *alone})
 
 
 def _speakers(text: str) -> Iterator[Span]:
@@ -135,11 +135,12 @@ def _nicks(text: str) -> Iterator[Span]:
             yield Span(*match.span("name"), "PERSON", 0.7)
 
 
-def _lists(text: str) -> Iterator[Span]:
+def _lists(text: str, language: str) -> Iterator[Span]:
+    own = function_words(language) if language != "en" else frozenset()
     for match in _LISTED.finditer(text):
         last, first = _WORD.findall(match["last"]), _WORD.findall(match["first"])
         known = any(word.casefold() in given_names() for word in first)
-        if known and not any(word.casefold() in WORDS | _NOT_AFTER for word in [*last, first[0]]):
+        if known and not any(word.casefold() in WORDS | _NOT_AFTER | own for word in [*last, first[0]]):
             yield Span(match.start(), match.end(), "PERSON", 0.6)
     for match in _FIRM.finditer(text):
         words = [word for word in re.split(r"\W+|\band\b", match["names"]) if word and word != "Sons"]
@@ -190,7 +191,7 @@ def _abroad(text: str, language: str) -> Iterator[Span]:
         within = (
             word.istitle()
             and language != "de"
-            and re.search(r"[^\W_][,;]? $", text[max(0, match.start() - 3) : match.start()])
+            and re.search(r"[^\W_][,;:]? $", text[max(0, match.start() - 3) : match.start()])
         )
         if within or led.search(text, max(0, match.start() - 24), match.start()):
             yield Span(*match.span(), "PERSON", 0.6)
@@ -252,12 +253,15 @@ def _leading(language: str) -> re.Pattern[str]:
     if language == "en":
         return _LEADING
     lead = vocabulary(language)
-    return re.compile(rf"(?i)(?:(?:{lead['greeting']}|{lead['farewell']})[,!.]?\s+)+")
+    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days"))
+    return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$))+")
 
 
 def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Take the small words off the ends of names."""
     trimmed = []
+    if language != "en":
+        spans = [part for span in spans for part in _between_days(text, span, language)]
     for span in spans:
         if span.entity == "PERSON":
             surface = text[span.start : span.end]
@@ -272,6 +276,16 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
             span = span._replace(start=start, end=end)
         trimmed.append(span)
     return [span for span in trimmed if span.start < span.end]
+
+
+def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
+    """Cut a name before each day of the week in it: `Montag Gesine, Dienstag Falk`."""
+    start = span.start
+    if span.entity == "PERSON":
+        for day in re.finditer(rf"(?i),\s(?={vocabulary(language)['days']}\b)", text[span.start : span.end]):
+            yield span._replace(start=start, end=span.start + day.start())
+            start = span.start + day.end()
+    yield span._replace(start=start)
 
 
 def extend_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
@@ -316,7 +330,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]], languag
         named = (
             word[0].isupper()
             and folded not in _NOT_AFTER
-            and (language != "de" or is_name(word))  # nouns have capitals there
+            and (language == "en" or (language != "de" and not capitals) or is_name(word))  # German nouns have capitals
             and (capitals or not word.isupper() or initial or len(word) == 1)
         )
         if lower:
