@@ -61,6 +61,7 @@ class Detector:
     rampart: Rampart | None
     user_entities: frozenset[str] = frozenset()
     others: dict[str, Detector] = field(default_factory=dict)  # by language
+    usual: str = ""  # language of most records of the file, for those too short to tell
 
     def detect(self, texts: Sequence[str]) -> list[list[Span]]:
         """Return the raw findings of each text, in its own offsets; they may overlap.

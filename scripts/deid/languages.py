@@ -53,11 +53,11 @@ def language_of(text: str, expected: str) -> str:
 
 
 def majority(texts: Iterable[str], expected: str) -> str:
-    """Return the language of most texts that are long enough to tell."""
-    counts = Counter(language for text in texts if (language := language_of(text, "")))
-    if not counts:
-        return expected
-    language, count = counts.most_common(1)[0]
+    """Return the language of most texts that are long enough to tell, where it is one that can be read."""
+    counts = Counter(
+        language_of(text, expected) for text in texts if sum(character.isalpha() for character in text) >= MIN_LETTERS
+    )
+    language, count = counts.most_common(1)[0] if counts else (expected, 0)
     return language if language in READABLE and 2 * count > counts.total() else expected
 
 
@@ -108,9 +108,11 @@ def recognizers(language: str) -> list[dict[str, Any]]:
         "PERSON": [
             ("title", rf"\b(?:{lead['title']})[ ](?:(?:{lead['title']})[ ])*(?:{name}|{capitals})", 0.85),
             ("label", rf"\b(?:{lead['name']})[ ]?:[ ]*\K{name}", 0.8),
-            ("greeting", rf"(?:^|\n)\s*(?:{lead['greeting']})[ ]\K{name}(?=[ ]*(?:$|[\n,.!:]))", 0.7),
+            ("greeting", rf"(?:^|\n)\s*(?:{lead['greeting']})[ ]\K(?!Grü|Kund|Gäste|Team|Kolleg|collègues|clients?\b|clientes?\b|tutti\b|todos\b){name}(?=[ ]*(?:$|[\n,.!:]))", 0.7),
             ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K{name}{end}", 0.7),
+            ("relative", rf"\b(?:{lead['kin']}),?[ ]\K{name}", 0.6),
             ("rota", rf"\b(?:{lead['days']})[ ]\K{name}(?=[ ]*(?:$|[\n,;]))", 0.6),
+            ("list", rf"(?<=\b(?:{lead['people']})[ ]?:[^.\n]{{0,120}})(?<=[:,;][ ]){name}(?=[ ]*(?:[,.;(]|$))", 0.6),
             ("called", rf"\b(?:{lead['called']})[ ]\K{name}", 0.7),
         ],
         "DATE_TIME": [

@@ -42,6 +42,7 @@ _FIRM = re.compile(
     r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b"
 )
 _INITIALS = re.compile(r"\b(?:[A-Z]\.[ -]?){1,3}(?P<last>[^\W\d_a-zß-öø-ÿ][\w'’-]{2,})\b")
+_PAIR = re.compile(r"\b(?P<first>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+) (?P<last>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+)\b")
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
 _PARTICLES = words("particles")
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
@@ -181,20 +182,35 @@ def _lone(text: str) -> Iterator[Span]:
             yield Span(*match.span(), "PERSON", 0.5)
 
 
+@cache
+def _local_names(language: str) -> frozenset[str]:
+    """Return the given names of the countries of a language that are no words of it."""
+    return _listed("first_names", f"{language}_") - set(vocabulary(language)["everyday"].split("|")) - WORDS
+
+
 def _abroad(text: str, language: str) -> Iterator[Span]:
-    """Yield given names in other languages: after a greeting or a title and, but in German, capitalised within a sentence."""
-    led = leads_to_name(language)
+    """Yield given names in other languages: after a greeting or a title, capitalised within a sentence (but in German), or
+    where the author writes no capitals.
+    """
+    led, local, own = leads_to_name(language), _local_names(language), function_words(language)
+
+    def within(match: re.Match[str]) -> bool:
+        """Say whether a capitalised word does not begin its sentence."""
+        before = text[max(0, match.start() - 3) : match.start()]
+        return match[0].istitle() and language != "de" and re.search(r"[^\W_][,;:]? $", before) is not None
+
+    capitals = re.search(r"(?<!\w)[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]", text)
     for match in _WORD.finditer(text):
         word = match[0]
-        if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in function_words(language):
+        if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in own:
             continue
-        within = (
-            word.istitle()
-            and language != "de"
-            and re.search(r"[^\W_][,;:]? $", text[max(0, match.start() - 3) : match.start()])
-        )
-        if within or led.search(text, max(0, match.start() - 24), match.start()):
+        found = within(match) or led.search(text, max(0, match.start() - 24), match.start())
+        if found or (not capitals and word in local and len(word) >= 4):
             yield Span(*match.span(), "PERSON", 0.6)
+    for pair in _PAIR.finditer(text) if language != "de" else ():
+        both = [pair["first"].casefold(), pair["last"].casefold()]
+        if within(pair) and any(map(is_name, both)) and not any(w in own or w in _NOT_AFTER for w in both):
+            yield Span(*pair.span(), "PERSON", 0.5)
 
 
 # Names of two or three letters are too common to count by themselves: Li, Bo, Kim, Raj. What stands around them decides.
@@ -253,7 +269,7 @@ def _leading(language: str) -> re.Pattern[str]:
     if language == "en":
         return _LEADING
     lead = vocabulary(language)
-    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days"))
+    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and"))
     return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$))+")
 
 

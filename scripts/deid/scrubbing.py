@@ -7,9 +7,10 @@ scrubbing once gives, and the last search is the proof that the recognizers find
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from scripts.common.schema import Deid
 from scripts.dataset.files import BadRow
 from scripts.deid.detection import NER_ENTITIES, Detector
 from scripts.deid.labels import entity_of_label
-from scripts.deid.languages import READABLE, foreign_words, language_of
+from scripts.deid.languages import READABLE, foreign_words, language_of, majority
 from scripts.deid.names import WORDS, is_full_name
 from scripts.deid.recognizers import reader_of
 from scripts.deid.replacement import Replacer
@@ -130,9 +131,20 @@ def by_language(records: dict[int, list[Leaf]], detector: Detector) -> dict[str,
     for index, leaves in records.items():
         language = detector.language
         if detector.settings.detect_language and detector.settings.profile != "secrets-only":
-            language = language_of("\n".join(leaf.text for leaf in leaves if not leaf.kept), detector.language)
+            text = "\n".join(leaf.text for leaf in leaves if not leaf.kept)
+            language = language_of(text, detector.usual or detector.language)
         groups.setdefault(language, []).append(index)
     return groups
+
+
+def usual_language(rows: Iterable[Any], settings: Deid) -> str:
+    """Return the language of most of the first 1,000 rows of a file."""
+    texts = (
+        "\n".join(str(value) for _, value in _scalars(row, (), settings))
+        for row in itertools.islice(rows, 1000)
+        if not isinstance(row, BadRow)
+    )
+    return majority(texts, settings.language)
 
 
 def unread(language: str, detector: Detector) -> str:
