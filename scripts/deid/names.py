@@ -111,11 +111,12 @@ def is_full_name(text: str) -> bool:
 def find_names(text: str, language: str = "en") -> list[Span]:
     """Return names that their place in the text gives away and, in English, given names that nothing else could be."""
     alone = {*_lone(text), *_short(text)} if language == "en" else {*_abroad(text, language)}
-    return sorted({*_speakers(text), *_nicks(text), *_lists(text, language), *alone})
+    return sorted({*_speakers(text, language), *_nicks(text), *_lists(text, language), *alone})
 
 
-def _speakers(text: str) -> Iterator[Span]:
+def _speakers(text: str, language: str) -> Iterator[Span]:
     matches = list(_SPEAKER.finditer(text))
+    own = function_words(language) if language != "en" else frozenset()
     for match in matches:
         words = re.split(r"[\W\d_]+", match["name"])
         words = [word for word in words if word]
@@ -123,7 +124,7 @@ def _speakers(text: str) -> Iterator[Span]:
             words
             and any(is_name(word) and len(word) >= 3 for word in words)
             and (match["name"][-1].isdigit() or not match["name"].islower() or all(map(is_part_of_name, words)))
-            and not any(word.casefold() in _NOT_AFTER for word in words)
+            and not any(word.casefold() in _NOT_AFTER | own for word in words)
         ):
             yield Span(*match.span("name"), "PERSON", 0.6)
 
@@ -204,13 +205,14 @@ def _abroad(text: str, language: str) -> Iterator[Span]:
         word = match[0]
         if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in own:
             continue
-        found = within(match) or led.search(text, max(0, match.start() - 24), match.start())
+        cased = word.istitle() or not capitals
+        found = within(match) or (cased and led.search(text, max(0, match.start() - 24), match.start()))
         if found or (not capitals and word in local and len(word) >= 4):
             yield Span(*match.span(), "PERSON", 0.6)
     for pair in _PAIR.finditer(text) if language != "de" else ():
         both = [pair["first"].casefold(), pair["last"].casefold()]
         if within(pair) and any(map(is_name, both)) and not any(w in own or w in _NOT_AFTER for w in both):
-            yield Span(*pair.span(), "PERSON", 0.5)
+            yield Span(*pair.span(), "PERSON", 0.6)
 
 
 # Names of two or three letters are too common to count by themselves: Li, Bo, Kim, Raj. What stands around them decides.

@@ -47,6 +47,7 @@ PHONE_REGIONS = (
 )  # fmt: skip
 # Lowest scores that count. Below them Presidio guesses: any nine digits are an SSN at 0.05, any word a passport at 0.1.
 THRESHOLDS = {"default": 0.4, "DATE_TIME": 0.5}
+FOREIGN_THRESHOLDS = {**THRESHOLDS, "PERSON": 0.55, "LOCATION": 0.6}
 STRICT_THRESHOLDS = {"default": 0.3}
 _PHONE_LIKE = re.compile(r"(?<!\d)\d(?:[\s().x/+-]{0,3}\d){6,14}(?!\d)")
 DEFAULT_MODEL = Deid().spacy_model
@@ -155,7 +156,10 @@ def _load_detector(settings: Deid, language: str, rampart: Rampart | None = None
         for name in names:
             if name not in known:
                 raise UserError(f"deid.{key}: found {name}, wanted entities out of: {', '.join(known)}.")
-    thresholds = {**(STRICT_THRESHOLDS if settings.profile == "strict" else THRESHOLDS), **settings.thresholds}
+    usual = (
+        STRICT_THRESHOLDS if settings.profile == "strict" else THRESHOLDS if language == "en" else FOREIGN_THRESHOLDS
+    )
+    thresholds = {**usual, **settings.thresholds}
     detector = Detector(settings, language, tuple(sorted(entities)), thresholds, analyzer, rampart, user_entities)
     _check_canaries(detector)
     return detector
