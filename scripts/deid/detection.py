@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from scripts.common.schema import Deid
-from scripts.deid.doubts import Doubts, impersonal
+from scripts.deid.countries import find_country_numbers
+from scripts.deid.doubts import Doubts, impersonal, named_by_context
 from scripts.deid.labels import find_cells
 from scripts.deid.languages import months_of
 from scripts.deid.names import extend_names, find_names, titled, trim_names
@@ -105,9 +106,11 @@ class Detector:
                 if by_name:
                     spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
+                spans += find_country_numbers(text, self.settings.countries)
                 doubts = Doubts(text, self.language)
                 spans = trim_names(text, cut(text, spans), self.language)
                 spans = trim_dates(text, spans) if self.language == "en" else spans
+                spans = [named_by_context(text, span) for span in spans]
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
                 believed = extend_names(text, believed, self.language)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed

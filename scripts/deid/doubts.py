@@ -32,6 +32,8 @@ _CAPITALISED = re.compile(r"\b[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]")
 _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
 # What a name in small letters that is on no list must score. Below these, most of what Rampart takes for one is a word.
 _LED_TO, _SURE = 0.7, 0.9
+_DIALLED = re.compile(r"\(?\d{3}\)?[-. ]\d{3}[-.]\d{4}")
+_HEALTH = re.compile(r"(?i)\b(?:nhs|health|chi|patient)\b")
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
 )
@@ -90,7 +92,7 @@ _BRACES = re.compile(
 )
 _LOCAL = re.compile(r"^(?:127\.\d+\.\d+\.\d+|0\.0\.0\.0|255\.255\.255\.\d+|::1|::|localhost)$")
 _NUMBER_LABEL = re.compile(
-    r"(?i)\b(?:phone|tel|telephone|mobile|cell|fax|call|ring|text|sms|whatsapp|contact|reach|dial|number|num|no|nr|id|account|acct|passport|licen[cs]e|policy|claim|case|member|patient"
+    r"(?i)\b(?:phone|tel|telephone|mobile|cell|fax|ext|extension|durchwahl|poste|interno|ramal|toestel|call|ring|text|sms|whatsapp|contact|reach|dial|number|num|no|nr|id|account|acct|passport|licen[cs]e|policy|claim|case|member|patient"
     r"|customer|ssn|sin|nhs|npi|mrn|tax|zip|post\w*|ref\w*|serial|imei|routing|iban|card)\b|#"
 )
 _RESIDENCE = re.compile(
@@ -105,6 +107,14 @@ def countries() -> frozenset[str]:
     from faker.providers.address.en import Provider
 
     return words("countries") | {name.casefold() for name in Provider.countries}
+
+
+def named_by_context(text: str, span: Span) -> Span:
+    """Give a number that is valid as two kinds the one that its form and its label say: a phone number is no British health number."""
+    dialled = span.entity == "UK_NHS" and _DIALLED.fullmatch(text, span.start, span.end)
+    if dialled and not _HEALTH.search(text, max(0, span.start - 50), span.start):
+        return span._replace(entity="PHONE_NUMBER")
+    return span
 
 
 class Doubts:
