@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from scripts.common.schema import Deid
+from scripts.deid import hipaa
 from scripts.deid.countries import find_country_numbers
 from scripts.deid.doubts import Doubts, impersonal, named_by_context
 from scripts.deid.labels import find_cells
@@ -34,7 +35,7 @@ DIGIT_ENTITIES = frozenset({
 })  # fmt: skip
 _DATE_LIKE = re.compile(
     r"\d\s?/\s?\d|\d-\d{1,2}-\d|\d\.\s?\d{1,2}\.\s?\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
-    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?\s+(?:of\s+)?"
+    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s-]+(?:of\s+)?"
     r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))"
 )
 _PART_OF_DATE = re.compile(
@@ -44,6 +45,7 @@ _PART_OF_DATE = re.compile(
 _NEXT_SENTENCE = re.compile(r"(?<=\d [A-Z][a-z][a-z])\.\s(?=\d{1,3}\b)|(?<=\d [A-Z][a-z]{3})\.\s(?=\d{1,3}\b)")
 # Every key with a format of its own holds one of these, so that most texts are spared some fifty patterns.
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
+_YEAR = re.compile(r"(?:18|19|20)\d\d")
 _HEADING = re.compile(r":\s")
 # A digit, or a capitalised word that does not begin a sentence.
 _LEFT_OVER = re.compile(r"\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w")
@@ -107,7 +109,7 @@ class Detector:
                     spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
                 spans += find_country_numbers(text, self.settings.countries)
-                doubts = Doubts(text, self.language)
+                doubts = Doubts(text, self.language, any_date=self.settings.profile in ("strict", hipaa.PROFILE))
                 spans = trim_names(text, cut(text, spans), self.language)
                 spans = trim_dates(text, spans) if self.language == "en" else spans
                 spans = [named_by_context(text, span) for span in spans]
@@ -146,6 +148,8 @@ class Detector:
         # spaCy calls "45 minutes", "2023" and "next week" dates; only strict treats those as personal.
         if span.entity == "DATE_TIME" and self.settings.profile != "strict":
             surface = text[span.start : span.end]
+            if self.settings.profile == hipaa.PROFILE and _YEAR.fullmatch(surface):
+                return hipaa.is_of_birth(text, span)
             return bool(_DATE_LIKE.search(surface) or months_of(self.language).search(surface))
         return True
 

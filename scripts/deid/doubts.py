@@ -34,6 +34,10 @@ _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
 _LED_TO, _SURE = 0.7, 0.9
 _DIALLED = re.compile(r"\(?\d{3}\)?[-. ]\d{3}[-.]\d{4}")
 _HEALTH = re.compile(r"(?i)\b(?:nhs|health|chi|patient)\b")
+_MONTH_NAME = re.compile(
+    r"(?:\d{1,2} )?(?:Jan|Feb|Mar|Apr|April|May|Jun|June|Jul|July|Aug|August|Sep|Sept|Oct|Nov|Dec)"
+)
+_DAY_AND_MONTH = re.compile(r"(?:0[1-9]|[12]\d|3[01])/(?:0[1-9]|[12]\d|3[01])|(?:1[89]|20)\d\d")
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
 )
@@ -120,8 +124,8 @@ def named_by_context(text: str, span: Span) -> Span:
 class Doubts:
     """What a text consists of, worked out once, so that each finding in it can be judged."""
 
-    def __init__(self, text: str, language: str = "en") -> None:
-        self.text, self.language = text, language
+    def __init__(self, text: str, language: str = "en", *, any_date: bool = False) -> None:
+        self.text, self.language, self.any_date = text, language, any_date
         self.capitals = bool(_CAPITALISED.search(text))
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
         self.story = self.maths and not _NARRATOR.search(text)
@@ -151,7 +155,8 @@ class Doubts:
         ):
             return True
         if span.entity in NAMES and (
-            self.code.hold(span)
+            self._in_date(span, surface)
+            or self.code.hold(span)
             or self.keys.hold(span)
             or self._everyday(span, surface)
             or self._identifier(span, surface)
@@ -191,6 +196,16 @@ class Doubts:
             return False
         return span.score < (_LED_TO if CUE.search(self.text, before, span.start) else _SURE)
 
+    def _in_date(self, span: Span, surface: str) -> bool:
+        """Say whether a name is the month of a date: 30 Jan, 2-Jun-1930."""
+        return bool(
+            _MONTH_NAME.fullmatch(surface)
+            and (
+                re.search(r"\d[ .-]$", self.text[max(0, span.start - 2) : span.start])
+                or re.match(r"[. -]{1,2}\d", self.text[span.end :][:3])
+            )
+        )
+
     def _calculation(self, span: Span, surface: str) -> bool:
         after, before = self.text[span.end : span.end + 24], self.text[max(0, span.start - 12) : span.start]
         if span.entity in ("LOCATION", "ORGANIZATION", "PERSON"):
@@ -198,6 +213,8 @@ class Doubts:
         if span.entity == "DATE_TIME":
             if "=" not in surface and (_DATE_WORD.search(surface) or months_of(self.language).search(surface)):
                 return self.story and not re.search(r"\d{4}", surface)
+            if self.any_date and not self.maths and _DAY_AND_MONTH.fullmatch(surface):
+                return False
             return not _DATE_CUE.search(before) or bool(_BESIDE.match(after))
         if re.match(r",\d{3}(?!\d)", after) or (
             span.entity == "STREET_ADDRESS" and _COUNTED.search(before + surface[:12])

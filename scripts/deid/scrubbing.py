@@ -16,7 +16,9 @@ from typing import Any
 
 from scripts.common.schema import Deid
 from scripts.dataset.files import BadRow
+from scripts.deid import hipaa
 from scripts.deid.detection import NER_ENTITIES, Detector
+from scripts.deid.doubts import countries
 from scripts.deid.labels import entity_of_label
 from scripts.deid.languages import READABLE, foreign_words, language_of, majority
 from scripts.deid.names import WORDS, is_full_name
@@ -371,6 +373,9 @@ def _finish(
     _check_kept(kept, leaves, detector)
     if detector.settings.detect_language and detector.settings.profile != "secrets-only":
         _check_scripts(leaves, detector.language)
+    if detector.settings.profile == hipaa.PROFILE:
+        for leaf in leaves:
+            leaf.spans = leaf.spans if leaf.whole else hipaa.within_limits(leaf.text, leaf.spans, countries())
     scrubbed = copy.deepcopy(row)
     replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
     surfaces: set[str] = set()
