@@ -83,7 +83,7 @@ NUMBERS = (
     Number("ZA", "za.idnr", r"\d{6} ?\d{4} ?\d{3}", r"south african?|\brsa\b|\bsa id\b"),
 )  # fmt: skip
 COUNTRIES = tuple(sorted({number.country for number in NUMBERS}))
-_ENOUGH = re.compile(r"\d(?:\D{0,2}\d){5}")
+_ENOUGH = re.compile(r"\d(?:\D{0,2}\d){3}")
 
 
 def find_country_numbers(text: str, countries: Sequence[str]) -> list[Span]:

@@ -42,14 +42,16 @@ def language_of(text: str, expected: str) -> str:
     scores = dict(_identifier().rank(prose[:4000]))
     top = max(scores.values())
     weights = {code: math.exp(score - top) for code, score in scores.items()}
+    best = max(weights, key=lambda code: weights[code])
+    sure = weights[best] / sum(weights.values())
+    # zxx is no language, such as code.
+    if best not in (*READABLE, expected, "zxx") and sure >= _SURE and _agrees(prose, best, expected, sure):
+        return best
     readable = max(READABLE, key=lambda code: weights.get(code, 0.0))
     share = weights.get(readable, 0.0) / max(sum(weights.get(code, 0.0) for code in {*READABLE, expected}), 1e-300)
     if readable != expected and share >= _SURE and _agrees(prose, readable, expected, share):
         return readable
-    best = max(weights, key=lambda code: weights[code])
-    sure = weights[best] / sum(weights.values())
-    known = best in (*READABLE, expected, "zxx")  # zxx is no language, such as code
-    return best if not known and sure >= _SURE and _agrees(prose, best, expected, sure) else expected
+    return expected
 
 
 def majority(texts: Iterable[str], expected: str) -> str:
@@ -81,10 +83,14 @@ def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
         if match[0].casefold() not in words("particles") or not prose[match.end() + 1 : match.end() + 2].isupper()
     )
     against = sum(count for word, count in found.items() if word in ours - theirs)
-    speaking = [word for word in found if word in theirs - ours]
+    speaking = [word for word in found if len(word) > 1 and word in theirs - ours]
     small = sum(len(word) > 2 for word in set(re.findall(r"(?<![\w.(])[^\W\d_A-Z]+(?![\w.(=])", prose)))
+    if (
+        language not in READABLE and not theirs
+    ):  # nobody listed its words: none of a language that can be read may be there
+        return small >= 8 and not any(word in function_words(code) for code in READABLE for word in found)
     if language not in READABLE:
-        return (len(speaking) > 1 and len(speaking) > against) if theirs else (small >= 8 and not against)
+        return len(speaking) > 1 and len(speaking) > against
     if not speaking:
         return not against and small >= 4 and share > 0.999
     return sum(found[word] for word in speaking) > against and (len(speaking) > 1 or not against)
