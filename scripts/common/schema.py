@@ -269,7 +269,7 @@ class LmEval(Section):
     )
 
 
-Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep"]
+Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep", "shift", "generalise"]
 
 
 Country = Literal[
@@ -287,7 +287,8 @@ class Deid(Section):
     )
     operator: Operator = Field("tag", description="What replaces a finding. hash and encrypt need DEID_KEY_FILE.")
     operators: dict[str, Operator] = Field(
-        default_factory=dict, description="Another operator for single entities, such as {DATE_TIME: keep}."
+        default_factory=dict,
+        description="Another operator for single entities, such as {DATE_TIME: keep}. `shift` moves all DATE_TIME of a record by the same days (of a file, with consistency: file); `generalise` leaves the year of DATE_TIME and ten years of AGE.",
     )
     consistency: Literal["record", "file"] = Field(
         "record",

@@ -42,7 +42,7 @@ def language_of(text: str, expected: str) -> str:
     scores = dict(_identifier().rank(prose[:4000]))
     top = max(scores.values())
     weights = {code: math.exp(score - top) for code, score in scores.items()}
-    best = max(weights, key=lambda code: weights[code])
+    best: str = max(weights, key=lambda code: weights[code])
     sure = weights[best] / sum(weights.values())
     # zxx is no language, such as code.
     if best not in (*READABLE, expected, "zxx") and sure >= _SURE and _agrees(prose, best, expected, sure):

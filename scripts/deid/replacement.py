@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
+from scripts.deid.dates import coarse_age, coarse_date, shift_date
 from scripts.deid.spans import Span
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "DEID_KEY_FILE"
 KEYED = ("hash", "encrypt")
+FOR_ENTITIES = {"shift": ["DATE_TIME"], "generalise": ["DATE_TIME", "AGE"]}
 _ENCRYPTED = re.compile(r"<[A-Z_]+:([\w-]{20,}={0,2})>")
 
 
@@ -69,6 +71,10 @@ class Replacer:
             operator = self.operator_of(entity)
             if operator == "tag-index":
                 new = f"<{entity}_{places[entity].index(identity) + 1}>"
+            elif operator == "shift":
+                new = shift_date(value, self._days(number)) or f"<{entity}>"
+            elif operator == "generalise":
+                new = coarse_age(value) if entity == "AGE" else coarse_date(value) or f"<{entity}>"
             elif operator == "surrogate":
                 ordinal = places[entity].index(identity)
                 new = self._surrogate(number, entity, value, identity, ordinal, originals)
@@ -90,6 +96,13 @@ class Replacer:
     def _digest(self, entity: str, identity: str) -> bytes:
         assert self.key is not None
         return hmac.digest(self.key, f"{entity}\n{identity}".encode(), "sha256")
+
+    def _days(self, number: int) -> int:
+        """Draw by how many days the dates of a record move, a month to a year back; the same for a whole file with its key."""
+        if self.settings.consistency == "file":
+            return -30 - int.from_bytes(self._digest("DATE_TIME", "shift")[:8], "big") % 336
+        origin = f"{self.seed}\n{number}\nshift".encode()
+        return -30 - int.from_bytes(hashlib.sha256(origin).digest()[:8], "big") % 336
 
     def _encrypt(self, entity: str, value: str) -> str:
         return base64.urlsafe_b64encode(_cipher(self.key).encrypt(value.encode(), [entity.encode()])).decode()
@@ -180,17 +193,24 @@ def _same_kind(character: str, rng: random.Random, *, first: bool) -> str:
 def check_operators(settings: Deid) -> bytes | None:
     """Refuse combinations that would not do what they promise, and read the key where one is needed."""
     used = {settings.operator, *settings.operators.values()}
+    for entity, operator in [("every entity", settings.operator), *settings.operators.items()]:
+        if entity not in FOR_ENTITIES.get(operator, [entity]):
+            raise UserError(
+                f"deid.operator{'' if entity == 'every entity' else f's.{entity}'}: found {operator} for {entity}; it is for "
+                f"{' and '.join(FOR_ENTITIES[operator])} alone, as in deid.operators: {{DATE_TIME: {operator}}}."
+            )
     if settings.consistency == "file" and "tag-index" in used:
         raise UserError("deid.consistency: found file, but tag-index counts within a record. Use hash or surrogate.")
     derived = sorted(used & set(KEYED)) + (
         ["surrogate with consistency file"] if settings.consistency == "file" else []
     )
+    derived += ["shift"] if "shift" in used else []
     if settings.profile == "hipaa-safe-harbor" and derived:
         raise UserError(
             f"deid.operator: found {', '.join(derived)}, but Safe Harbor forbids codes derived from the person "
-            "(45 CFR 164.514(c)). Use tag, tag-index, mask, redact or surrogate within a record."
+            "(45 CFR 164.514(c)) and shifted dates. Use tag, tag-index, mask, redact, generalise or surrogate within a record."
         )
-    if not used & set(KEYED) and not (settings.consistency == "file" and "surrogate" in used):
+    if not used & set(KEYED) and not (settings.consistency == "file" and used & {"surrogate", "shift"}):
         return None
     return read_key()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from datetime import datetime
 
 import pytest
 
@@ -402,3 +403,43 @@ def test_a_tag_is_no_label_for_what_stands_after_it(scrub):
     left = scrub({"text": text})[0].row["text"]
     assert "rotate" in left
     assert "12" in left
+
+
+def test_dates_of_a_record_move_by_the_same_days_in_every_format_and_keep_their_intervals(scrub):
+    text = "Admitted 2019-03-12, seen on March 15, 2019 and on 20 March 2019, left on 03/22/2019. Deborah signed."
+    first, second = (o.row["text"] for o in scrub({"text": text}, {"text": text}, operators={"DATE_TIME": "shift"}))
+    assert first != second  # records move by days of their own
+    assert "<DATE_TIME>" not in first
+    found = re.search(r"Admitted (\S+), seen on (\w+ \d+, \d+) and on (\d+ \w+ \d+), left on (\S+)\. ", first)
+    formats = ("%Y-%m-%d", "%B %d, %Y", "%d %B %Y", "%m/%d/%Y")
+    dates = [datetime.strptime(written, form) for written, form in zip(found.groups(), formats, strict=True)]
+    assert [(date - dates[0]).days for date in dates] == [0, 3, 8, 10]
+    assert 30 <= (datetime(2019, 3, 12) - dates[0]).days <= 365
+
+
+def test_dates_of_a_file_move_by_the_days_that_its_key_gives(scrub):
+    rows = [{"text": "Deborah came on 2019-03-12."}, {"text": "Carlos came on 2019-03-12."}]
+    settings = {"operators": {"DATE_TIME": "shift"}, "consistency": "file"}
+    left = [o.row["text"].split(" on ")[1] for o in scrub(*rows, **settings)]
+    assert left[0] == left[1] != "2019-03-12."
+
+
+def test_dates_and_ages_become_coarse(scrub):
+    text = "Deborah, 47 years old, came on 2019-03-12 and on 12 May; Carlos is 94 years old."
+    [outcome] = scrub({"text": text}, operators={"DATE_TIME": "generalise", "AGE": "generalise"})
+    assert outcome.row["text"] == (
+        "<PERSON>, 40-49 years old, came on 2019 and on <DATE_TIME>; <PERSON> is 90+ years old."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"operator": "shift"}, "deid.operator: found shift for every entity"),
+        ({"operators": {"PERSON": "generalise"}}, "deid.operators.PERSON: found generalise"),
+        ({"profile": "hipaa-safe-harbor", "operators": {"DATE_TIME": "shift"}}, "found shift"),
+    ],
+)
+def test_operators_of_dates_are_refused_for_others_and_where_they_are_not_allowed(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_operators(Deid(**settings))
