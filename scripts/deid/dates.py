@@ -20,15 +20,34 @@ OLDEST = 89
 
 def shift_date(written: str, days: int) -> str | None:
     """Move a date by some days and write it as it was written; None when it cannot be read."""
+    if (read := _read(written)) is None:
+        return None
+    date, form, plain = read
+    try:
+        moved = (date + timedelta(days=days)).strftime(form)
+    except OverflowError:
+        return None
+    return moved if re.search(r"\b0\d", plain) else re.sub(r"\b0(?=\d)", "", moved)
+
+
+def read_date(written: str) -> str | None:
+    """Return a day, the same for all ways to write it; None for what is no whole date."""
+    read = _read(written)
+    return read[0].strftime("%Y-%m-%d") if read and read[1] in _FORMATS and "%H" not in read[1] else None
+
+
+def _read(written: str) -> tuple[datetime, str, str] | None:
     plain = _ORDINAL.sub("", " ".join(written.split()))
     for form in (*_FORMATS, *_WITHOUT_YEAR):
-        read = form if form in _FORMATS else f"{form} %Y"
+        whole = form in _FORMATS
         try:
-            date = datetime.strptime(plain if form in _FORMATS else f"{plain} {_LEAP_YEAR}", read)
-            moved = (date + timedelta(days=days)).strftime(form)
-        except (ValueError, OverflowError):
+            return (
+                datetime.strptime(*((plain, form) if whole else (f"{plain} {_LEAP_YEAR}", f"{form} %Y"))),
+                form,
+                plain,
+            )
+        except ValueError:
             continue
-        return moved if re.search(r"\b0\d", plain) else re.sub(r"\b0(?=\d)", "", moved)
     return None
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
-from scripts.deid.dates import coarse_age, coarse_date, shift_date
+from scripts.deid.dates import coarse_age, coarse_date, read_date, shift_date
 from scripts.deid.spans import Span
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "DEID_KEY_FILE"
 KEYED = ("hash", "encrypt")
 FOR_ENTITIES = {"shift": ["DATE_TIME"], "generalise": ["DATE_TIME", "AGE"]}
+_NUMBERS = frozenset({"US_SSN", "CREDIT_CARD", "IBAN_CODE", "ID_NUMBER", "UK_NHS", "US_NPI", "US_ITIN", "US_MBI"})
 _ENCRYPTED = re.compile(r"<[A-Z_]+:([\w-]{20,}={0,2})>")
 
 
@@ -133,11 +134,14 @@ def fold(value: str) -> str:
 
 
 def identify(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Say who or what each mention is: a part of exactly one longer name of the record is that person."""
-    names = {fold(value) for entity, value in found if entity == "PERSON"}
+    """Say who or what each mention is: a part of exactly one longer name of the record is that person, and a number, a date
+    or `Last, First` is the same in every form.
+    """
+    plain = {(entity, value): _same_form(entity, value) for entity, value in found}
+    names = {identity for (entity, _), identity in plain.items() if entity == "PERSON"}
     identities = {}
-    for entity, value in found:
-        identity = fold(value)
+    for (entity, value), form in plain.items():
+        identity = form
         if entity == "PERSON":
             parts = set(_words(identity))
             longer = [name for name in names if parts < set(_words(name))]
@@ -149,14 +153,28 @@ def identify(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return identities
 
 
+def _same_form(entity: str, value: str) -> str:
+    """Write a value as all its forms are written: (415) 555-2671 as 415.555.2671, Smith, John as John Smith."""
+    folded = fold(value)
+    if entity == "PERSON" and (listed := re.fullmatch(r"([^,]+), ?([^,]+)", folded)):
+        return f"{listed[2]} {listed[1]}"
+    if entity == "PHONE_NUMBER" and len(digits := re.sub(r"\D", "", value)) >= 7 and not re.search(r"x|ext", folded):
+        return digits[-10:]
+    if entity in _NUMBERS:
+        return re.sub(r"[\W_]", "", folded)
+    return (read_date(value) or folded) if entity == "DATE_TIME" else folded
+
+
 def _words(name: str) -> list[str]:
     return re.findall(r"\w+", name)
 
 
 def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Random) -> str:
     if entity == "PERSON":
-        first, last = fake.first_name(), fake.last_name()
         words, whole = _words(fold(value)), _words(identity)
+        first, last = _first_name(fake, whole), fake.last_name()
+        if len(words) > 1 and "," in value:
+            return f"{last}, {first}"
         if len(words) > 1 or words == whole:
             return f"{first} {last}" if len(words) > 1 else str(first)
         return str(first if words and words[0] == whole[0] else last)
@@ -173,6 +191,17 @@ def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Rando
     if entity == "AGE":
         return re.sub(r"\d+", lambda _: str(rng.randrange(18, 90)), value)
     return "".join(_same_kind(character, rng, first=not index) for index, character in enumerate(value))
+
+
+def _first_name(fake: Any, name: Sequence[str]) -> str:
+    """Draw a first name of the gender that the name on Faker's lists has."""
+    from faker.providers.person.en_US import Provider
+
+    given = name[0].capitalize() if name else ""
+    female, male = given in Provider.first_names_female, given in Provider.first_names_male
+    if female == male:
+        return str(fake.first_name())
+    return str(fake.first_name_female() if female else fake.first_name_male())
 
 
 def _date(rng: random.Random) -> str:

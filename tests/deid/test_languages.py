@@ -81,6 +81,14 @@ def test_another_language_without_rampart_is_held_back_and_code_and_secrets_are_
     assert all(o.row for o in scrub_chunk(rows, load_detector(settings), Replacer(settings, seed=0, key=KEY)))
 
 
+def test_without_detection_every_record_is_read_as_the_language_of_the_file():
+    settings = Deid(rampart="off", detect_language=False, entities=["EMAIL_ADDRESS"])
+    rows = [(1, "f:1", {"text": "山田太郎 taro@tokyomail.org"}), (2, "f:2", {"text": TEXTS["pl"]})]
+    first, second = scrub_chunk(rows, load_detector(settings), Replacer(settings, seed=0, key=KEY))
+    assert first.row == {"text": "山田太郎 <EMAIL_ADDRESS>"}
+    assert second.row == {"text": TEXTS["pl"]}
+
+
 @needs_rampart
 @pytest.mark.parametrize(
     ("text", "gone"),

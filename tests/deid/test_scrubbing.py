@@ -443,3 +443,24 @@ def test_dates_and_ages_become_coarse(scrub):
 def test_operators_of_dates_are_refused_for_others_and_where_they_are_not_allowed(settings, message):
     with pytest.raises(UserError, match=message):
         check_operators(Deid(**settings))
+
+
+def test_the_same_person_number_and_day_in_two_forms_are_one(scrub):
+    text = "Smith, Deborah: call (415) 555-2671. Deborah Smith came on 2019-03-12. 415.555.2671 rang on March 12, 2019."
+    left = scrub({"text": text}, operator="tag-index")[0].row["text"]
+    assert left.count("<PHONE_NUMBER_1>") == 2
+    assert left.count("<DATE_TIME_1>") == 2
+    assert "_2>" not in left
+
+
+def test_a_first_name_keeps_its_gender_and_a_list_its_order():
+    from faker.providers.person.en_US import Provider
+
+    replacer = Replacer(Deid(operator="surrogate"), seed=0, key=KEY)
+    for number, (name, names) in enumerate(
+        {"Deborah Klein": Provider.first_names_female, "Robert Klein": Provider.first_names_male}.items()
+    ):
+        [left] = replacer.replace(number, [(name, [Span(0, len(name), "PERSON", 1.0)])])
+        assert left.split()[0] in names
+    [left] = replacer.replace(1, [("Klein, Deborah", [Span(0, 14, "PERSON", 1.0)])])
+    assert re.fullmatch(r"\w+, \w+", left)
