@@ -25,7 +25,7 @@ READABLE = ("en", "de", "fr", "es", "it", "pt", "nl")
 MIN_LETTERS = 20  # a shorter text is taken for the language of its file
 _SURE = 0.9
 _WORD = re.compile(r"[^\W\d_]+")
-_NOT_PROSE = re.compile(r"https?://\S+|\S+@\S+|```.*?(?:```|\Z)", re.S)
+_NOT_PROSE = re.compile(r"https?://\S+|\S*[?&=/]\w+=\S*|\S+@\S+|```.*?(?:```|\Z)", re.S)
 # Languages of other scripts; every other language is taken to use Latin letters.
 _SCRIPTS = {
     "ru": "CYRILLIC", "uk": "CYRILLIC", "bg": "CYRILLIC", "sr": "CYRILLIC", "mk": "CYRILLIC", "be": "CYRILLIC", "el": "GREEK",
@@ -150,7 +150,13 @@ def function_words(language: str) -> frozenset[str]:
 def _own_words(language: str) -> frozenset[str]:
     """Return the greetings, titles and labels that only this language has."""
     lists = {
-        code: set(re.findall(r"[^\W\d_]{4,}", " ".join(kinds.values()))) for code, kinds in _vocabularies().items()
+        code: set(
+            re.findall(
+                r"[^\W\d_]{4,}",
+                " ".join(kinds[kind] for kind in sorted(kinds.keys() - {"everyday", "ask", "months", "and"})),
+            )
+        )
+        for code, kinds in _vocabularies().items()
     }
     others = set[str]().union(*(found for code, found in lists.items() if code != language))
     return frozenset(lists.get(language, set()) - others - words("everyday") - words("labels"))
