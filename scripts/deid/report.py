@@ -14,32 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from scripts.common.artifacts import GitFacts, git_state, sha256_json
 from scripts.common.deid_report import REPORT_SCHEMA
 from scripts.common.schema import Deid
+from scripts.deid import hipaa
 from scripts.deid.replacement import Replacer
 from scripts.deid.scrubbing import Outcome
 
 TEMPLATE = "report_template.html"
 
-# 45 CFR 164.514(b)(2)(i): the 18 identifiers and the entities that stand for each.
-HIPAA = {
-    "A names": ["PERSON"],
-    "B places smaller than a state": ["LOCATION", "STREET_ADDRESS", "ZIP_CODE"],
-    "C dates but the year, ages over 89": ["DATE_TIME", "AGE"],
-    "D telephone numbers": ["PHONE_NUMBER"],
-    "E fax numbers": ["PHONE_NUMBER"],
-    "F e-mail addresses": ["EMAIL_ADDRESS"],
-    "G social security numbers": ["US_SSN"],
-    "H medical record numbers": ["ID_NUMBER"],
-    "I health plan numbers": ["ID_NUMBER", "US_MBI"],
-    "J account numbers": ["ID_NUMBER", "CREDIT_CARD", "IBAN_CODE"],
-    "K certificate and licence numbers": ["ID_NUMBER", "MEDICAL_LICENSE", "US_NPI"],
-    "L vehicle identifiers": ["VEHICLE_ID"],
-    "M device identifiers": ["DEVICE_ID", "MAC_ADDRESS"],
-    "N URLs": ["URL"],
-    "O IP addresses": ["IP_ADDRESS"],
-    "P biometric identifiers": [],
-    "Q photographs": [],
-    "R any other unique code": ["UUID", "HANDLE", "SECRET"],
-}
 LIMITS = (
     "This is no guarantee: recognizers miss personal data, names on noisy text most of all. Have people read a sample.",
     "Recall holds for text like the set it was measured on; measure on labelled records of your own with --evaluate.",
@@ -147,7 +127,8 @@ class Tally:
 def hipaa_table(entities: list[str], replacer: Replacer) -> list[Identifier]:
     """Say for each of the 18 identifiers what was done about it, given the entities that are searched for."""
     table = []
-    for identifier, wanted in HIPAA.items():
+    limits = replacer.settings.profile == hipaa.PROFILE
+    for identifier, (wanted, stays, partly) in hipaa.IDENTIFIERS.items():
         done = [name for name in wanted if name in entities and replacer.removes(name)]
         if identifier[0] in "PQ":
             method = "not recognised in text; records with base64 or binary content are held back"
@@ -157,6 +138,8 @@ def hipaa_table(entities: list[str], replacer: Replacer) -> list[Identifier]:
             method = "; ".join(f"{name}: {replacer.operator_of(name)}" for name in done)
             missing = [name for name in wanted if name not in done]
             method += f"; not covered: {', '.join(missing)}" if missing else ""
+            method += f"; stays: {stays}" if stays and limits else ""
+            method += f"; partial: {partly}" if partly else ""
         table.append(Identifier(identifier=identifier, method=method))
     return table
 

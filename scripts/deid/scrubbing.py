@@ -7,17 +7,22 @@ scrubbing once gives, and the last search is the proof that the recognizers find
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.common.schema import Deid
 from scripts.dataset.files import BadRow
+from scripts.deid import hipaa
 from scripts.deid.detection import NER_ENTITIES, Detector
+from scripts.deid.doubts import countries
 from scripts.deid.labels import entity_of_label
+from scripts.deid.languages import READABLE, foreign_words, language_of, majority
 from scripts.deid.names import WORDS, is_full_name
+from scripts.deid.recognizers import reader_of
 from scripts.deid.replacement import Replacer
 from scripts.deid.spans import TAG, Span, cut, merge_addresses, tidy
 
@@ -106,9 +111,13 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
             leaves[index] = read_leaves(row, detector)
         except HeldBackError as error:
             outcomes[index].reason = str(error)
-    for index, reason in search_until_stable(leaves, detector).items():
-        outcomes[index].reason = reason
-        del leaves[index]
+    for language, indices in by_language(leaves, detector).items():
+        reader = reader_of(language, detector)
+        part = {index: leaves[index] for index in indices}
+        failed = search_until_stable(part, reader) if reader else dict.fromkeys(part, unread(language, detector))
+        for index, reason in failed.items():
+            outcomes[index].reason = reason
+            del leaves[index]
     for index, found in leaves.items():
         number, _, row = chunk[index]
         try:
@@ -116,6 +125,35 @@ def scrub_chunk(chunk: Sequence[tuple[int, str, Any]], detector: Detector, repla
         except Exception as error:  # a row that failed in any way must not pass
             outcomes[index].reason = str(error) if isinstance(error, HeldBackError) else _named(error)
     return outcomes
+
+
+def by_language(records: dict[int, list[Leaf]], detector: Detector) -> dict[str, list[int]]:
+    """Group records by the language they are written in."""
+    groups: dict[str, list[int]] = {}
+    for index, leaves in records.items():
+        language = detector.language
+        if detector.settings.detect_language and detector.settings.profile != "secrets-only":
+            text = "\n".join(leaf.text for leaf in leaves if not leaf.kept)
+            language = language_of(text, detector.usual or detector.language)
+        groups.setdefault(language, []).append(index)
+    return groups
+
+
+def usual_language(rows: Iterable[Any], settings: Deid) -> str:
+    """Return the language of most of the first 1,000 rows of a file."""
+    texts = (
+        "\n".join(str(value) for _, value in _scalars(row, (), settings))
+        for row in itertools.islice(rows, 1000)
+        if not isinstance(row, BadRow)
+    )
+    return majority(texts, settings.language)
+
+
+def unread(language: str, detector: Detector) -> str:
+    """Say why a record in another language is held back."""
+    if language in READABLE:
+        return f"written in another language ({language}), which needs Rampart"
+    return f"written in another language ({language}); deid.language is {detector.language}"
 
 
 def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
@@ -141,7 +179,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
             raise HeldBackError(f"a text of more than {MAX_CHARACTERS:,} characters")
         if _BLOB.search(text):
             raise HeldBackError("binary content (base64), which may be an image or a fingerprint")
-        declared = settings.columns.get(name)
+        declared = declared_entity(path, settings)
         whole = declared if declared not in (None, "text") else entity_of_label(name, detector.entities)
         whole = None if declared == "text" else whole
         if isinstance(value, str) or whole or len(text) >= 5:
@@ -153,7 +191,7 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
 def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if settings.fields is not None or key not in settings.safe_fields or key in settings.columns:
+            if settings.fields is not None or not _is_safe((*path, key), settings):
                 yield from _scalars(inner, (*path, key), settings)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -164,6 +202,21 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
             yield path, value
 
 
+def declared_entity(path: tuple[str | int, ...], settings: Deid) -> str | None:
+    """Return what deid.columns says of a value: by its own name or dotted path, or by the nearest field that it lies in."""
+    names = [part for part in path if isinstance(part, str)]
+    for end in range(len(names), 0, -1):
+        for start in range(end):
+            if declared := settings.columns.get(".".join(names[start:end])):
+                return declared
+    return None
+
+
+def _is_safe(path: tuple[str | int, ...], settings: Deid) -> bool:
+    """Say whether a field keeps its value: deid.safe_fields names it, and deid.columns says nothing of it."""
+    return path[-1] in settings.safe_fields and declared_entity(path, settings) is None
+
+
 def _safe_texts(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """List the texts below the safe fields, which are read but never changed; a number there is a code."""
     if settings.fields is not None:
@@ -171,7 +224,8 @@ def _safe_texts(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iter
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(inner, str):
-                if any(part in settings.safe_fields and part not in settings.columns for part in (*path, key)):
+                whole = (*path, key)
+                if any(_is_safe(whole[:end], settings) for end in range(1, len(whole) + 1)):
                     yield (*(part for part in path if isinstance(part, str)), key), inner
             else:
                 yield from _safe_texts(inner, (*path, key), settings)
@@ -263,7 +317,7 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
         for span in leaf.spans if not leaf.kept else ():
             surface = leaf.text[span.start : span.end]
             if span.entity == "PERSON":
-                tokens |= {name: "PERSON" for name in name_tokens(surface)}
+                tokens |= {name: "PERSON" for name in [*name_tokens(surface), *logins(surface)]}
                 if len(surface.split()) > 1 or (len(surface) >= 4 and not surface.isalpha()):
                     values[surface.casefold()] = "PERSON"
             elif span.entity in ("ORGANIZATION", "LOCATION"):
@@ -292,6 +346,20 @@ def name_tokens(surface: str) -> set[str]:
     return {word for word in words if len(word) >= 3 and word not in WORDS}
 
 
+def logins(surface: str) -> set[str]:
+    """Return the user names that systems make of a full name: ldavid, davidl, l.david, lucia.david."""
+    words = [word.casefold() for word in _NAME_TOKEN.findall(surface)]
+    if len(words) < 2 or len(words[-1]) < 3:
+        return set()
+    first, last = words[0], words[-1]
+    return {
+        first[0] + last,
+        last + first[0],
+        first + last[0],
+        *(a + b + c for b in "._-" for a, c in ((first, last), (last, first), (first[0], last))),
+    }
+
+
 def _is_distinctive(surface: str) -> bool:
     """Say whether a finding is a number or an address, the same everywhere, and not a word such as a street's name."""
     return len(surface) >= 5 and not all(character.isalpha() or character.isspace() for character in surface)
@@ -303,6 +371,11 @@ def _finish(
     """Replace what was found, and check that no original value is left anywhere in the row."""
     leaves, kept = [leaf for leaf in leaves if not leaf.kept], [leaf for leaf in leaves if leaf.kept]
     _check_kept(kept, leaves, detector)
+    if detector.settings.detect_language and detector.settings.profile != "secrets-only":
+        _check_scripts(leaves, detector.language)
+    if detector.settings.profile == hipaa.PROFILE:
+        for leaf in leaves:
+            leaf.spans = leaf.spans if leaf.whole else hipaa.within_limits(leaf.text, leaf.spans, countries())
     scrubbed = copy.deepcopy(row)
     replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
     surfaces: set[str] = set()
@@ -345,6 +418,14 @@ def _check_kept(kept: Sequence[Leaf], leaves: Sequence[Leaf], detector: Detector
                 raise HeldBackError(f"{FIELD_NAME} holds personal data ({span.entity}); rename it")
             if hit:
                 raise HeldBackError(f"{leaf.kept} holds {span.entity}; taken out of deid.safe_fields, it is scrubbed")
+
+
+def _check_scripts(leaves: Sequence[Leaf], language: str) -> None:
+    """Hold a record back that has words left in a script that no recognizer reads."""
+    for leaf in leaves:
+        left = leaf.view()[0] if leaf.spans else leaf.text
+        if foreign_words(left, language):
+            raise HeldBackError(f"holds words in a script that {language} does not use")
 
 
 def _put(row: Any, path: tuple[str | int, ...], text: str) -> None:

@@ -55,7 +55,7 @@ ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATI
 _JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
 # What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
 _TAIL = re.compile(
-    r"(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|-]{1,8}\d{4,6}(?:-\d{4})?\b"
+    r"(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|]{1,8}(?:\d{5}-\d{4}|\d{4,6}\b(?!\s?[-–/]\s?\d))"
     r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
 )
 _HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")

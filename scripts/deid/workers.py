@@ -44,20 +44,18 @@ def chunks(rows: Iterable[tuple[str, Any]]) -> Iterator[Chunk]:
 class Workers:
     """Scrub chunks in this process or in several others."""
 
-    def __init__(self, count: int, settings: Deid, seed: int, key: bytes | None) -> None:
-        self.count, self.settings, self.seed, self.key = count, settings, seed, key
+    def __init__(self, count: int, settings: Deid, seed: int, key: bytes | None, usual: str = "") -> None:
+        self.count, self.arguments = count, (settings, seed, key, usual)
         # More threads per process only get in each other's way; the libraries read this when they are imported.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:
         if self.count == 1:
-            _start(self.settings, self.seed, self.key)
+            _start(*self.arguments)
             self.facts = _facts()
         else:
-            self.pool = ProcessPoolExecutor(
-                self.count, multiprocessing.get_context("spawn"), _remember, (self.settings, self.seed, self.key)
-            )
+            self.pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _remember, self.arguments)
             self.facts = self._result(self.pool.submit(_facts))
         return self
 
@@ -89,13 +87,13 @@ class Workers:
             ) from None
 
 
-_arguments: tuple[Deid, int, bytes | None] | None = None
+_arguments: tuple[Deid, int, bytes | None, str] | None = None
 
 
-def _remember(settings: Deid, seed: int, key: bytes | None) -> None:
+def _remember(settings: Deid, seed: int, key: bytes | None, usual: str) -> None:
     """Keep the configuration for the first task; an error here would reach nobody."""
     global _arguments
-    _arguments = (settings, seed, key)
+    _arguments = (settings, seed, key, usual)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -106,9 +104,10 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _start(settings: Deid, seed: int, key: bytes | None) -> None:
+def _start(settings: Deid, seed: int, key: bytes | None, usual: str) -> None:
     global _detector, _replacer
     _detector, _replacer = load_detector(settings), Replacer(settings, seed, key)
+    _detector.usual = usual
 
 
 def _loaded() -> tuple[Detector, Replacer]:

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
 
+from scripts.deid.doubts import Doubts
 from scripts.deid.names import extend_names, find_names, is_full_name, titled, trim_names
 from scripts.deid.spans import Span
 
@@ -37,6 +38,12 @@ def apart(text: str) -> str:
         ("GUTIERREZ/CARLOS MR on the list", ["GUTIERREZ", "CARLOS"]),
         ("mr hoffmann and MS KLEIN are here", ["hoffmann", "KLEIN"]),
         ("Dear Candice, your order is on its way.", ["Candice"]),
+        ("Bo said that the boiler is cold. Ms Ng asked Li about it.", ["Bo", "Ng", "Li"]),
+        ("Assigned to: Jo\nReviewed by: Kim", ["Jo", "Kim"]),
+        ("The key is at the desk.\nThanks,\nOyinkan", ["Oyinkan"]),
+        ("- Jo: order paint\n- Bo: fetch it", ["Jo", "Bo"]),
+        ("<quillfeather> anyone here?\n<m00nrise> yes", ["quillfeather", "m00nrise"]),
+        ("Deborah Klein (dklein) cannot log in; klein.d works", ["dklein", "klein.d"]),
     ],
 )  # fmt: skip
 def test_a_name_is_found_however_it_is_written(scrub, text, names):
@@ -50,11 +57,27 @@ def test_a_name_is_found_however_it_is_written(scrub, text, names):
     [
         "i will ask my friend about it", "The mark on the wall may rise in june.", "Add a dash of salt and a bay leaf.",
         "note: the art class is full", "User: hello\nAgent: hi", "Subject: holiday plans\nTo: all", "status: open\nprice: 12",
-        "THE STORE IS CLOSED TODAY", "Python, Java and C are languages.",
+        "THE STORE IS CLOSED TODAY", "Python, Java and C are languages.", "Change AUD to CHF, then go to IT and do it.",
+        "flood model: new maps loaded\nperfect binder overhaul: glue tank out",
     ],
 )  # fmt: skip
 def test_words_that_are_names_elsewhere_stay(scrub, text):
     assert scrub({"text": text})[0].row == {"text": text}
+
+
+def test_words_in_small_letters_are_no_names_where_names_have_capitals():
+    """What a model takes for a name in small letters needs a list, an introduction, or a score above most mistakes."""
+    text = "Hamid matches the records by hand, a brake hose is late, and mbali rang; ask tunde and deborah."
+
+    def rejected(word: str, score: float) -> bool:
+        start = text.index(word)
+        return Doubts(text).reject(Span(start, start + len(word), "PERSON", score))
+
+    assert rejected("hand", 0.84)
+    assert rejected("brake hose", 0.85)
+    assert not rejected("mbali", 0.97)
+    assert not rejected("tunde", 0.5)
+    assert not rejected("deborah", 0.5)
 
 
 def test_a_name_is_spread_over_fields_and_cases(scrub):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from datetime import datetime
 
 import pytest
 
@@ -45,6 +46,13 @@ PEOPLE = ["Maria Gonzalez", "Peter Hansen", "Amelia Thompson", "Robert Mitchell"
         ("He is 93 years old.", "93"),
         ("follow @maria_g", "maria_g"),
         ("card 4111111111111111 expired", "4111111111111111"),
+        ("She's 93 and well", "93"),
+        ("daughter Trish (555-0177)", "555-0177"),
+        ("Claim CL-2024-00917 was paid", "00917"),
+        ("pay to 60-22-18 33419027", "33419027"),
+        ("my insta is @milo.bakes now", "bakes"),
+        ("sshd[2211]: Failed password for cdubois from 203.0.113.80 port 52144 ssh2", "cdubois"),
+        ("K. Klein, Flat 3, 88 Copper Street", "Flat 3"),
     ],
 )
 def test_what_presidio_alone_lets_through_is_found(scrub, text, gone):
@@ -372,3 +380,87 @@ def test_rampart_finds_names_and_addresses():
     assert {"PERSON", "STREET_ADDRESS"} <= {span.entity for span in found[0]}
     assert found[1] == []
     assert any(texts[2][span.start : span.end] in "Maria Gonzalez" for span in found[2])
+
+
+def test_columns_reach_lists_and_what_lies_in_a_field():
+    settings = Deid(
+        rampart="off", profile="secrets-only", columns={"guests": "SECRET", "who.nick": "SECRET", "id": "text"}
+    )
+    row = {
+        "guests": ["Quux", {"first": "Zyx"}, None],
+        "who": {"nick": "Vex", "id": 7},
+        "nick": "stays",
+        "id": "password: hunter2!x",
+    }
+    [outcome] = scrub_chunk([(1, "f:1", row)], load_detector(settings), Replacer(settings, seed=0, key=KEY))
+    assert outcome.row == {
+        "guests": ["<SECRET>", {"first": "<SECRET>"}, None], "who": {"nick": "<SECRET>", "id": 7}, "nick": "stays", "id": "password: <SECRET>",
+    }  # fmt: skip
+
+
+def test_a_tag_is_no_label_for_what_stands_after_it(scrub):
+    text = "Ask @maria_g: rotate the key. Aged 93, 12 of them."
+    left = scrub({"text": text})[0].row["text"]
+    assert "rotate" in left
+    assert "12" in left
+
+
+def test_dates_of_a_record_move_by_the_same_days_in_every_format_and_keep_their_intervals(scrub):
+    text = "Admitted 2019-03-12, seen on March 15, 2019 and on 20 March 2019, left on 03/22/2019. Deborah signed."
+    first, second = (o.row["text"] for o in scrub({"text": text}, {"text": text}, operators={"DATE_TIME": "shift"}))
+    assert first != second  # records move by days of their own
+    assert "<DATE_TIME>" not in first
+    found = re.search(r"Admitted (\S+), seen on (\w+ \d+, \d+) and on (\d+ \w+ \d+), left on (\S+)\. ", first)
+    formats = ("%Y-%m-%d", "%B %d, %Y", "%d %B %Y", "%m/%d/%Y")
+    dates = [datetime.strptime(written, form) for written, form in zip(found.groups(), formats, strict=True)]
+    assert [(date - dates[0]).days for date in dates] == [0, 3, 8, 10]
+    assert 30 <= (datetime(2019, 3, 12) - dates[0]).days <= 365
+
+
+def test_dates_of_a_file_move_by_the_days_that_its_key_gives(scrub):
+    rows = [{"text": "Deborah came on 2019-03-12."}, {"text": "Carlos came on 2019-03-12."}]
+    settings = {"operators": {"DATE_TIME": "shift"}, "consistency": "file"}
+    left = [o.row["text"].split(" on ")[1] for o in scrub(*rows, **settings)]
+    assert left[0] == left[1] != "2019-03-12."
+
+
+def test_dates_and_ages_become_coarse(scrub):
+    text = "Deborah, 47 years old, came on 2019-03-12 and on 12 May; Carlos is 94 years old."
+    [outcome] = scrub({"text": text}, operators={"DATE_TIME": "generalise", "AGE": "generalise"})
+    assert outcome.row["text"] == (
+        "<PERSON>, 40-49 years old, came on 2019 and on <DATE_TIME>; <PERSON> is 90+ years old."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"operator": "shift"}, "deid.operator: found shift for every entity"),
+        ({"operators": {"PERSON": "generalise"}}, "deid.operators.PERSON: found generalise"),
+        ({"profile": "hipaa-safe-harbor", "operators": {"DATE_TIME": "shift"}}, "found shift"),
+    ],
+)
+def test_operators_of_dates_are_refused_for_others_and_where_they_are_not_allowed(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_operators(Deid(**settings))
+
+
+def test_the_same_person_number_and_day_in_two_forms_are_one(scrub):
+    text = "Smith, Deborah: call (415) 555-2671. Deborah Smith came on 2019-03-12. 415.555.2671 rang on March 12, 2019."
+    left = scrub({"text": text}, operator="tag-index")[0].row["text"]
+    assert left.count("<PHONE_NUMBER_1>") == 2
+    assert left.count("<DATE_TIME_1>") == 2
+    assert "_2>" not in left
+
+
+def test_a_first_name_keeps_its_gender_and_a_list_its_order():
+    from faker.providers.person.en_US import Provider
+
+    replacer = Replacer(Deid(operator="surrogate"), seed=0, key=KEY)
+    for number, (name, names) in enumerate(
+        {"Deborah Klein": Provider.first_names_female, "Robert Klein": Provider.first_names_male}.items()
+    ):
+        [left] = replacer.replace(number, [(name, [Span(0, len(name), "PERSON", 1.0)])])
+        assert left.split()[0] in names
+    [left] = replacer.replace(1, [("Klein, Deborah", [Span(0, 14, "PERSON", 1.0)])])
+    assert re.fullmatch(r"\w+, \w+", left)

@@ -106,6 +106,7 @@ def test_people_in_the_comments_and_strings_of_code_are_found(scrub):
     "text",
     [
         "He has 10/2 apples.", "20700 - 20100 = 600", "A hall of 400 square feet.", "12*8=96 and 96/4 = 24", "3/4 + 1/2 = 5/4",
+        "98 76 54 32 is a number pattern that falls by 22.", "What is the next term in 81 64 49 36?",
         "5 + 7 = 12, 12 - 4 = 8", "Add 2 1/2 cups to 1 3/4 cups.", "1234567 + 7654321 = 8888888", "From 1998 to 2016 there are 18 years.",
         "4150 x 26 = 107900", "24.50 and 220.50", "How old is she? Twice 12 is 24.", "98 - 45 - 12 = 41", "(15 + 27) * 3 - 18/6 = 123",
         "7 boxes of 144 screws are 7*144=1008 screws.", "It rained 4 inches in 2.5 hours.", "What is 15% of 640? 640*0.15 = 96",
@@ -148,6 +149,18 @@ def test_the_same_counts_where_somebody_is_near(scrub, text, gone):
 def test_a_strict_profile_counts_countries_and_companies_alone():
     strict = load_detector(Deid(rampart="off", profile="strict"))
     assert {span.entity for span in strict.detect(["What is the capital of Norway?"])[0]} == {"LOCATION"}
+
+
+def test_a_maths_problem_about_people_keeps_its_dates_and_ages(scrub):
+    text = "Deborah got 12 letters on May 4 and 9 on May 5. How many letters did she get in total?"
+    assert scrub({"text": text})[0].row["text"] == text.replace("Deborah", "<PERSON>")
+
+
+def test_a_date_leaves_the_sentence_around_it_alone(scrub):
+    text = "Minutes 4 May. Present: Deborah Klein. Term begins 6 Oct. 12 students are late."
+    left = scrub({"text": text})[0].row["text"]
+    assert left.startswith("Minutes <DATE_TIME>. Present")
+    assert left.endswith("12 students are late.")
 
 
 @pytest.mark.parametrize(

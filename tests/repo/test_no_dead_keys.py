@@ -181,6 +181,8 @@ PROOFS = {
     "deid.recognizers": SCRUB + "test_a_configuration_that_cannot_work_is_refused",
     "deid.rampart": SCRUB + "test_rampart_is_asked_for_by_its_key",
     "deid.language": SCRUB + "test_a_configuration_that_cannot_work_is_refused",
+    "deid.detect_language": "deid/test_languages.py::test_without_detection_every_record_is_read_as_the_language_of_the_file",
+    "deid.countries": "deid/test_countries.py::test_only_the_countries_that_are_named_are_looked_for",
     "deid.spacy_model": SCRUB + "test_a_configuration_that_cannot_work_is_refused",
     "deid.fields": SCRUB + "test_a_field_that_is_missing_holds_the_record_back",
     "deid.safe_fields": SCRUB + "test_safe_fields_are_the_ones_configured",

@@ -1,0 +1,127 @@
+"""Each record is read in its own language, or held back."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
+
+from scripts.common.schema import Deid
+from scripts.deid.languages import READABLE, foreign_words, language_of, majority, recognizers
+from scripts.deid.rampart import PACKAGE
+from scripts.deid.recognizers import load_detector
+from scripts.deid.replacement import Replacer
+from scripts.deid.scrubbing import scrub_chunk
+from tests.deid.conftest import KEY
+
+needs_rampart = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs Rampart")
+
+TEXTS = {
+    "en": "The dog was barking at the postman because it had been alone for hours.",
+    "de": "Der Hund bellte den Briefträger an, weil er stundenlang allein gewesen war.",
+    "fr": "Le chien aboyait après le facteur parce qu'il était resté seul pendant des heures.",
+    "es": "El perro ladraba al cartero porque había estado solo durante muchas horas.",
+    "it": "Il cane abbaiava al postino perché era rimasto solo per molte ore.",
+    "pt": "O cão ladrava ao carteiro porque tinha ficado sozinho durante muitas horas.",
+    "nl": "De hond blafte naar de postbode omdat hij urenlang alleen was geweest.",
+    "pl": "Pies szczekał na listonosza, ponieważ przez wiele godzin był sam w domu.",
+    "sv": "Hunden skällde på brevbäraren eftersom den hade varit ensam i flera timmar.",
+}
+
+
+@pytest.mark.parametrize(("language", "text"), TEXTS.items())
+def test_prose_is_known_by_its_function_words(language, text):
+    assert language_of(text, "en") == language
+    assert language_of(text, "de") == language
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Björn Åkesson, Zoë Lefèvre, Giuseppe Bianchi", "x = np.zeros(4)  # fill",
+        "Ja, oui, si", "https://example.de/der/die/das", "NL57BWQU6828890931", "The German word for it is Kindergarten.",
+    ],
+)  # fmt: skip
+def test_names_addresses_and_code_are_no_other_language(text):
+    assert language_of(text, "en") == "en"
+
+
+def test_a_short_text_has_the_language_of_its_file():
+    assert majority([TEXTS["fr"], TEXTS["fr"], TEXTS["en"], "Salut"], "en") == "fr"
+    assert majority([TEXTS["pl"], TEXTS["pl"]], "en") == "en"
+    assert majority([], "en") == "en"
+    assert language_of("Salut Léa", "fr") == "fr"
+
+
+def test_words_in_another_script_are_noticed_and_symbols_are_not():
+    assert foreign_words("Please write to Иван Петров today", "en")
+    assert foreign_words("山田太郎さんに電話してください", "en")
+    assert foreign_words("اتصل بأحمد غدا", "en")
+    assert not foreign_words("The angle α is 45° and σ² = 4 µm — naïve, Ærøskøbing, 1º, ﬁne", "en")
+    assert not foreign_words("Позвоните Ивану", "ru")
+
+
+@pytest.mark.parametrize(
+    "text", ["山田太郎さんは東京に住んでいます。", "أحمد يسكن في القاهرة مع عائلته", TEXTS["pl"], TEXTS["sv"]]
+)
+def test_what_nothing_can_read_is_held_back_with_the_reason(scrub, text):
+    [outcome] = scrub({"text": text})
+    assert outcome.row is None
+    assert "language" in outcome.reason or "script" in outcome.reason
+
+
+def test_another_language_without_rampart_is_held_back_and_code_and_secrets_are_not(scrub):
+    [german, code] = scrub({"text": TEXTS["de"]}, {"text": "for i in range(3):\n    print(i)"})
+    assert german.reason == "written in another language (de), which needs Rampart"
+    assert code.row
+    settings = Deid(rampart="off", profile="secrets-only")
+    rows = [(1, "f:1", {"text": TEXTS["de"]}), (2, "f:2", {"text": TEXTS["pl"]})]
+    assert all(o.row for o in scrub_chunk(rows, load_detector(settings), Replacer(settings, seed=0, key=KEY)))
+
+
+def test_without_detection_every_record_is_read_as_the_language_of_the_file():
+    settings = Deid(rampart="off", detect_language=False, entities=["EMAIL_ADDRESS"])
+    rows = [(1, "f:1", {"text": "山田太郎 taro@tokyomail.org"}), (2, "f:2", {"text": TEXTS["pl"]})]
+    first, second = scrub_chunk(rows, load_detector(settings), Replacer(settings, seed=0, key=KEY))
+    assert first.row == {"text": "山田太郎 <EMAIL_ADDRESS>"}
+    assert second.row == {"text": TEXTS["pl"]}
+
+
+@needs_rampart
+@pytest.mark.parametrize(
+    ("text", "gone"),
+    [
+        ("Sehr geehrte Frau Wüstenhagen, Ihr Termin bei Dr. Ingo Paschke ist am 14. März. Mit freundlichen Grüßen\nHeiner", ["Wüstenhagen", "Paschke", "März", "Heiner"]),
+        ("Bonjour Maëlle, le dossier de M. Hervé Castagnet est prêt depuis le 3 août. Merci, Odette", ["Maëlle", "Castagnet", "août", "Odette"]),
+        ("Hola Maite, la cita con la Dra. Leonor Iturbe es el 3 de agosto. Un saludo, Chema", ["Maite", "Iturbe", "agosto", "Chema"]),
+        ("Ciao Ginevra, l'appuntamento con il dott. Elio Fabbri è il 3 agosto. A presto, Nicoletta", ["Ginevra", "Fabbri", "agosto", "Nicoletta"]),
+        ("Olá Matilde, a consulta com o Dr. Elói Falcato é no dia 3 de agosto. Abraço, Zélia", ["Matilde", "Falcato", "agosto", "Zélia"]),
+        ("Beste Marieke, de afspraak met dr. Elco Veldhuis is op 3 augustus. Groetjes, Tjeerd", ["Marieke", "Veldhuis", "augustus", "Tjeerd"]),
+    ],
+)  # fmt: skip
+def test_names_titles_and_months_of_six_languages_are_found(multilingual, text, gone):
+    [outcome] = scrub_chunk([(1, "f:1", {"text": text})], *multilingual)
+    assert not outcome.reason
+    assert [value for value in gone if value in outcome.row["text"]] == []
+
+
+@needs_rampart
+@pytest.mark.parametrize("language", ["de", "fr", "es", "it", "pt", "nl"])
+def test_a_text_without_anybody_stays(multilingual, language):
+    [outcome] = scrub_chunk([(1, "f:1", {"text": TEXTS[language]})], *multilingual)
+    assert outcome.row == {"text": TEXTS[language]}
+
+
+@pytest.fixture(scope="module")
+def multilingual():
+    settings = Deid()
+    return load_detector(settings), Replacer(settings, seed=0, key=KEY)
+
+
+@pytest.mark.parametrize("language", sorted(set(READABLE) - {"en"}))
+def test_each_language_has_titles_labels_and_months(language):
+    found = {entry["supported_entity"] for entry in recognizers(language)}
+    assert found == {"PERSON", "DATE_TIME", "PHONE_NUMBER", "STREET_ADDRESS", "ID_NUMBER"}
+    assert recognizers("en") == []
