@@ -43,6 +43,10 @@ class Served:
     sha256: str | None = None
     reference: str | None = None
     beta: float = 1.0
+    adapter: str = ""  # its place in the stack; another one once a new version has taken the name
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapter", self.adapter or self.name)
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from scripts.common.errors import UserError
 from scripts.common.machine import choose_machine, prepare_environment
 from scripts.common.run import set_up_logging
 from serve import openai_api, pages, routes
+from serve.connections import bounded_connections
 from serve.errors import ServingError
 from serve.exception_handlers import refuse, refuse_http, refuse_invalid
 from serve.guard import Guard, logging_requests
 from serve.service import Service
-from serve.settings import load_api_keys, load_settings
+from serve.settings import load_admin_keys, load_api_keys, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.failure = error  # the guard reports it in one message instead of a traceback
         raise
     app.state.service = service
-    with logging_requests(service.metrics):
+    with bounded_connections(), logging_requests(service.metrics):
         await service.start()
         log.info(
             "serving %s (default %s) after %.1f s%s",
@@ -84,7 +85,7 @@ def load_service() -> Service:
     """
     config = load_settings()
     prepare_environment(config)
-    keys = load_api_keys(config.serve)
+    keys, admin_keys = load_api_keys(config.serve), load_admin_keys()
     machine = choose_machine(config)
     import torch
 
@@ -92,7 +93,7 @@ def load_service() -> Service:
     torch.set_num_threads(machine.threads)
     for reason in machine.reasons:
         log.info(reason)
-    return Service(config, machine, keys)
+    return Service(config, machine, keys, admin_keys)
 
 
 @contextmanager
