@@ -187,24 +187,25 @@ class Exchange:
         if not self.service.api_keys and not is_loopback(peer):
             message = "without an API key only this machine is answered; start the server with SERVE_API_KEYS"
             raise ServingError(403, "not_local", message)
-        if path.startswith(ADMIN_PATHS):
-            self._matching_key(self.service.admin_keys, "admin key")
+        is_admin_path = path.startswith(ADMIN_PATHS)
+        if is_admin_path and self._matching_key(self.service.admin_keys) is not None:
             return "admin"
-        if self.service.api_keys:
-            return f"key {self._matching_key(self.service.api_keys, 'key')}"
-        return str(peer)
+        keys = self.service.api_keys
+        number = self._matching_key(keys)
+        if number is None and (keys or (is_admin_path and self.service.admin_keys)):
+            raise ServingError(401, "invalid_api_key", "wanted `Authorization: Bearer <key>` or `x-api-key: <key>`")
+        if is_admin_path:
+            raise ServingError(403, "admin_key_needed", "adapters come and go only with a key of SERVE_ADMIN_KEYS")
+        return str(peer) if number is None else f"key {number}"
 
-    def _matching_key(self, keys: list[str], what: str) -> int:
+    def _matching_key(self, keys: list[str]) -> int | None:
         """Return which of the keys the request brings, in `Authorization: Bearer` or in `x-api-key`."""
         scheme, *rest = self.headers.get("authorization", "").split() or [""]
         brought = [self.headers.get("x-api-key", "").strip()]
         if scheme.lower() == "bearer" and len(rest) == 1:
             brought += rest
         matches = [any(hmac.compare_digest(token.encode(), key.encode()) for token in brought) for key in keys]
-        if not any(matches):
-            message = f"wanted the header `Authorization: Bearer <{what}>` or `x-api-key: <{what}>`"
-            raise ServingError(401, "invalid_api_key", message)
-        return matches.index(True)
+        return matches.index(True) if any(matches) else None
 
     async def _read_body(self) -> None:
         """Read the body within its limits before anybody works on it."""

@@ -40,9 +40,10 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     messages = [message.as_plain() for message in body.messages]
+    constraint = await _constraint(service, body.response_format)  # first: nothing may come between model and seat
     render = partial(render_conversation, messages=messages)
     prompt = Prompt(service.model(body.model, "model"), render, sum(len(message["content"]) for message in messages))
-    return await _answer(service, request, body, "chat.completion", [prompt])
+    return await _answer(service, request, body, "chat.completion", [prompt], constraint)
 
 
 def render_conversation(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
@@ -65,9 +66,10 @@ def render_conversation(chat: ChatFormat, messages: Sequence[Message]) -> list[i
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue a text; no chat template is applied."""
     service: Service = request.app.state.service
+    constraint = await _constraint(service, body.response_format)
     model = service.model(body.model, "model")
     prompts = [Prompt(model, partial(_encode, text=text), len(text)) for text in body.prompts()]
-    return await _answer(service, request, body, "text_completion", prompts)
+    return await _answer(service, request, body, "text_completion", prompts, constraint)
 
 
 def _encode(chat: ChatFormat, text: str | list[int]) -> list[int]:
@@ -75,12 +77,17 @@ def _encode(chat: ChatFormat, text: str | list[int]) -> list[int]:
 
 
 async def _answer(
-    service: Service, request: Request, body: OpenAIFields, kind: Kind, prompts: Sequence[Prompt]
+    service: Service,
+    request: Request,
+    body: OpenAIFields,
+    kind: Kind,
+    prompts: Sequence[Prompt],
+    constraint: Constraint | None,
 ) -> Response:
     echo = isinstance(body, CompletionRequest) and body.echo
     jobs = await service.begin(
         request.state.client, prompts, body, answers=body.n, echo=echo, top_logprobs=body.logprobs_asked(),
-        constraint=await _constraint(service, body.response_format),
+        constraint=constraint,
     )  # fmt: skip
     prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
     head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": prompts[0].model.name}

@@ -13,6 +13,7 @@ from scripts.dataset.rendering import render_prompt
 from serve.errors import ServingError
 from serve.jobs import Job
 from serve.schemas import (
+    AdapterRequest,
     CompareAnswer,
     CompareRequest,
     GenerateAnswer,
@@ -78,7 +79,7 @@ async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
     """Measure how likely a model finds a given answer, and its implicit reward against its reference."""
     service: Service = request.app.state.service
     model = service.model(body.adapter, "adapter")
-    reference = service.model(model.reference or model.name, "adapter")
+    reference = service.reference_of(model)
     jobs = await service.begin_scoring(request.state.client, [model, reference], body.prompt, body.answer)
     await service.texts(request, jobs)
     logprob, reference_logprob = (job.logprob for job in jobs)
@@ -125,6 +126,20 @@ def _model_entry(service: Service, model: Served) -> dict[str, Any]:
         "parent": model.parent, "adapter_sha256": model.sha256, "max_model_len": service.context,
         "default": model.name == service.models.default,
     }  # fmt: skip
+
+
+@router.post("/v1/adapters", status_code=201, tags=["admin"])
+async def add_adapter(request: Request, body: AdapterRequest) -> dict[str, Any]:
+    """Serve one more adapter from now on; needs a key of SERVE_ADMIN_KEYS."""
+    service: Service = request.app.state.service
+    return _model_entry(service, await service.adapters.add(body.name, body.path))
+
+
+@router.delete("/v1/adapters/{name}", tags=["admin"])
+async def remove_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Serve an adapter no more; requests that run with it end first. Needs a key of SERVE_ADMIN_KEYS."""
+    await request.app.state.service.adapters.remove(name)
+    return {"id": name, "object": "model", "deleted": True}
 
 
 @router.get("/health", tags=["operation"])

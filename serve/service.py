@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fastapi import Request
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
+from scripts.common.stages import BASE
 from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.rendering import render_completion, render_prompt
 from serve.errors import ServingError
@@ -55,10 +57,12 @@ class Service:
         from serve.adapters import load_models  # torch comes only after the configuration was found good
         from serve.cache import check_cache_fits, context_limit, prove_cache
         from serve.engine import Engine
+        from serve.live import LiveAdapters
         from serve.structured import SchemaCompiler
 
         self.config, self.api_keys, self.admin_keys = config, api_keys, list(admin_keys)
         self.metrics = Metrics()
+        self.metrics.build.info({name: version(name) for name in ("torch", "transformers", "peft", "fastapi")})
         self.draining = False
         self.started = int(time.time())
         serve = config.serve
@@ -88,16 +92,19 @@ class Service:
             # The server's own orderly end; a supervisor then starts it again.
             on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
+        self.adapters = LiveAdapters(self.models, self.engine, self.metrics, serve.adapters_root)
         self.vocabulary = self.models.network.config.get_text_config(decoder=True).vocab_size
         self._schemas = SchemaCompiler(self.models.tokenizer, self.engine.stop_ids)
         # One thread: a tokenizer is not made to be used by several at once.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
-        self._lag: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the engine and answer one request to warm it up."""
         self.engine.start()
-        self._lag = asyncio.create_task(self._watch_lag())
+        self._tasks.append(asyncio.create_task(self._watch_lag()))
+        if self.config.serve.watch:
+            self._tasks.append(asyncio.create_task(self.adapters.watch()))
         ids = self.models.tokenizer.encode("Hello", add_special_tokens=False)
         jobs = [Job(ids, name, 2, client="warm-up") for name in self.models.served]  # names are adapters at first
         self._submit(jobs, self.engine.reserve("warm-up", len(jobs)))
@@ -105,8 +112,8 @@ class Service:
 
     async def stop(self) -> None:
         """End the engine's thread."""
-        if self._lag:
-            self._lag.cancel()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.to_thread(self.engine.stop)
 
     def drain(self) -> None:
@@ -143,6 +150,13 @@ class Service:
             known = ", ".join(self.models.served)
             raise ServingError(404, "model_not_found", f"no such model; this server has: {known}", param)
         return model
+
+    def reference_of(self, model: Served) -> Served:
+        """Return the model that a preference loss measured this one against: the base where that is not served."""
+        served = self.models.served.values()
+        if model.path is None:
+            return model
+        return next((o for o in served if o.sha256 == model.trained_from), self.models.served[BASE])
 
     async def begin(
         self,
