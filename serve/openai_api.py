@@ -39,11 +39,21 @@ Kind = Literal["chat.completion", "text_completion"]
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
+    jobs = await begin_chat(service, request.state.client, body)
+    tokenizer = service.models.tokenizer
+    choices = [Choice(tokenizer, "chat.completion", number, job) for number, job in enumerate(jobs)]
+    return await _answer(service, request, body, choices)
+
+
+async def begin_chat(service: Service, client: str, body: ChatRequest) -> list[Job]:
+    """Start the jobs of a conversation, one for each answer to it."""
     messages = [message.as_plain() for message in body.messages]
     constraint = await _constraint(service, body.response_format)  # first: nothing may come between model and seat
     render = partial(render_conversation, messages=messages)
     prompt = Prompt(service.model(body.model, "model"), render, sum(len(message["content"]) for message in messages))
-    return await _answer(service, request, body, "chat.completion", [prompt], constraint)
+    return await service.begin(
+        client, [prompt], body, answers=body.n, top_logprobs=body.logprobs_asked(), constraint=constraint
+    )
 
 
 def render_conversation(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
@@ -69,39 +79,21 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     constraint = await _constraint(service, body.response_format)
     model = service.model(body.model, "model")
     prompts = [Prompt(model, partial(_encode, text=text), len(text)) for text in body.prompts()]
-    return await _answer(service, request, body, "text_completion", prompts, constraint)
+    jobs = await service.begin(
+        request.state.client, prompts, body, answers=body.n, echo=body.echo, top_logprobs=body.logprobs_asked(),
+        constraint=constraint,
+    )  # fmt: skip
+    tokenizer = service.models.tokenizer
+    echoed = [text if isinstance(text, str) else tokenizer.decode(text) for text in body.prompts()]
+    choices = [
+        Choice(tokenizer, "text_completion", number, job, echoed[number // body.n] if body.echo else None)
+        for number, job in enumerate(jobs)
+    ]
+    return await _answer(service, request, body, choices)
 
 
 def _encode(chat: ChatFormat, text: str | list[int]) -> list[int]:
     return list(chat.tokenizer.encode(text)) if isinstance(text, str) else list(text)
-
-
-async def _answer(
-    service: Service,
-    request: Request,
-    body: OpenAIFields,
-    kind: Kind,
-    prompts: Sequence[Prompt],
-    constraint: Constraint | None,
-) -> Response:
-    echo = isinstance(body, CompletionRequest) and body.echo
-    jobs = await service.begin(
-        request.state.client, prompts, body, answers=body.n, echo=echo, top_logprobs=body.logprobs_asked(),
-        constraint=constraint,
-    )  # fmt: skip
-    prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
-    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": prompts[0].model.name}
-    tokenizer = service.models.tokenizer
-    choices = [
-        Choice(tokenizer, kind, number, job, _echoed(body, number, tokenizer, job) if echo else None)
-        for number, job in enumerate(jobs)
-    ]
-    if body.stream:
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(request, jobs, _chunks(choices, head, body.n, include_usage))
-    texts = await service.texts(request, jobs)
-    answered = [choice.whole(text) for choice, text in zip(choices, texts, strict=True)]
-    return JSONResponse({**head, "object": kind, "choices": answered, "usage": usage_of(jobs, body.n).model_dump()})
 
 
 async def _constraint(service: Service, asked: ResponseFormat | None) -> Constraint | None:
@@ -110,16 +102,22 @@ async def _constraint(service: Service, asked: ResponseFormat | None) -> Constra
     return await service.constraint(None) if isinstance(asked, JsonObjectFormat) else None
 
 
-def _echoed(body: OpenAIFields, number: int, tokenizer: Any, job: Job) -> str:
-    assert isinstance(body, CompletionRequest)
-    prompt = body.prompts()[number // body.n]
-    return prompt if isinstance(prompt, str) else str(tokenizer.decode(job.ids))
+async def _answer(service: Service, request: Request, body: OpenAIFields, choices: Sequence[Choice]) -> Response:
+    kind, jobs = choices[0].kind, [choice.job for choice in choices]
+    prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
+    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": jobs[0].model}
+    if body.stream:
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(request, jobs, _chunks(choices, head, body.n, include_usage))
+    texts = await service.texts(request, jobs)
+    answered = [choice.whole(text) for choice, text in zip(choices, texts, strict=True)]
+    return JSONResponse({**head, "object": kind, "choices": answered, "usage": usage_of(jobs, body.n).model_dump()})
 
 
 class Choice:
     """One of the answers to a request, in the shape of its route."""
 
-    def __init__(self, tokenizer: Any, kind: Kind, number: int, job: Job, echoed: str | None) -> None:
+    def __init__(self, tokenizer: Any, kind: Kind, number: int, job: Job, echoed: str | None = None) -> None:
         self.tokenizer, self.kind, self.number, self.job = tokenizer, kind, number, job
         self.echoes, self.echoed = echoed is not None, echoed  # the prompt's text, with which the answer begins
         self.sent = 0  # tokens whose log-probabilities went out

@@ -35,18 +35,22 @@ router = APIRouter()
 async def generate(request: Request, body: GenerateRequest) -> Any:
     """Answer one prompt with one model; with `stream`, as server-sent events."""
     service: Service = request.app.state.service
+    jobs = await begin_generation(service, request.state.client, body)
+    if body.stream:
+        return EventStream(request, jobs, _events(jobs[0]))
+    [text] = await service.texts(request, jobs)
+    return _answer(jobs[0], text)
+
+
+async def begin_generation(service: Service, client: str, body: GenerateRequest) -> list[Job]:
+    """Start the job of a request."""
 
     def render(chat: ChatFormat) -> list[int]:
         if body.raw:
             return list(chat.tokenizer.encode(body.prompt))
         return render_prompt(chat, chat.user_turn(body.prompt))
 
-    prompt = Prompt(service.model(body.adapter, "adapter"), render, len(body.prompt))
-    jobs = await service.begin(request.state.client, [prompt], body)
-    if body.stream:
-        return EventStream(request, jobs, _events(jobs[0]))
-    [text] = await service.texts(request, jobs)
-    return _answer(jobs[0], text)
+    return await service.begin(client, [Prompt(service.model(body.adapter, "adapter"), render, len(body.prompt))], body)
 
 
 async def _events(job: Job) -> AsyncIterator[str]:
