@@ -114,7 +114,7 @@ class Connections:
         self.idle: dict[Connection, None] = {}  # the client is to act; longest first
         self.busy: set[Connection] = set()
         self._closed: dict[str, int] = {}
-        self._next_message = 0.0
+        self._quiet: asyncio.TimerHandle | None = None
 
     def opened(self, connection: Connection) -> None:
         """Count a new connection, and make room for it."""
@@ -142,10 +142,15 @@ class Connections:
         if isinstance(connection.transport, asyncio.Transport):
             connection.transport.abort()
         self._closed[reason] = self._closed.get(reason, 0) + 1
-        if time.monotonic() >= self._next_message:
-            self._next_message = time.monotonic() + SECONDS_BETWEEN_MESSAGES
+        if self._quiet is None:
+            self._report()
+
+    def _report(self) -> None:
+        self._quiet = None
+        if self._closed:
             log.warning("connections closed: %s", ", ".join(f"{count} {why}" for why, count in self._closed.items()))
             self._closed.clear()
+            self._quiet = asyncio.get_running_loop().call_later(SECONDS_BETWEEN_MESSAGES, self._report)
 
     def _forget(self, connection: Connection) -> bool:
         known = connection in self.busy or connection in self.idle

@@ -109,6 +109,13 @@ async def vote(request: Request, body: VoteRequest) -> dict[str, str]:
     return {"status": "kept"}
 
 
+@router.get("/v1/examples", tags=["playground"])
+async def examples(request: Request) -> dict[str, list[str]]:
+    """List prompts of the held-out data to try; none where keys are set, as the data are not every key's."""
+    service: Service = request.app.state.service
+    return {"prompts": [] if service.api_keys else service.examples}
+
+
 @router.get("/v1/models", tags=["OpenAI-compatible"])
 async def models(request: Request) -> dict[str, Any]:
     """List what is served, in OpenAI's shape with a few facts more."""

@@ -24,6 +24,7 @@ from scripts.common.stages import BASE
 from scripts.dataset.chat_format import ChatFormat
 from scripts.dataset.rendering import render_completion, render_prompt
 from serve.errors import ServingError
+from serve.examples import held_out_prompts
 from serve.jobs import Job, Seat
 from serve.metrics import Metrics
 from serve.schemas import SamplingFields
@@ -64,6 +65,7 @@ class Service:
         self.metrics = Metrics()
         self.metrics.build.info({name: version(name) for name in ("torch", "transformers", "peft", "fastapi")})
         self.draining = False
+        self.examples: list[str] = []
         self.started = int(time.time())
         serve = config.serve
         self.votes = VotesFile(Path(serve.votes_path), self.metrics) if serve.votes_path else None
@@ -103,6 +105,7 @@ class Service:
         """Start the engine and answer one request to warm it up."""
         self.engine.start()
         self._tasks.append(asyncio.create_task(self._watch_lag()))
+        self._tasks.append(asyncio.create_task(self._read_examples()))
         if self.config.serve.watch:
             self._tasks.append(asyncio.create_task(self.adapters.watch()))
         ids = self.models.tokenizer.encode("Hello", add_special_tokens=False)
@@ -302,6 +305,9 @@ class Service:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             request.state.notes.update(facts_of(jobs))
+
+    async def _read_examples(self) -> None:
+        self.examples = await asyncio.to_thread(held_out_prompts, self.config)
 
     async def _watch_lag(self) -> None:
         while True:

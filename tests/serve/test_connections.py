@@ -81,8 +81,9 @@ def test_more_connections_than_descriptors_stop_nobody(server, data):
     assert is_closed(held[0], 5), "the oldest idle one makes room"
     for connection in held:
         connection.close()
+    time.sleep(1.2)  # the log says it once a second
     said = server.log_text()[written:]
-    assert "connections closed" in said
+    assert "would have been more than" in said
     assert "Traceback" not in said
     assert len([line for line in said.splitlines() if "/health" not in line]) < 10
 
@@ -143,9 +144,13 @@ def test_an_endless_body_is_refused_and_ended(server):
     connection.settimeout(30)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     started = time.monotonic()
-    with pytest.raises(OSError):  # noqa: PT011
+
+    def send_for_ever() -> None:
         while time.monotonic() - started < 40:
             connection.sendall(chunk)
+
+    with pytest.raises((ConnectionError, TimeoutError)):
+        send_for_ever()
     assert time.monotonic() - started < 30
 
 
@@ -163,7 +168,7 @@ AUTHORISED = [
     {"x-api-key": "a-key-to-ask"},
     {"authorization": "Bearer  a-key-to-ask"},
     {"authorization": "bearer\tb-key-to-ask"},
-    {"authorization": "BEARER a-key-to-ask  "},
+    {"authorization": "BEARER \t a-key-to-ask"},
     {"authorization": "Basic nonsense", "x-api-key": "b-key-to-ask"},
 ]
 REFUSED = [
