@@ -15,7 +15,7 @@ from scripts.dataset.split import is_validation
 log = logging.getLogger(__name__)
 
 MOST = 6
-LONGEST = 200  # characters; a longer one is no button
+LONGEST = 1500  # characters; longer ones say little at a glance
 LARGEST_FILE = 16 * 2**20  # reading a larger one would delay the first answers
 
 

@@ -121,15 +121,16 @@ class LiveAdapters:
     def _below_root(self, path: str) -> Path:
         if self.root is None:
             raise ServingError(403, "adapters_root_off", "adapters can be added only where serve.adapters_root is set")
+        absent = ServingError(404, "adapter_not_found", "path: there is no such folder in serve.adapters_root", "path")
         try:
             folder = (self.root / path).resolve()
-            inside, there = folder.is_relative_to(self.root), folder.is_dir()
+            there = folder.is_dir()
         except (OSError, ValueError, RuntimeError):  # a path that no system takes, or links in a circle
-            inside = there = False
-        if not inside or folder == self.root:
+            raise absent from None
+        if folder == self.root or not folder.is_relative_to(self.root):
             raise ServingError(403, "outside_adapters_root", "path: leads out of serve.adapters_root", "path")
         if not there:
-            raise ServingError(404, "adapter_not_found", "path: there is no such folder in serve.adapters_root", "path")
+            raise absent
         return folder
 
     def _check_name(self, name: str) -> None:
