@@ -100,7 +100,7 @@ class Pane {
     const turns = this.part(".turns"), item = turns.lastElementChild;
     item.classList.add("waiting");
     const started = performance.now();
-    let first = 0, usage = null, reason = "";
+    let first = 0, drawn = 0, usage = null, reason = "";
     try {
       const options = { method: "POST", headers: headers(), body: JSON.stringify(this.sent), signal: this.running.signal };
       for await (const data of events(await fetch("v1/chat/completions", options))) {
@@ -111,15 +111,19 @@ class Pane {
         if (choice?.delta?.content) {
           first ||= performance.now();
           message.content += choice.delta.content;
-          const follows = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 40;
-          this.write(item, message.content, true);
-          if (follows) turns.scrollTop = turns.scrollHeight;
+          drawn ||= requestAnimationFrame(() => { // tokens come faster than a screen can show them
+            drawn = 0;
+            const follows = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 40;
+            this.write(item, message.content, true);
+            if (follows) turns.scrollTop = turns.scrollHeight;
+          });
         }
       }
     } catch (error) {
       if (error.name === "AbortError") reason = "stopped";
       else this.failed = error.message;
     }
+    cancelAnimationFrame(drawn);
     this.running = null;
     if (!message.content && (this.failed || reason === "stopped")) this.messages.pop();
     const seconds = (performance.now() - first) / 1000;
