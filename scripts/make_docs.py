@@ -140,7 +140,7 @@ def field_tables() -> str:
     from serve.openai_schemas import ChatRequest, CompletionRequest
     from serve.schemas import GenerateRequest
 
-    bodies = {
+    bodies: dict[str, type[BaseModel]] = {
         "/v1/generate": GenerateRequest,
         "/v1/chat/completions": ChatRequest,
         "/v1/completions": CompletionRequest,

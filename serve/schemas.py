@@ -33,7 +33,9 @@ class SamplingFields(Body):
     )
     repetition_penalty: float = Field(1.0, gt=0, le=2, description="Above 1 makes tokens seen before less likely.")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Lowers the logit of each token the answer has.")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Lowers a token's logit for each time the answer has it.")
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Lowers a token's logit for each time the answer has it."
+    )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same seed gives the same text (exactly so in fp32)."
     )

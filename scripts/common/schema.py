@@ -359,7 +359,8 @@ class Serve(Section):
         description="Folder below which adapters may be added while the server runs; also needs SERVE_ADMIN_KEYS or `watch`.",
     )
     watch: bool = Field(
-        False, description="Serve a newly finished adapter at once: in a folder that is served, or in one of adapters_root."
+        False,
+        description="Serve a newly finished adapter at once: in a folder that is served, or in one of adapters_root.",
     )
     api_keys_file: str | None = Field(
         None, description="File with one API key per line, readable by its owner only; SERVE_API_KEYS adds to it."

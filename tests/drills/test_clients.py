@@ -69,7 +69,7 @@ assert text.choices[0].text
     "llm": """
 import llm
 fields = {"model_id": "ours", "model_name": "sft", "api_base": URL, "can_stream": True}
-(llm.user_dir() / "extra-openai-models.yaml").write_text("- " + "\n  ".join(f"{k}: {v}" for k, v in fields.items()))
+(llm.user_dir() / "extra-openai-models.yaml").write_text("- " + "\\n  ".join(f"{k}: {v}" for k, v in fields.items()))
 model = llm.get_model("ours")
 model.key = "none"
 assert model.prompt("Hello", temperature=0, max_tokens=6, stream=False).text() == EXPECTED
