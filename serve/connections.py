@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 # From a connection's first byte, or from its opening when none comes, to the end of a request's head.
 HEAD_SECONDS = 10.0
-# Accepted in one turn of the event loop. A few turns pass until one too many is closed again.
-ACCEPTED_AT_ONCE = 16
-# Descriptors that are never connections: those accepted and not yet counted, files, and what libraries open.
-RESERVED_DESCRIPTORS = 128
+# Descriptors that are never connections: files, and what libraries open.
+RESERVED_DESCRIPTORS = 64
+# So many turns of the event loop pass from accepting a connection to having closed one too many.
+TURNS_TO_CLOSE = 4
 BACKLOG = 2048
 # A flood of broken requests would otherwise flood the log, too.
 SECONDS_BETWEEN_MESSAGES = 1.0
@@ -109,8 +109,8 @@ class Connection(asyncio.Protocol):
 class Connections:
     """All connections of one server. When there are too many, the one that has waited longest for its client goes."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, accepted_at_once: int) -> None:
+        self.most, self.accepted_at_once = most, accepted_at_once
         self.idle: dict[Connection, None] = {}  # the client is to act; longest first
         self.busy: set[Connection] = set()
         self._closed: dict[str, int] = {}
@@ -179,7 +179,7 @@ class OncePerSecond(logging.Filter):
 def bounded_connections() -> Iterator[Connections]:
     """Bound the connections of every listener that is opened meanwhile: uvicorn opens its own after this is entered."""
     loop = asyncio.get_running_loop()
-    connections = Connections(most_connections())
+    connections = Connections(*connection_limits())
     openers = {name: getattr(loop, name) for name in ("create_server", "create_unix_server")}
     quiet = OncePerSecond()
 
@@ -188,7 +188,7 @@ def bounded_connections() -> Iterator[Connections]:
             def protocol() -> Connection:
                 return Connection(connections, factory())
 
-            server = await open_listener(protocol, *arguments, **{**options, "backlog": ACCEPTED_AT_ONCE})
+            server = await open_listener(protocol, *arguments, **{**options, "backlog": connections.accepted_at_once})
             for listener in server.sockets:
                 # The event loop accepts as many at once as may wait in the kernel, unless that is changed behind it.
                 with suppress(OSError), socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
@@ -210,13 +210,16 @@ def bounded_connections() -> Iterator[Connections]:
             logging.getLogger(name).removeFilter(quiet)
 
 
-def most_connections() -> int:
-    """Return how many connections leave room for the descriptors that the process needs besides."""
+def connection_limits() -> tuple[int, int]:
+    """Return how many connections leave room for other descriptors, and how many may be accepted in one turn."""
+    limit = 2**16
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return BACKLOG
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return 2**16
-    return max(16, min(limit, 2**16) - psutil.Process().num_fds() - RESERVED_DESCRIPTORS)
+        pass
+    else:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = limit if soft == resource.RLIM_INFINITY else min(soft, limit)
+    at_once = min(64, max(4, limit // 32))
+    others = RESERVED_DESCRIPTORS + TURNS_TO_CLOSE * at_once
+    return max(16, limit - len(psutil.Process().open_files()) - others), at_once

@@ -10,6 +10,8 @@ import os
 import random
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -60,42 +62,42 @@ def write_config(folder: Path, base: Path, **serve: object) -> Path:
     return config
 
 
-class Attack:
-    """Keep connections of one kind open: what the server closes is opened again."""
-
-    def __init__(self, port: int, count: int, data: bytes, trickle: bytes = b"") -> None:
-        self.port, self.count, self.data, self.trickle = port, count, data, trickle
-        self.held: list[socket.socket] = []
-        self.opened = 0
-
-    def step(self) -> None:
-        kept = []
-        for connection in self.held:
-            with suppress(BlockingIOError):
-                try:
-                    if connection.recv(4096) == b"":
-                        connection.close()
-                        continue
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    connection.close()
-                    continue
-            with suppress(OSError):
-                connection.send(self.trickle)
+# Runs in a process of its own, so that its work does not count as the server's. What the server closes is opened again.
+ATTACKER = """
+import json, resource, socket, sys, time
+port, count, data, trickle = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode(), sys.argv[4].encode()
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+held, opened = [], 0
+while True:
+    kept = []
+    for connection in held:
+        try:
+            connection.send(trickle)
+            if connection.recv(4096) != b"":
+                kept.append(connection)
+        except BlockingIOError:
             kept.append(connection)
-        self.held = kept
-        for _ in range(min(self.count - len(self.held), 200)):
-            with suppress(OSError):
-                connection = socket.create_connection(("127.0.0.1", self.port), timeout=1)
-                connection.sendall(self.data)
-                connection.setblocking(False)
-                self.held.append(connection)
-                self.opened += 1
+        except OSError:
+            pass
+    held = kept
+    for _ in range(min(count - len(held), 300)):
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=2)
+            connection.sendall(data)
+            connection.setblocking(False)
+            held.append(connection)
+            opened += 1
+        except OSError:
+            break
+    print(opened, flush=True)
+    time.sleep(1)
+"""
 
-    def close(self) -> None:
-        for connection in self.held:
-            connection.close()
+
+def start_attack(port: int, count: int, data: str = "", trickle: str = "") -> subprocess.Popen[str]:
+    """Keep connections of one kind open."""
+    command = [sys.executable, "-S", "-c", ATTACKER, str(port), str(count), data, trickle]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_attacks_on_connections_stop_nobody(tmp_path: Path, base: Path) -> None:
@@ -107,15 +109,9 @@ def test_attacks_on_connections_stop_nobody(tmp_path: Path, base: Path) -> None:
         max_context_tokens=512, max_concurrent=16,
     )  # fmt: skip
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))  # the server's; the attackers get theirs back below
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))  # the server's alone
     stop, wrong, health = threading.Event(), [], []
     counts = {"answered": 0, "refused": 0, "cut off": 0, "vanished": 0}
-
-    def attack(attacks: list[Attack]) -> None:
-        while not stop.is_set():
-            for one in attacks:
-                one.step()
-            stop.wait(0.2)
 
     def vanish(server: Running, number: int) -> None:
         draw = random.Random(number)
@@ -157,15 +153,16 @@ def test_attacks_on_connections_stop_nobody(tmp_path: Path, base: Path) -> None:
 
     try:
         with running_server(config) as server:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-            length = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\n"
+            body = "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"
             attacks = [
-                Attack(server.port, HALF_HEADS, b"POST /v1/generate HTTP/1.1\r\nHost: loc", b"a"),
-                Attack(server.port, SLOW_BODIES, b"POST /v1/generate HTTP/1.1\r\n" + length, b" "),
-                Attack(server.port, IDLE, b""),
+                start_attack(server.port, HALF_HEADS, head[:-9], "a"),
+                start_attack(server.port, SLOW_BODIES, head + body, " "),
+                start_attack(server.port, IDLE),
             ]
             process = psutil.Process(server.process.pid)
-            threads = [threading.Thread(target=attack, args=(attacks,)), threading.Thread(target=watch, args=(server,))]
+            threads = [threading.Thread(target=watch, args=(server,))]
             threads += [threading.Thread(target=vanish, args=(server, number)) for number in range(VANISHING)]
             threads += [threading.Thread(target=ask, args=(server, number)) for number in range(4)]
             for thread in threads:
@@ -182,7 +179,8 @@ def test_attacks_on_connections_stop_nobody(tmp_path: Path, base: Path) -> None:
             for thread in threads:
                 thread.join()
             for one in attacks:
-                one.close()
+                one.kill()
+            opened = sum(int(one.communicate()[0].split()[-1]) for one in attacks)
             time.sleep(2)
             after = process.num_fds()
             log = server.log_text()
@@ -190,7 +188,6 @@ def test_attacks_on_connections_stop_nobody(tmp_path: Path, base: Path) -> None:
             assert server.metric("serve_num_requests_running") == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    opened = sum(one.opened for one in attacks)
     print(counts, f"{opened} connections of attackers, /health at most {max(health):.2f} s in {len(health)} calls, "  # noqa: T201
           f"RSS {begin / 1e6:.0f} -> {end / 1e6:.0f} MB, descriptors at most {most}, {after} afterwards")  # fmt: skip
     assert wrong == []
