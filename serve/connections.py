@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -111,7 +112,7 @@ class Connections:
 
     def __init__(self, most: int, accepted_at_once: int) -> None:
         self.most, self.accepted_at_once = most, accepted_at_once
-        self.idle: dict[Connection, None] = {}  # the client is to act; longest first
+        self.idle: OrderedDict[Connection, None] = OrderedDict()  # the client is to act; longest first
         self.busy: set[Connection] = set()
         self._closed: dict[str, int] = {}
         self._quiet: asyncio.TimerHandle | None = None
