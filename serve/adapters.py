@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,13 @@ class Served:
     name: str
     parent: str | None = None
     sha256: str | None = None
-    reference: str | None = None
+    trained_from: str | None = None  # the hash of the adapter that a preference loss measured it against
     beta: float = 1.0
+    path: Path | None = None
+    adapter: str = ""  # its place in the stack; another one once a new version has taken the name
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapter", self.adapter or self.name)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Models:
     served: dict[str, Served]
     default: str
     source: str  # key and value of the configuration that name the network
+    folder: Path  # of the network
 
 
 def load_models(config: Config, machine: Machine) -> Models:
@@ -77,7 +84,9 @@ def load_models(config: Config, machine: Machine) -> Models:
     shape = _shape_of(network, source)
     weights = {}
     for name, path in paths.items():
-        network, weights[name] = _lora_weights(network, path)
+        wrapped = load_adapter(network, path)
+        weights[name] = lora_weights(wrapped, path)
+        network = wrapped.unload()
     rows = stack_adapters(network, weights, machine.device, machine.dtype)
     chats = {BASE: ChatFormat.of_base(tokenizer, config.data)}
     chats |= {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
@@ -85,8 +94,11 @@ def load_models(config: Config, machine: Machine) -> Models:
     for name, chat in chats.items():
         if chat.system_prompt != config.data.system_prompt:
             log.info("%s: reads prompts with the system prompt it was trained with, not data.system_prompt", name)
-    models = Models(network, tokenizer, chats, shape, rows, _describe(manifests), default, source)
-    prove_adapters(models)
+    served = {BASE: Served(BASE)} | {
+        name: describe(name, paths[name], manifest) for name, manifest in manifests.items()
+    }
+    models = Models(network, tokenizer, chats, shape, rows, served, default, source, folder)
+    prove_adapters(models, list(manifests))
     return models
 
 
@@ -141,6 +153,26 @@ def _absent(config: Config, key: str, path: Path) -> UserError:
     )
 
 
+def read_adapter(models: Models, path: Path) -> tuple[Manifest, dict[str, LoraWeights]]:
+    """Check and read an adapter beside a running server: the network in use is not touched.
+
+    Raises: UserError with what is wrong with it.
+    """
+    manifest = check_adapter_fits(path, models.folder, models.tokenizer)
+    return manifest, lora_weights(load_adapter(_hollow_copy(models.network), path), path)
+
+
+def _hollow_copy(network: Any) -> Any:
+    """Return the same network with weights that all share one number, and so take no memory."""
+    with torch.device("meta"):
+        hollow = type(network)(network.config)
+    for module in hollow.modules():
+        for name, tensor in [*module.named_parameters(recurse=False)]:
+            number = torch.zeros((), dtype=torch.float32)
+            setattr(module, name, torch.nn.Parameter(number.expand(tensor.shape), requires_grad=False))
+    return hollow
+
+
 def _checked(config: Config, name: str, path: Path, folder: Path, tokenizer: Any) -> Manifest:
     if not path.is_dir():
         raise _absent(config, f"serve adapter `{name}`", path)
@@ -166,15 +198,17 @@ def _load_merged(config: Config, machine: Machine, folder: Path) -> Models:
     network = load_base(folder, config, machine).eval()
     source = f"serve.adapter_path: {folder}"
     rows = RowAdapters({}, machine.device, machine.dtype)
-    rows.index = {manifest.stage: 0}
+    rows.index = {manifest.stage: 0}  # the network itself
     served = {manifest.stage: Served(manifest.stage, sha256=manifest.sha256)}
     chats = {manifest.stage: ChatFormat.of(tokenizer, manifest)}
-    return Models(network, tokenizer, chats, _shape_of(network, source), rows, served, manifest.stage, source)
+    return Models(network, tokenizer, chats, _shape_of(network, source), rows, served, manifest.stage, source, folder)
 
 
-def _lora_weights(network: Any, path: Path) -> tuple[Any, dict[str, LoraWeights]]:
-    """Take an adapter's matrices out of PEFT and hand the bare network back."""
-    wrapped = load_adapter(network, path)
+def lora_weights(wrapped: Any, path: Path) -> dict[str, LoraWeights]:
+    """Return an adapter's matrices out of PEFT.
+
+    Raises: UserError when it is more than a plain LoRA, or nothing.
+    """
     weights: dict[str, LoraWeights] = {}
     for name, module in wrapped.base_model.model.named_modules():
         if not hasattr(module, "lora_A"):
@@ -191,34 +225,30 @@ def _lora_weights(network: Any, path: Path) -> tuple[Any, dict[str, LoraWeights]
         raise UserError(
             f"{path}: its B matrices are all zero, so it would answer as the base does. Was it trained at all?"
         )
-    return wrapped.unload(), weights
+    return weights
 
 
-def _describe(manifests: dict[str, Manifest]) -> dict[str, Served]:
-    served = {BASE: Served(BASE)}
-    by_sha256 = {manifest.sha256: name for name, manifest in manifests.items()}
-    for name, manifest in manifests.items():
-        reference = by_sha256.get(manifest.parent.sha256, BASE) if manifest.parent else BASE
-        beta = float(manifest.section.get("beta", 1.0))  # only a preference loss has one
-        served[name] = Served(name, BASE, manifest.sha256, reference, beta)
-    return served
+def describe(name: str, path: Path, manifest: Manifest, adapter: str = "") -> Served:
+    """Say what an adapter is."""
+    beta = float(manifest.section.get("beta", 1.0))  # only a preference loss has one
+    trained_from = manifest.parent.sha256 if manifest.parent else None
+    return Served(name, BASE, manifest.sha256, trained_from, beta, path, adapter)
 
 
 @torch.inference_mode()
-def prove_adapters(models: Models) -> None:
-    """Run one prompt through every model: an adapter that changes no logit, or breaks them, must not be served."""
-    ids = proof_prompt(models)
-    names = list(models.served)
-    models.rows.set(names)
-    logits = models.network(torch.tensor([ids] * len(names), device=models.network.device), logits_to_keep=1).logits
+def prove_adapters(models: Models, adapters: Sequence[str]) -> None:
+    """Run one prompt through the base and each adapter: one that changes no logit, or breaks them, must not be served."""
+    ids, rows = proof_prompt(models), [BASE, *adapters]
+    models.rows.set(rows)
+    logits = models.network(torch.tensor([ids] * len(rows), device=models.network.device), logits_to_keep=1).logits
     plain, *others = logits[:, -1]
-    for name, changed in zip(names[1:], others, strict=True):
+    for name, changed in zip(adapters, others, strict=True):
         largest_logit_change(changed, plain, f"serve adapter `{name}`", "it would answer as the base does")
 
 
 def proof_prompt(models: Models) -> list[int]:
     """Return the tokens of a question, on which models are compared before they are served."""
-    chat = models.chats[models.default]
+    chat = models.chats[models.served[models.default].adapter]
     ids = render_prompt(chat, chat.user_turn("What is the capital of France?"))
     if not ids:
         raise UserError("the base model's chat template writes no token for a question. Use another base model.")

@@ -13,7 +13,8 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
@@ -25,14 +26,19 @@ from serve.cache import SlotCache, forward_cached
 from serve.errors import ServingError
 from serve.jobs import Job, Seat
 from serve.metrics import Metrics
-from serve.sampling import Sampler, TextStream
+from serve.sampling import Sampler, TextStream, measure
 
 log = logging.getLogger(__name__)
 
-# Between two tokens of a running request at most this much prompt of others is read, padding included, which bounds
-# the pause. To many that come at once the first token matters more, and reading more at once is faster.
+# At most this much of prompts is read at once, padding included; more while nobody waits for a next token.
 PREFILL_TOKENS_PER_STEP = 256
-BURST_FACTOR = 4
+IDLE_FACTOR = 4
+# Between two tokens of a running request others' prompts are read for at most so many times a decoding step, which
+# bounds the pause on any machine; never less than so many tokens, or a long prompt would take for ever.
+PREFILL_DECODE_STEPS = 2.5
+LEAST_PREFILL_TOKENS = 32
+# How much a new measurement counts against those before.
+SMOOTHING = 0.2
 MAX_RETRIES = 2
 
 
@@ -65,9 +71,11 @@ class Engine:
         self.samplers: dict[Job, tuple[Sampler, TextStream]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
         self.dead: BaseException | None = None
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Job | Callable[[], None] | None] = SimpleQueue()
         self._outbox: list[tuple[Job, str | ServingError | None]] = []
+        self._decode_seconds = self._prefill_token_seconds = 0.0
         self._seats: Counter[str] = Counter()
+        self._adapters: Counter[str] = Counter()  # requests that hold each adapter
         self._seats_lock = threading.Lock()
         self._stopping = False
         self._fail_all: ServingError | None = None
@@ -95,8 +103,35 @@ class Engine:
     def seats_taken(self) -> int:
         return self._seats.total()
 
-    def reserve(self, client: str, count: int = 1) -> list[Seat]:
-        """Take seats for a request, all or none.
+    def in_use(self, adapter: str) -> bool:
+        """Return whether a request holds a seat for this adapter."""
+        return self._adapters[adapter] > 0
+
+    async def run(self, work: Callable[[], None]) -> None:
+        """Do some work in the engine's thread between two of its steps.
+
+        Raises: what the work raises.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def run() -> None:
+            error: Exception | None = None
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+            loop.call_soon_threadsafe(_settle, done, error)
+
+        self._inbox.put(run)
+        while not done.done() and self.alive:
+            await asyncio.wait([done], timeout=1)
+        if not done.done():
+            raise ServingError(503, "engine_stopped", "the engine has stopped")
+        done.result()
+
+    def reserve(self, client: str, count: int = 1, adapters: Sequence[str] = ()) -> list[Seat]:
+        """Take seats for a request, all or none, and hold the adapters that its jobs will use.
 
         Raises: ServingError 429 when the queue is full.
         """
@@ -108,17 +143,20 @@ class Engine:
                 whose = "the queue is full" if full else "too many of your requests are waiting"
                 raise ServingError(429, "queue_full", f"{whose}; try again later", retry_after=1)
             self._seats[client] += count
-        return [Seat(lambda: self._leave(client)) for _ in range(count)]
+            self._adapters.update(adapters)
+        held = [*adapters, *[""] * (count - len(adapters))]
+        return [Seat(partial(self._leave, client, adapter)) for adapter in held]
 
-    def _leave(self, client: str) -> None:
+    def _leave(self, client: str, adapter: str) -> None:
         with self._seats_lock:
-            self._seats[client] -= 1
-            if not self._seats[client]:
-                del self._seats[client]
+            for counter, key in ((self._seats, client), (self._adapters, adapter)):
+                counter[key] -= 1
+                if counter[key] <= 0:
+                    del counter[key]
 
     def submit(self, job: Job, seat: Seat) -> None:
         """Hand a job over; its seat comes free when it ends."""
-        if len(job.ids) + (0 if job.scored else 1) > self.context:
+        if len(job.ids) + min(job.max_new_tokens, 1) > self.context:
             raise ValueError("the caller checks the context")
         job.seat = seat
         self._inbox.put(job)
@@ -153,11 +191,13 @@ class Engine:
         started = time.monotonic()
         self._drop_ended()
         self._prefill()
+        decoded = len(self.rows)
         if self.rows:
             self._decode()
         self._deliver()
         self.metrics.step(
             time.monotonic() - started,
+            rows=decoded,
             running=len(self._running()),
             waiting=sum(map(len, self.waiting.values())),
             cached=sum(job.length for job in self._running()) / (self.slots * self.context),
@@ -170,7 +210,9 @@ class Engine:
         try:
             job = self._inbox.get(timeout=None if block else 0)
             while True:
-                if job:
+                if callable(job):
+                    job()
+                elif job:
                     self.waiting.setdefault(job.client, deque()).append(job)
                 job = self._inbox.get_nowait()
         except Empty:
@@ -188,6 +230,8 @@ class Engine:
             if taken and (alone or taken[0].retries):
                 break
             job.scheduled, job.length = job.scheduled or time.monotonic(), 0
+            if job.unmeasured:
+                job.measured.clear()
             taken.append(jobs.popleft())
             del self.waiting[client]
             if jobs:
@@ -195,10 +239,13 @@ class Engine:
         return taken
 
     def _prefill_tokens(self, jobs: list[Job]) -> int:
-        """Return how much of these prompts may be read in one step; scored answers need many logits, so little."""
-        arriving = min(len(jobs) + sum(map(len, self.waiting.values())), self.slots - len(self.rows))
-        burst = 2 * arriving >= len(self.rows) and not any(job.scored for job in jobs)
-        return PREFILL_TOKENS_PER_STEP * (BURST_FACTOR if burst else 1)
+        """Return how much of these prompts may be read in one step; scored prompts need many logits, so little."""
+        if not self.rows:
+            return PREFILL_TOKENS_PER_STEP * (1 if any(job.scored for job in jobs) else IDLE_FACTOR)
+        if not (self._decode_seconds and self._prefill_token_seconds):
+            return PREFILL_TOKENS_PER_STEP
+        affordable = int(PREFILL_DECODE_STEPS * self._decode_seconds / self._prefill_token_seconds)
+        return max(LEAST_PREFILL_TOKENS, min(affordable, PREFILL_TOKENS_PER_STEP))
 
     def _drop_ended(self) -> None:
         """Let go of jobs that were cancelled or ran out of time."""
@@ -245,26 +292,30 @@ class Engine:
         longest = max(len(job.prompt) for job in jobs)  # several are read whole: together they are short enough
         end = longest if len(jobs) > 1 else min(longest, start + self._prefill_tokens(jobs))
         # The logits at position p measure the token at p + 1; those at a prompt's end choose the first new token.
-        needed = {p for job in jobs for p in range(len(job.prompt) - 1 - job.scored, len(job.prompt))}
+        needed = {p for job in jobs for p in [*job.unmeasured, len(job.prompt) - 1]}
         column = {p: index for index, p in enumerate(sorted(needed & set(range(start, end))))}
+        started = time.monotonic()
         logits = self._guarded(jobs, lambda: self._read(jobs, start, end, list(column)))
         if logits is None:
             return
+        per_token = (time.monotonic() - started) / (len(jobs) * (end - start))
+        self._prefill_token_seconds = _smoothed(self._prefill_token_seconds, per_token)
         for job, row in zip(jobs, logits, strict=True):
             job.length = min(end, len(job.prompt))
-            measured = [p for p in column if len(job.ids) - job.scored <= p + 1 < len(job.ids)]
+            measured = [p for p in column if p in job.unmeasured]
             if measured:
-                targets = torch.tensor([job.ids[p + 1] for p in measured], device=self.device)
-                logps = torch.log_softmax(row[[column[p] for p in measured]].float(), -1)
-                job.logprob += float(logps.gather(-1, targets[:, None]).double().sum())
+                tokens = [job.ids[p + 1] for p in measured]
+                job.measured += measure(row[[column[p] for p in measured]], tokens, job.top_logprobs or 0)
         if end < len(jobs[0].prompt):
             return
         self.rows, self.prefilling = self.rows + jobs, []
-        generating = {job: row[column[job.length - 1]] for job, row in zip(jobs, logits, strict=True) if not job.scored}
+        generating = {
+            job: row[column[job.length - 1]] for job, row in zip(jobs, logits, strict=True) if job.max_new_tokens
+        }
         for job in jobs:
-            if job.scored:
+            if not job.max_new_tokens:
                 self._remove(job)
-                self._end(job, None, "stop")
+                self._end(job, None, "length")
         if generating:
             self._emit(list(generating), torch.stack(list(generating.values())))
 
@@ -286,8 +337,10 @@ class Engine:
             self.cache.select(0, positions, used)
             return self._forward(jobs, [[job.out[-1]] for job in jobs], [0])[:, 0]
 
+        started = time.monotonic()
         logits = self._guarded(jobs, forward)
         if logits is not None:
+            self._decode_seconds = _smoothed(self._decode_seconds, time.monotonic() - started)
             for job in jobs:
                 job.length += 1
             self._emit(jobs, logits)
@@ -295,7 +348,7 @@ class Engine:
     def _forward(self, jobs: list[Job], tokens: list[list[int]], kept: list[int]) -> torch.Tensor:
         """Run the network on the selected rows, each with its job's adapter. tokens: B x T; kept: indices into T."""
         input_ids = torch.tensor(tokens, device=self.device)
-        return forward_cached(self.models, [job.model for job in jobs], self.cache, input_ids, kept)
+        return forward_cached(self.models, [job.adapter for job in jobs], self.cache, input_ids, kept)
 
     def _guarded(self, jobs: list[Job], forward: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """Run a forward pass; on failure end or put back the jobs concerned and return None."""
@@ -347,7 +400,15 @@ class Engine:
         if job not in self.samplers:
             self.samplers[job] = (Sampler(job.sampling), TextStream(self.models.tokenizer, job.stops))
         sampler, stream = self.samplers[job]
-        token = greedy if sampler.takes_argmax else sampler.choose(logits, job.ids + job.out)
+        allowed = job.constraint.allowed(len(logits), self.device) if job.constraint else None
+        if sampler.takes_argmax and allowed is None:
+            token = greedy
+        else:
+            token = sampler.choose(logits, job.ids, job.out, allowed)
+        if job.constraint:
+            job.constraint.take(token)
+        if job.top_logprobs is not None:
+            job.logprobs += measure(logits[None], [token], job.top_logprobs)
         job.out.append(token)
         if job.first_token:
             self.metrics.inter_token(now - job.last_token)
@@ -404,6 +465,19 @@ class Engine:
 def _put_events(events: Iterable[tuple[Job, str | ServingError | None]]) -> None:
     for job, event in events:
         job.events.put_nowait(event)
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():  # nobody waits any longer
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+def _smoothed(before: float, now: float) -> float:
+    return before + SMOOTHING * (now - before) if before else now
 
 
 def _generation_failed() -> ServingError:

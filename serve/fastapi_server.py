@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -25,13 +26,16 @@ from scripts.common.errors import UserError
 from scripts.common.machine import choose_machine, prepare_environment
 from scripts.common.run import set_up_logging
 from serve import openai_api, pages, routes
+from serve.connections import bounded_connections
 from serve.errors import ServingError
 from serve.exception_handlers import refuse, refuse_http, refuse_invalid
 from serve.guard import Guard, logging_requests
 from serve.service import Service
-from serve.settings import load_api_keys, load_settings
+from serve.settings import load_admin_keys, load_api_keys, load_settings
 
 log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 0.0005
 
 
 def create_app() -> FastAPI:
@@ -53,13 +57,16 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load, prove and warm up; at the end stop the engine."""
     started = time.monotonic()
     set_up_logging()
+    # The event loop lets go of Python's lock at every system call. By default the engine's thread would keep it for 5 ms
+    # each time, and a few hundred connections would make /health wait for seconds.
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         service = load_service()
     except UserError as error:
         app.state.failure = error  # the guard reports it in one message instead of a traceback
         raise
     app.state.service = service
-    with logging_requests(service.metrics):
+    with bounded_connections(), logging_requests(service.metrics):
         await service.start()
         log.info(
             "serving %s (default %s) after %.1f s%s",
@@ -84,7 +91,7 @@ def load_service() -> Service:
     """
     config = load_settings()
     prepare_environment(config)
-    keys = load_api_keys(config.serve)
+    keys, admin_keys = load_api_keys(config.serve), load_admin_keys()
     machine = choose_machine(config)
     import torch
 
@@ -92,7 +99,7 @@ def load_service() -> Service:
     torch.set_num_threads(machine.threads)
     for reason in machine.reasons:
         log.info(reason)
-    return Service(config, machine, keys)
+    return Service(config, machine, keys, admin_keys)
 
 
 @contextmanager

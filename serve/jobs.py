@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from serve.errors import ServingError
-from serve.sampling import Sampling
+from serve.sampling import Sampling, TokenLogprob
+
+if TYPE_CHECKING:
+    from serve.structured import Constraint
 
 
 @dataclass(eq=False)
@@ -21,13 +26,18 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
     client: str = ""
-    # The last `scored` ids are not generated but measured: their log-probability is the answer.
+    # The adapter's place in the stack, which changes when another version takes the model's name.
+    adapter: str = ""
+    # The last `scored` ids of the prompt are measured. A job without new tokens ends with that.
     scored: int = 0
+    top_logprobs: int | None = None  # None measures no token of the answer
+    constraint: Constraint | None = None
     arrival: float = field(default_factory=time.monotonic)
 
     out: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    logprob: float = 0.0
+    measured: list[TokenLogprob] = field(default_factory=list)  # of the prompt's scored ids
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the answer
     cancelled: bool = False
     scheduled: float = 0.0
     first_token: float = 0.0
@@ -37,10 +47,28 @@ class Job:
     seat: Seat | None = None
     events: asyncio.Queue[str | ServingError | None] = field(default_factory=asyncio.Queue)
 
+    def __post_init__(self) -> None:
+        self.adapter = self.adapter or self.model
+
+    @property
+    def logprob(self) -> float:
+        """Sum the log-probabilities of the scored ids, in nats."""
+        return math.fsum(token.logprob for token in self.measured)
+
+    @property
+    def unmeasured(self) -> range:
+        """Return the positions whose logits measure the scored ids; none once an answer has begun."""
+        return range(0) if self.out else range(len(self.ids) - 1 - self.scored, len(self.ids) - 1)
+
     @property
     def prompt(self) -> list[int]:
         """All that is read before the next token; a job that was put back has begun its answer already."""
         return self.ids + self.out
+
+    @property
+    def ended(self) -> bool:
+        """Return whether the answer is complete."""
+        return self.finish_reason in ("stop", "length")
 
     def cancel(self) -> None:
         """Ask the engine to drop the job at its next step; harmless when it has ended."""

@@ -36,9 +36,11 @@ async def playground() -> Response:
 
 
 @router.get("/playground.js")
-async def playground_script() -> Response:
-    """Give the page's script."""
-    return _static("playground.js", "text/javascript")
+@router.get("/markdown.js")
+@router.get("/differences.js")
+async def script(request: Request) -> Response:
+    """Give one of the page's scripts."""
+    return _static(request.url.path[1:], "text/javascript")
 
 
 @router.get("/playground.css")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -41,23 +46,34 @@ class Sampler:
     @property
     def takes_argmax(self) -> bool:
         """Return whether the batch's own argmax is this request's token."""
-        return self.sampling.greedy and self.sampling.repetition_penalty == 1
+        s = self.sampling
+        changed = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias
+        return s.greedy and not changed
 
-    def choose(self, logits: torch.Tensor, context: Sequence[int]) -> int:
-        """Choose one token. logits: (V,); context: the ids that a repetition penalty looks at."""
+    def choose(
+        self,
+        logits: torch.Tensor,
+        prompt: Sequence[int],
+        answer: Sequence[int] = (),
+        allowed: torch.Tensor | None = None,
+    ) -> int:
+        """Choose one token.
+
+        logits: (V,); allowed: the tokens that a grammar allows now, bool (V,). A repetition penalty looks at prompt and
+        answer, presence and frequency penalties look at the answer alone, as those of other servers do.
+        """
         import torch
 
         s = self.sampling
-        logits = logits.float()
-        if s.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(context)), dtype=torch.long, device=logits.device)
-            score = logits[seen]
-            logits = logits.index_put(
-                (seen,), torch.where(score > 0, score / s.repetition_penalty, score * s.repetition_penalty)
-            )
+        logits = self._penalised(logits.float(), prompt, answer)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
         if s.greedy:
             return int(logits.argmax())
         probabilities = torch.softmax(logits / s.temperature, -1)
+        if s.min_p:
+            probabilities = probabilities * (probabilities >= s.min_p * probabilities.max())
+            probabilities = probabilities / probabilities.sum()
         ids = None
         if s.top_k or s.top_p < 1:
             vocabulary = len(probabilities)
@@ -72,6 +88,49 @@ class Sampler:
         # random() stays below 1, so the index that is drawn lies before the end.
         index = int(torch.searchsorted(cumulative, self.random.random() * float(cumulative[-1]), right=True))
         return int(ids[index]) if ids is not None else index
+
+    def _penalised(self, logits: torch.Tensor, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """Return the logits with biases and penalties, in the order of vLLM."""
+        import torch
+
+        s, device = self.sampling, logits.device
+        if s.logit_bias:
+            tokens, biases = zip(*s.logit_bias, strict=True)
+            logits = logits.index_add(0, torch.tensor(tokens, device=device), torch.tensor(biases, device=device))
+        if s.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.long, device=device)
+            score = logits[seen]
+            logits = logits.index_put(
+                (seen,), torch.where(score > 0, score / s.repetition_penalty, score * s.repetition_penalty)
+            )
+        if answer and (s.presence_penalty or s.frequency_penalty):
+            counts = Counter(answer)
+            penalties = [s.presence_penalty + s.frequency_penalty * count for count in counts.values()]
+            ids = torch.tensor(list(counts), device=device)
+            logits = logits.index_add(0, ids, -torch.tensor(penalties, device=device))
+        return logits
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token with its log-probability in nats, and the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def measure(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Return the log-probability of one token for each row of logits, (T, V), before penalties and temperature."""
+    import torch
+
+    logps = torch.log_softmax(logits.float(), -1)
+    chosen = logps.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    if not top:
+        return [TokenLogprob(token, logp) for token, logp in zip(tokens, chosen, strict=True)]
+    values, ids = logps.topk(min(top, logps.shape[-1]))
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprob(*row) for row in zip(tokens, chosen, pairs, strict=True)]
 
 
 class TextStream:

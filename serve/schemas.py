@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -23,22 +23,43 @@ class Body(BaseModel):
 class SamplingFields(Body):
     """How tokens are chosen, in every request that generates."""
 
+    prompt_field: ClassVar[str] = "prompt"
+
     temperature: float = Field(0.0, ge=0, le=2, description="0 takes the most likely token each time.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest tokens that together reach this.")
     top_k: int | None = Field(None, ge=1, description="Draw among this many likeliest tokens.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Draw among tokens at least so likely, relative to the likeliest."
+    )
     repetition_penalty: float = Field(1.0, gt=0, le=2, description="Above 1 makes tokens seen before less likely.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Lowers the logit of each token the answer has.")
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Lowers a token's logit for each time the answer has it."
+    )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same seed gives the same text (exactly so in fp32)."
     )
     stop: StopText | Stops | None = Field(None, description="The answer ends before the first of these texts.")
 
-    def sampling(self) -> Sampling:
-        """Return the engine's form."""
-        return Sampling(self.temperature, self.top_p, self.top_k or 0, self.repetition_penalty, self.seed)
+    def sampling(self, number: int = 0) -> Sampling:
+        """Return the engine's form for one of several answers to a prompt."""
+        seed = None if self.seed is None or self.seed < 0 else self.seed + number
+        return Sampling(
+            self.temperature, self.top_p, self.top_k or 0, self.repetition_penalty, seed, self.min_p,
+            self.presence_penalty, self.frequency_penalty, self.biases(),
+        )  # fmt: skip
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Return what is added to the logits of single tokens."""
+        return ()
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def limit(self) -> tuple[str, int | None]:
+        """Return the field that bounds the answer, and the bound in tokens."""
+        return "max_new_tokens", getattr(self, "max_new_tokens", None)
 
 
 class GenerateRequest(SamplingFields):
@@ -97,45 +118,6 @@ class Message(Body):
     content: str
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
-
-
-class OpenAIFields(SamplingFields):
-    """What both OpenAI routes share; their sampling default is OpenAI's."""
-
-    model: ModelName | None = Field(None, description="A name of /v1/models; null is the default.")
-    temperature: float = Field(1.0, ge=0, le=2)
-    max_tokens: TokenCount | None = None
-    n: Literal[1] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _options_need_stream(self) -> OpenAIFields:
-        if self.stream_options and not self.stream:
-            raise ValueError("stream_options is only allowed with stream: true")
-        return self
-
-
-class CompletionRequest(OpenAIFields):
-    prompt: Text = Field(description="The exact text to continue; no chat template is applied.")
-
-
-class ChatRequest(OpenAIFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: TokenCount | None = None
-
-    @field_validator("messages")
-    @classmethod
-    def _ends_with_user(cls, messages: list[Message]) -> list[Message]:
-        if messages[-1].role != "user":
-            raise ValueError("the last message must be of the user")
-        if not messages[-1].content:
-            raise ValueError("the last message is empty")
-        return messages
-
-
 class VoteRequest(Body):
     """A person's choice between two answers; stored as a preference record."""
 
@@ -158,3 +140,12 @@ class VoteRequest(Body):
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text")
         return self
+
+
+class AdapterRequest(Body):
+    """An adapter to serve from now on."""
+
+    name: ModelName = Field(description="The name by which requests choose it: letters, digits and _.")
+    path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="Its folder below serve.adapters_root."
+    )

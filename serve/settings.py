@@ -23,7 +23,7 @@ def load_api_keys(serve: Serve) -> list[str]:
 
     Raises: UserError when a key is too short to be one, or when others can read the file.
     """
-    lines = os.environ["SERVE_API_KEYS"].split(",") if "SERVE_API_KEYS" in os.environ else []
+    lines = _keys_of_environment("SERVE_API_KEYS")
     if serve.api_keys_file:
         path = Path(serve.api_keys_file)
         try:
@@ -33,11 +33,27 @@ def load_api_keys(serve: Serve) -> list[str]:
             raise UserError(f"serve.api_keys_file: {path}: {error.strerror}. Correct the path.") from None
         if mode & 0o077:
             raise UserError(f"serve.api_keys_file: {path}: others can read it (mode {mode:o}). Run `chmod 600 {path}`.")
+    return _checked_keys(lines, "SERVE_API_KEYS / serve.api_keys_file")
+
+
+def load_admin_keys() -> list[str]:
+    """Return the keys that may add and remove adapters; without one nobody may.
+
+    Raises: UserError when a key is too short to be one.
+    """
+    return _checked_keys(_keys_of_environment("SERVE_ADMIN_KEYS"), "SERVE_ADMIN_KEYS")
+
+
+def _keys_of_environment(name: str) -> list[str]:
+    return os.environ[name].split(",") if name in os.environ else []
+
+
+def _checked_keys(lines: list[str], where: str) -> list[str]:
     keys = [line.strip() for line in lines if line.strip()]
     if lines and not keys:
-        raise UserError("SERVE_API_KEYS / serve.api_keys_file: found no key in it. Remove it, or put a key into it.")
-    if short := [key for key in keys if len(key) < 8 or not key.isascii()]:
+        raise UserError(f"{where}: found no key in it. Remove it, or put a key into it.")
+    if short := [key for key in keys if len(key) < 8 or not key.isascii() or key.split() != [key]]:
         raise UserError(
-            f"SERVE_API_KEYS / serve.api_keys_file: {len(short)} keys are not ASCII or shorter than 8 characters."
+            f"{where}: {len(short)} keys are not ASCII, hold white space, or are shorter than 8 characters."
         )
     return keys

@@ -29,16 +29,33 @@ class RowAdapters:
     """
 
     def __init__(self, ranks: dict[str, int], device: str, dtype: torch.dtype) -> None:
-        self.ranks = ranks
-        self.index = {BASE: 0, **{name: number for number, name in enumerate(ranks, 1)}}
-        width = sum(ranks.values())
-        # Of an odd width, the outputs that stand beside it would lie where llama4 cannot see them as complex numbers.
-        table, start = torch.zeros(len(self.index), width + width % 2), 0
+        self.device, self.dtype = device, dtype
+        self.blocks: dict[str, tuple[int, int]] = {}  # first column and rank
+        self.width = 0
         for name, rank in ranks.items():
-            table[self.index[name], start : start + rank] = 1
-            start += rank
-        self.table = table.to(device, dtype)
+            self.take_block(name, rank)
+        self.refresh()
         self.mask: torch.Tensor | None = None
+
+    def take_block(self, name: str, rank: int) -> int:
+        """Give an adapter the first columns that are free, behind the others where none are; return the first."""
+        start = 0
+        for taken, length in sorted(self.blocks.values()):
+            if start + rank <= taken:
+                break
+            start = taken + length
+        self.blocks[name] = (start, rank)
+        # Of an odd width, the outputs that stand beside it would lie where llama4 cannot see them as complex numbers.
+        self.width = max(self.width, start + rank + (start + rank) % 2)
+        return start
+
+    def refresh(self) -> None:
+        """Make the table of masks again after blocks were given or taken back."""
+        self.index = {BASE: 0, **{name: number for number, name in enumerate(self.blocks, 1)}}
+        table = torch.zeros(len(self.index), self.width)
+        for name, (start, rank) in self.blocks.items():
+            table[self.index[name], start : start + rank] = 1
+        self.table = table.to(self.device, self.dtype)
 
     def set(self, names: Sequence[str]) -> None:
         """Choose the adapters of the next forward pass. A batch of base rows does no adapter work."""
@@ -56,6 +73,7 @@ class StackedLinears(nn.Module):
     def __init__(self, bases: list[Any], As: list[torch.Tensor], Bs: list[torch.Tensor], rows: RowAdapters) -> None:
         super().__init__()
         self.rows, self.widths = rows, [len(B) for B in Bs]
+        self.width = len(As[0])  # columns of all adapters; the mask may be wider while layers grow one by one
         self.base: nn.Module | None = None
         weights, bias = As, None
         if not all(type(base) is nn.Linear for base in bases):
@@ -84,11 +102,40 @@ class StackedLinears(nn.Module):
             else product.split([sum(self.widths), len(self.B_t)], dim=-1)
         )
         if self.rows.mask is not None:
-            hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.rows.mask.shape[-1])
-            hidden = hidden * self.rows.mask[:, :, None]
+            hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.width)
+            hidden = hidden * self.rows.mask[:, :, None, : self.width]
             y = torch.addmm(y.flatten(0, -2), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
         outputs: tuple[torch.Tensor, ...] = y.split(self.widths, dim=-1)
         return outputs
+
+    def grown(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return weight, bias and B of a wider stack, whose new columns are zero; this one stays as it is."""
+        count, plain = len(self.widths), self.weight[: len(self.weight) - len(self.B_t)]
+        A = self.weight.new_zeros(count, width, self.weight.shape[1])
+        A[:, : self.width] = self.weight[len(plain) :].view(count, self.width, -1)
+        B_t = self.B_t.new_zeros(count, width, self.B_t.shape[1])
+        B_t[:, : self.width] = self.B_t.view(count, self.width, -1)
+        bias = self.bias
+        if bias is not None:
+            bias = torch.cat([bias, bias.new_zeros(count * (width - self.width))])
+        return torch.cat([plain, A.flatten(0, 1)]), bias, B_t.flatten(0, 1)
+
+    def become(self, parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]) -> None:
+        """Take over what `grown` made."""
+        self.weight, self.bias, self.B_t = parts
+        self.width = len(self.B_t) // len(self.widths)
+
+    def write(self, number: int, start: int, layer: LoraWeights | None, rank: int) -> None:
+        """Put an adapter's matrices for one of the layers into its columns; without any, zeros."""
+        first_column = number * self.width + start
+        first_row = len(self.weight) - len(self.B_t) + first_column
+        first_output = sum(self.widths[:number])
+        self.weight[first_row : first_row + rank] = 0
+        self.B_t[first_column : first_column + rank] = 0
+        if layer:
+            self.weight[first_row : first_row + len(layer.A)] = layer.A.to(self.weight)
+            outputs = slice(first_output, first_output + self.widths[number])
+            self.B_t[first_column : first_column + len(layer.A), outputs] = layer.B.t().to(self.B_t)
 
 
 class Member(nn.Module):
@@ -110,34 +157,51 @@ def stack_adapters(
     network: Any, weights: dict[str, dict[str, LoraWeights]], device: str, dtype: torch.dtype
 ) -> RowAdapters:
     """Replace adapted linear layers with ones that hold all adapters; ranks and targets may differ."""
-    ranks = {name: max(len(layer.A) for layer in layers.values()) for name, layers in weights.items()}
-    rows = RowAdapters(ranks, device, dtype)
-    for targets in _sharing_an_input(network, {layer for layers in weights.values() for layer in layers}):
-        bases = [network.get_submodule(target) for target in targets]
-        As, Bs = zip(*[_side_by_side(target, weights, ranks, rows.table.shape[1]) for target in targets], strict=True)
-        stack = StackedLinears(bases, [A.to(device, dtype) for A in As], [B.to(device, dtype) for B in Bs], rows)
-        shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for index, target in enumerate(targets):
-            owner, _, child = target.rpartition(".")
-            setattr(network.get_submodule(owner), child, Member(stack, index, shared))
+    rows = RowAdapters({name: rank_of(layers) for name, layers in weights.items()}, device, dtype)
+    stack_layers(network, {layer for layers in weights.values() for layer in layers}, rows)
+    for name, layers in weights.items():
+        write_adapter(network, rows, name, layers)
     copy_out_of_file(network.parameters())
     return rows
 
 
-def _side_by_side(
-    target: str, weights: dict[str, dict[str, LoraWeights]], ranks: dict[str, int], width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the matrices of all adapters for one layer into their rank columns; an adapter without that layer gets zeros."""
-    sample = next(layers[target] for layers in weights.values() if target in layers)
-    A = torch.zeros(width, sample.A.shape[1])
-    B = torch.zeros(sample.B.shape[0], width)
-    start = 0
-    for name, layers in weights.items():
-        if target in layers:
-            rank = len(layers[target].A)
-            A[start : start + rank], B[:, start : start + rank] = layers[target].A, layers[target].B
-        start += ranks[name]
-    return A, B
+def rank_of(layers: dict[str, LoraWeights]) -> int:
+    """Return how many columns an adapter needs."""
+    return max(len(layer.A) for layer in layers.values())
+
+
+def stack_layers(network: Any, targets: set[str], rows: RowAdapters) -> None:
+    """Replace linear layers with stacks that have room for every adapter's block, and nothing in it yet."""
+    for together in _sharing_an_input(network, targets):
+        bases = [network.get_submodule(target) for target in together]
+        outputs_inputs = [_shape(base) for base in bases]
+        options: Any = {"device": rows.device, "dtype": rows.dtype}
+        As = [torch.zeros(rows.width, inputs, **options) for _, inputs in outputs_inputs]
+        Bs = [torch.zeros(outputs, rows.width, **options) for outputs, _ in outputs_inputs]
+        stack = StackedLinears(bases, As, Bs, rows)
+        shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, target in enumerate(together):
+            owner, _, child = target.rpartition(".")
+            setattr(network.get_submodule(owner), child, Member(stack, index, shared))
+
+
+def members(network: Any) -> dict[str, Member]:
+    """Return what stands in the place of each stacked layer."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, Member)}
+
+
+def write_adapter(network: Any, rows: RowAdapters, name: str, layers: dict[str, LoraWeights]) -> None:
+    """Write an adapter's matrices into its block; where it has none for a layer, the block is zero."""
+    start, rank = rows.blocks[name]
+    for target, member in members(network).items():
+        member.stack.write(member.index, start, layers.get(target), rank)
+
+
+def _shape(base: Any) -> tuple[int, int]:
+    """Return outputs and inputs of a linear layer, which some networks store the other way round."""
+    if hasattr(base, "in_features"):
+        return base.out_features, base.in_features
+    return base.nf, base.nx
 
 
 def _sharing_an_input(network: Any, targets: set[str]) -> list[list[str]]:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--random-adapters", action="store_true",
         help="use two adapters with random weights instead of trained ones; the speed is the same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arrivals", type=int, metavar="N",
+        help="measure instead how far N prompts of 256 tokens that arrive hold up as many running requests",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
     return parser
@@ -284,6 +289,59 @@ def measure(name: str, config: Path, count: int, max_new_tokens: int) -> dict[st
     }
 
 
+def measure_arrivals(config: Path, count: int) -> dict[str, float]:
+    """Return the pauses between two tokens of running requests, before and while prompts of 256 tokens arrive.
+
+    Half of the server's slots run, so that what arrives is read at once. A pause ends with a later event of its stream.
+    """
+    slots = json.loads(config.read_text(encoding="utf-8"))["serve"]["max_concurrent"]
+    with started(SERVERS["engine"], config) as (url, _, _):
+        return asyncio.run(_drive_arrivals(url, min(count, slots // 2), count))
+
+
+async def _drive_arrivals(url: str, running: int, arriving: int) -> dict[str, float]:
+    common: dict[str, Any] = {"raw": True, "stream": True, "temperature": 1.0}
+    moments: list[list[float]] = [[] for _ in range(running)]
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def run(number: int) -> None:
+            body = {
+                **common,
+                "prompt": f"{number} words",
+                "max_new_tokens": 700,
+                "seed": number,
+                "adapter": MODELS[number % 3],
+            }
+            async with client.stream("POST", "/v1/generate", json=body) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        moments[number].append(time.monotonic())
+
+        tasks = [asyncio.create_task(run(number)) for number in range(running)]
+        while min(map(len, moments)) < 60:  # tokens without arrivals
+            await asyncio.sleep(0.05)
+        begin = time.monotonic()
+        bodies = [
+            {**common, "prompt": f"{number}" + " word" * 254, "max_new_tokens": 1, "adapter": MODELS[number % 3]}
+            for number in range(arriving)
+        ]
+        await asyncio.gather(*(ask(client, body) for body in bodies))
+        end = time.monotonic()
+        await asyncio.sleep(1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    pairs = [pair for one in moments for pair in pairwise(one[5:])]
+    alone = [after - before for before, after in pairs if after < begin]
+    among = [after - before for before, after in pairs if after > begin and before < end]
+    return {
+        "running": running, "arriving": arriving, "arrivals_read_in_seconds": end - begin,
+        "alone_p50": quantile(alone, 50), "alone_p99": quantile(alone, 99),
+        "arrivals_p50": quantile(among, 50), "arrivals_p99": quantile(among, 99),
+        "p99_over_p50": quantile(among, 99) / quantile(alone, 50),
+    }  # fmt: skip
+
+
 def quantile(values: Sequence[float], percent: int) -> float:
     """Return a percentile."""
     if len(values) < 2:
@@ -320,6 +378,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     with tempfile.TemporaryDirectory() as folder:
         path = server_config(config, Path(folder), arguments.random_adapters)
+        if arguments.arrivals:
+            found = measure_arrivals(path, arguments.arrivals)
+            sys.stdout.write("".join(f"{name}: {value:.3g}\n" for name, value in found.items()))
+            return 0
         results = {name: measure(name, path, arguments.requests, arguments.max_new_tokens) for name in SERVERS}
     sys.stdout.write(table(results) + "\n")
     if arguments.out:

@@ -455,6 +455,18 @@ class Serve(Section):
         default_factory=lambda: ["localhost", "127.0.0.1", "[::1]"],
         description="Host headers that are answered, without port; protects a local server from foreign web pages.",
     )
+    allowed_origins: list[str] = Field(
+        default_factory=list,
+        description="Web pages elsewhere that may ask from a browser, as `https://name[:port]`, or `*`; none by default.",
+    )
+    adapters_root: str | None = Field(
+        None,
+        description="Folder below which adapters may be added while the server runs; also needs SERVE_ADMIN_KEYS or `watch`.",
+    )
+    watch: bool = Field(
+        False,
+        description="Serve a newly finished adapter at once: in a folder that is served, or in one of adapters_root.",
+    )
     api_keys_file: str | None = Field(
         None, description="File with one API key per line, readable by its owner only; SERVE_API_KEYS adds to it."
     )

@@ -1,82 +1,108 @@
 // The playground: every pane asks one model; all of them share one engine batch on the server.
-// Model output reaches the page through textContent only, so it stays text in any case.
-"use strict";
+// What models write reaches the page through textContent only, so it stays text in any case.
+import { differences } from "./differences.js";
+import { markdown } from "./markdown.js";
 
 const byId = (id) => document.getElementById(id);
-const panes = [];
+const SHOWN_AT_FIRST = 3;
+const SETTINGS = ["temperature", "top-p", "max-tokens", "seed", "system"];
+const SWITCHES = ["blind", "differences", "markdown"];
+let panes = []; // those that are shown, in their order
+let names = []; // of all models
 let votes = false;
 let voted = true;
+let examples = [];
 
 class Pane {
-  constructor(model, models) {
+  constructor(model) {
     this.root = byId("pane").content.firstElementChild.cloneNode(true);
     this.part = (selector) => this.root.querySelector(selector);
-    this.messages = []; // the conversation so far, without the system prompt
-    this.running = null;
-    const select = this.part("select");
-    for (const name of models) select.add(new Option(name, name));
     this.model = model;
-    select.addEventListener("change", () => { this.model = select.value; this.show(); });
+    this.messages = []; // the conversation so far, without the system prompt
+    this.sent = null; // the last request, as it was really sent
+    this.told = ""; // what is said about the last answer
+    this.failed = "";
+    this.repeats = 0; // how often the last question was asked again
+    this.running = null;
     this.part(".stop").addEventListener("click", () => this.stop());
+    this.part(".regenerate").addEventListener("click", () => this.regenerate());
     this.part(".fork").addEventListener("click", () => continueFrom(this));
     this.part(".curl").addEventListener("click", () => copy(this.asCurl()));
     this.part(".python").addEventListener("click", () => copy(this.asPython()));
     this.part(".best").addEventListener("click", () => vote(this));
-    byId("panes").append(this.root);
-    this.show();
   }
+
+  get answer() { return this.messages.at(-1)?.role === "assistant" ? this.messages.at(-1).content : null; }
 
   // What the pane says about itself; in blind mode it does not say which model it is until the vote.
   show() {
-    const hidden = byId("blind").checked && !voted;
-    this.part("h2").textContent = hidden ? `Model ${"ABC"[panes.indexOf(this)]}` : this.model;
-    this.part("select").hidden = hidden;
-    this.part("select").value = this.model;
-    const idle = !this.running;
-    const answered = idle && this.messages.length > 0;
-    this.part(".stop").disabled = idle;
-    this.part(".fork").disabled = !answered;
-    this.part(".curl").disabled = this.part(".python").disabled = !answered || hidden;
+    const hidden = byId("blind").checked && !voted, idle = !this.running;
+    this.part("h2").textContent = hidden ? `Model ${String.fromCharCode(65 + panes.indexOf(this))}` : this.model;
+    this.part(".speed").textContent = this.told;
+    this.part(".stop").hidden = idle;
+    this.part(".regenerate").disabled = !idle || !this.messages.length;
+    this.part(".fork").disabled = !idle || !this.messages.length;
+    this.part(".curl").disabled = this.part(".python").disabled = !this.sent || hidden;
     this.part(".best").hidden = !(hidden && votes && canVote());
   }
 
-  add(role, text) {
-    const item = document.createElement("li");
-    item.className = role;
-    item.textContent = text;
-    this.part(".turns").append(item);
-    return item;
-  }
-
   redraw() {
-    this.part(".turns").replaceChildren();
-    for (const message of this.messages) this.add(message.role, message.content);
-    this.part(".speed").textContent = "";
+    const turns = this.part(".turns");
+    turns.replaceChildren();
+    for (const message of this.messages) {
+      const item = document.createElement("li");
+      item.className = message.role;
+      if (message.role === "assistant") this.write(item, message.content, message === this.messages.at(-1));
+      else item.textContent = message.content;
+      turns.append(item);
+    }
+    if (this.failed) {
+      const item = document.createElement("li");
+      item.className = "error";
+      item.textContent = this.failed;
+      turns.append(item);
+    }
+    turns.scrollTop = turns.scrollHeight;
     this.show();
   }
 
-  request(stream) {
+  // Fill an item with an answer: its differences from the first pane's, Markdown, or the plain text.
+  write(item, text, last) {
+    const first = panes[0]?.answer;
+    const compared = byId("differences").checked && last && panes[0] !== this && first !== null && first !== undefined;
+    item.classList.toggle("plain", compared || !byId("markdown").checked);
+    if (compared && !busy()) item.replaceChildren(...differences(text, first));
+    else if (byId("markdown").checked && !compared) item.replaceChildren(...markdown(text));
+    else item.textContent = text;
+  }
+
+  request() {
     const system = byId("system").value.trim();
-    const seen = this.messages.at(-1)?.role === "assistant" ? this.messages.slice(0, -1) : this.messages;
     return {
       model: this.model,
-      messages: system ? [{ role: "system", content: system }, ...seen] : seen,
+      messages: system ? [{ role: "system", content: system }, ...this.messages] : [...this.messages],
       temperature: byId("temperature").valueAsNumber,
       top_p: byId("top-p").valueAsNumber,
       max_tokens: byId("max-tokens").valueAsNumber,
-      seed: byId("seed").valueAsNumber,
-      ...(stream ? { stream: true, stream_options: { include_usage: true } } : {}),
+      seed: byId("seed").valueAsNumber + this.repeats,
+      stream: true,
+      stream_options: { include_usage: true },
     };
   }
 
-  async answer() {
-    const item = this.add("assistant", "");
-    const started = performance.now();
-    let first = 0, text = "", usage = null, reason = "", failed = "";
+  async ask() {
+    this.sent = this.request();
+    this.failed = this.told = "";
+    const message = { role: "assistant", content: "" };
+    this.messages.push(message); // at once, so that a reload keeps what has come
     this.running = new AbortController();
-    this.show();
+    this.redraw();
+    const turns = this.part(".turns"), item = turns.lastElementChild;
+    item.classList.add("waiting");
+    const started = performance.now();
+    let first = 0, drawn = 0, usage = null, reason = "";
     try {
-      const options = { method: "POST", headers: headers(), body: JSON.stringify(this.request(true)), signal: this.running.signal };
+      const options = { method: "POST", headers: headers(), body: JSON.stringify(this.sent), signal: this.running.signal };
       for await (const data of events(await fetch("v1/chat/completions", options))) {
         if (data.error) throw new Error(data.error.message);
         usage = data.usage ?? usage;
@@ -84,38 +110,63 @@ class Pane {
         reason = choice?.finish_reason ?? reason;
         if (choice?.delta?.content) {
           first ||= performance.now();
-          text += choice.delta.content;
-          item.textContent = text;
-          item.parentElement.scrollTop = item.parentElement.scrollHeight;
+          message.content += choice.delta.content;
+          drawn ||= requestAnimationFrame(() => { // tokens come faster than a screen can show them
+            drawn = 0;
+            const follows = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 40;
+            this.write(item, message.content, true);
+            if (follows) turns.scrollTop = turns.scrollHeight;
+          });
         }
       }
     } catch (error) {
       if (error.name === "AbortError") reason = "stopped";
-      else failed = error.message;
+      else this.failed = error.message;
     }
+    cancelAnimationFrame(drawn);
     this.running = null;
-    if (failed) this.add("error", failed);
-    if (text) this.messages.push({ role: "assistant", content: text });
+    if (!message.content && (this.failed || reason === "stopped")) this.messages.pop();
     const seconds = (performance.now() - first) / 1000;
-    this.part(".speed").textContent = !first ? reason : usage && usage.completion_tokens > 1
+    this.told = !first ? reason : usage && usage.completion_tokens > 1
       ? `${usage.completion_tokens} tokens · first ${((first - started) / 1000).toFixed(2)} s · ${((usage.completion_tokens - 1) / seconds).toFixed(1)}/s · ${reason}`
       : reason;
   }
 
   stop() { this.running?.abort(); }
 
+  forgetAnswer() {
+    if (this.answer !== null) this.messages.pop();
+    this.repeats += 1;
+  }
+
+  regenerate() {
+    this.forgetAnswer();
+    answering([this]);
+  }
+
   asCurl() {
-    const body = JSON.stringify(this.request(false)).replaceAll("'", "'\\''");
+    const body = JSON.stringify(this.sent).replaceAll("'", "'\\''");
     const key = byId("key").value ? " -H \"Authorization: Bearer $SERVE_API_KEY\"" : "";
-    return `curl ${new URL("v1/chat/completions", location)}${key} -H 'Content-Type: application/json' -d '${body}'`;
+    return `curl -N '${new URL("v1/chat/completions", location)}'${key} -H 'Content-Type: application/json' -d '${body}'`;
   }
 
   asPython() {
-    const { messages, ...rest } = this.request(false);
-    const fields = Object.entries(rest).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`).join("\n");
-    return `from openai import OpenAI\n\nclient = OpenAI(base_url="${new URL("v1", location)}", api_key="none")\n` +
-      `answer = client.chat.completions.create(\n    messages=${JSON.stringify(messages)},\n${fields}\n)\nprint(answer.choices[0].message.content)\n`;
+    const fields = Object.entries(this.sent).map(([name, value]) => `    ${name}=${python(value)},\n`).join("");
+    const key = byId("key").value ? "os.environ[\"SERVE_API_KEY\"]" : "\"none\"";
+    return `${byId("key").value ? "import os\n\n" : ""}from openai import OpenAI\n\n` +
+      `client = OpenAI(base_url=${python(String(new URL("v1", location)))}, api_key=${key})\n` +
+      `stream = client.chat.completions.create(\n${fields})\nfor chunk in stream:\n` +
+      "    if chunk.choices:\n        print(chunk.choices[0].delta.content or \"\", end=\"\", flush=True)\n";
   }
+}
+
+// Write a value of JSON as Python does.
+function python(value) {
+  if (value === true || value === false) return value ? "True" : "False";
+  if (value === null) return "None";
+  if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
+  if (typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${python(one)}`).join(", ")}}`;
 }
 
 // Read server-sent events from a response, or throw the server's own message.
@@ -134,6 +185,7 @@ async function* events(response) {
       yield JSON.parse(data);
     }
   }
+  throw new Error("the connection ended before the answer did");
 }
 
 async function* chunks(stream) { // not every browser iterates a stream by itself
@@ -148,30 +200,46 @@ function headers() {
 
 const say = (text) => { byId("status").textContent = text; };
 const busy = () => panes.some((pane) => pane.running);
-const showAll = () => {
+
+function showAll() {
   for (const pane of panes) pane.show();
   byId("send").disabled = byId("blind").disabled = byId("clear").disabled = busy();
-  byId("stop-all").disabled = !busy();
+  byId("send").hidden = busy();
+  byId("stop-all").hidden = !busy();
   byId("again").disabled = busy() || !panes.some((pane) => pane.messages.length);
+  byId("examples").hidden = !examples.length || panes.some((pane) => pane.messages.length);
+  const secret = byId("blind").checked && !voted;
+  for (const box of byId("models").querySelectorAll("input")) box.disabled = busy() || secret || (box.checked && panes.length === 1);
+}
+
+const redrawAll = () => {
+  for (const pane of panes) if (!pane.running) pane.redraw();
+  showAll();
 };
 
 // A preference needs one question and different answers: the panes agree on all but their last turn.
 function canVote() {
   const asked = panes.map((pane) => JSON.stringify(pane.messages.slice(0, -1)));
-  const answers = new Set(panes.map((pane) => pane.messages.at(-1)?.content));
-  return !busy() && answers.size > 1 && asked.every((one) => one === asked[0]) &&
-    panes.every((pane) => pane.messages.at(-1)?.role === "assistant");
+  const answers = new Set(panes.map((pane) => pane.answer));
+  return !busy() && answers.size > 1 && !answers.has(null) && asked.every((one) => one === asked[0]);
 }
 
-async function answerAll() {
-  if (byId("blind").checked && voted) shuffle();
-  voted = !byId("blind").checked;
+async function answering(some) {
+  voted = voted && !byId("blind").checked;
   say("Answering…");
-  const answers = panes.map((pane) => pane.answer().finally(showAll));
+  const answers = some.map((pane) => pane.ask().finally(() => { pane.redraw(); showAll(); save(); }));
   showAll();
   await Promise.all(answers);
+  redrawAll(); // differences are shown once nothing changes any more
   say(byId("blind").checked && votes && canVote() ? "Which answer is best?" : "Done.");
-  showAll();
+}
+
+function answerAll() {
+  if (byId("blind").checked) {
+    shuffle();
+    voted = false;
+  }
+  answering(panes);
 }
 
 function send() {
@@ -181,49 +249,46 @@ function send() {
     // A question that got no answer is asked again.
     if (pane.messages.at(-1)?.role === "user") pane.messages.pop();
     pane.messages.push({ role: "user", content: prompt.value });
-    pane.redraw();
+    pane.repeats = 0;
   }
   prompt.value = "";
   answerAll();
 }
 
 function again() {
-  for (const pane of panes) {
-    if (pane.messages.at(-1)?.role === "assistant") pane.messages.pop();
-    pane.redraw();
-  }
+  for (const pane of panes) pane.forgetAnswer();
   answerAll();
 }
 
 function continueFrom(source) {
   for (const pane of panes) {
     pane.messages = source.messages.map((message) => ({ ...message }));
-    pane.redraw();
+    pane.failed = pane.told = "";
   }
+  redrawAll();
+  save();
   byId("prompt").focus();
 }
 
-// In blind mode models change places, and only while the panes hold the same conversation.
+// In blind mode panes change places, so that the letter says nothing.
 function shuffle() {
-  const models = panes.map((pane) => pane.model);
-  for (let i = models.length - 1; i > 0; i--) {
+  for (let i = panes.length - 1; i > 0; i--) {
     const j = Math.floor(Math.random() * (i + 1));
-    [models[i], models[j]] = [models[j], models[i]];
+    [panes[i], panes[j]] = [panes[j], panes[i]];
   }
-  panes.forEach((pane, i) => { pane.model = models[i]; });
+  byId("panes").append(...panes.map((pane) => pane.root));
 }
 
 // The best answer is preferred to each of the others: one preference record for each.
 async function vote(best) {
   const system = byId("system").value.trim();
   const asked = best.messages.slice(0, -1);
-  const chosen = best.messages.at(-1).content;
   let kept = 0;
-  for (const other of panes.filter((pane) => pane.messages.at(-1).content !== chosen)) {
+  for (const other of panes.filter((pane) => pane.answer !== best.answer)) {
     const record = {
       prompt: system ? [{ role: "system", content: system }, ...asked] : asked,
-      chosen, rejected: other.messages.at(-1).content,
-      chosen_model: best.model, rejected_model: other.model, seed: byId("seed").valueAsNumber,
+      chosen: best.answer, rejected: other.answer,
+      chosen_model: best.model, rejected_model: other.model, seed: best.sent?.seed ?? byId("seed").valueAsNumber,
     };
     const response = await fetch("v1/votes", { method: "POST", headers: headers(), body: JSON.stringify(record) });
     if (!response.ok) {
@@ -239,28 +304,97 @@ async function vote(best) {
 }
 
 async function copy(text) {
-  await navigator.clipboard.writeText(text);
-  say("Copied.");
+  try {
+    await navigator.clipboard.writeText(text);
+    say("Copied.");
+  } catch { // without https a browser gives no clipboard
+    byId("prompt").value = text;
+    say("Your browser keeps its clipboard; the text stands in the message field.");
+  }
+}
+
+// All that a reload needs. The key is not among it: it lives as long as the tab.
+function save() {
+  const settings = Object.fromEntries(SETTINGS.map((id) => [id, byId(id).value]));
+  const switches = Object.fromEntries(SWITCHES.map((id) => [id, byId(id).checked]));
+  const kept = panes.map(({ model, messages, sent, told, failed, repeats }) => ({ model, messages, sent, told, failed, repeats }));
+  try {
+    localStorage.setItem("playground", JSON.stringify({ settings, switches, panes: kept, voted, draft: byId("prompt").value }));
+  } catch {
+    say("Your browser's storage is full: a reload will lose this conversation.");
+  }
+}
+
+function saved() {
+  try {
+    return JSON.parse(localStorage.getItem("playground")) ?? {};
+  } catch {
+    return {};
+  }
+}
+
+function toggle(name, shown) {
+  if (shown) {
+    const pane = new Pane(name);
+    // A pane that joins continues the conversation from the last question that all were asked.
+    pane.messages = (panes[0]?.messages ?? []).map((message) => ({ ...message }));
+    if (pane.answer !== null) pane.messages.pop();
+    panes.push(pane);
+    byId("panes").append(pane.root);
+  } else {
+    panes = panes.filter((pane) => pane.model !== name || (pane.root.remove(), false));
+  }
+  redrawAll();
+  save();
+}
+
+async function fetchJson(path) {
+  const response = await fetch(path, { headers: headers() });
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error.message);
+  return body;
 }
 
 async function start() {
-  const response = await fetch("v1/models", { headers: headers() });
-  const body = await response.json();
-  if (!response.ok) {
-    say(`${body.error.message} (Settings: API key)`);
+  let body;
+  try {
+    body = await fetchJson("v1/models");
+  } catch (error) {
+    say(`${error.message} (Settings: API key)`);
     document.querySelector("details").open = true;
     return;
   }
   votes = body.votes;
-  const names = body.data.map((model) => model.id);
-  for (const name of names.slice(0, 3)) {
-    const pane = new Pane(name, names);
-    panes.push(pane);
+  names = body.data.map((model) => model.id);
+  const before = (saved().panes ?? []).filter((pane) => names.includes(pane.model));
+  const shown = before.length ? before : names.slice(0, SHOWN_AT_FIRST).map((model) => ({ model }));
+  panes = shown.map((facts) => Object.assign(new Pane(facts.model), facts));
+  byId("panes").append(...panes.map((pane) => pane.root));
+  for (const name of names) {
+    const label = document.createElement("label"), box = document.createElement("input");
+    box.type = "checkbox";
+    box.checked = panes.some((pane) => pane.model === name);
+    box.addEventListener("change", () => toggle(name, box.checked));
+    label.append(box, name);
+    byId("models").append(label);
   }
+  examples = await fetchJson("v1/examples").then((found) => found.prompts).catch(() => []);
+  for (const text of examples) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = button.title = text;
+    button.addEventListener("click", () => { byId("prompt").value = text; byId("prompt").focus(); save(); });
+    byId("examples").append(button);
+  }
+  redrawAll();
   say(`${names.length} models, ${body.data[0].max_model_len} tokens of context.`);
-  showAll();
 }
 
+const { settings = {}, switches = {}, draft = "" } = saved();
+voted = saved().voted ?? true;
+for (const id of SETTINGS) if (id in settings) byId(id).value = settings[id];
+for (const id of SWITCHES) if (id in switches) byId(id).checked = switches[id];
+byId("prompt").value = draft;
 byId("key").value = sessionStorage.getItem("key") ?? "";
 byId("key").addEventListener("change", () => {
   sessionStorage.setItem("key", byId("key").value.trim());
@@ -269,8 +403,16 @@ byId("key").addEventListener("change", () => {
 byId("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 byId("stop-all").addEventListener("click", () => panes.forEach((pane) => pane.stop()));
 byId("again").addEventListener("click", again);
-byId("clear").addEventListener("click", () => panes.forEach((pane) => { pane.messages = []; pane.redraw(); }));
-byId("blind").addEventListener("change", () => { voted = true; showAll(); });
+byId("clear").addEventListener("click", () => {
+  for (const pane of panes) Object.assign(pane, { messages: [], sent: null, told: "", failed: "" });
+  voted = true;
+  redrawAll();
+  save();
+});
+byId("blind").addEventListener("change", () => { voted = true; showAll(); save(); });
+for (const id of ["differences", "markdown"]) byId(id).addEventListener("change", () => { redrawAll(); save(); });
+addEventListener("pagehide", save);
+byId("prompt").addEventListener("change", save);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
   if (event.key === "Escape") panes.forEach((pane) => pane.stop());

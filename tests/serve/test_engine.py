@@ -7,8 +7,6 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ from serve.errors import ServingError
 from serve.jobs import Job
 from serve.metrics import Metrics
 from serve.schemas import GenerateRequest
-from serve.service import Service
+from serve.service import Prompt, Service
 from tests.support.serving import save_adapter, save_merged_model
 from tests.support.stops import FAMILIES, save_family_model
 
@@ -236,16 +234,78 @@ def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_co
     assert (engine.deadline_seconds, engine.queue_timeout_seconds, service.context) == (11.0, 13.0, 64)
 
     async def ask() -> Job:
-        request: Any = SimpleNamespace(state=SimpleNamespace(client="a"))
+        prompt = Prompt(service.models.served["base"], lambda chat: [1, 2], 2)
         engine.start()
         try:
-            [job] = await service.begin(request, ["base"], lambda chat: [1, 2], 2, GenerateRequest(prompt="x"), None)
+            [job] = await service.begin("a", [prompt], GenerateRequest(prompt="x"))
             await job.text()
         finally:
             await asyncio.to_thread(engine.stop)
         return job
 
     assert asyncio.run(ask()).max_new_tokens == 9
+
+
+def test_presence_and_frequency_penalties_see_the_answer_and_not_the_prompt(models):
+    """A token that the prompt has may come; each further time it costs more."""
+    from serve.sampling import Sampling
+
+    ids = [20, 21, 22]
+    plain, once = Job(ids, "base", 12), Job(ids, "base", 12, Sampling(presence_penalty=2.0))
+    often = Job(ids, "base", 12, Sampling(frequency_penalty=2.0))
+    asyncio.run(run_jobs(new_engine(models), [plain, once, often]))
+    assert once.out[0] == often.out[0] == plain.out[0]
+    assert len(set(often.out)) >= len(set(once.out)) >= len(set(plain.out))
+
+
+def test_what_one_row_measures_disturbs_no_other(tiny_llama, models):
+    free, measured = Job([9, 8, 7], "sft", 12), Job([9, 8, 7], "sft", 12, top_logprobs=3, scored=2)
+    asyncio.run(run_jobs(new_engine(models), [free, measured]))
+    assert free.out == measured.out
+    assert [token.token for token in measured.logprobs] == measured.out
+    assert [token.token for token in measured.measured] == [8, 7]
+    assert all(token.top[0] == (token.token, token.logprob) for token in measured.logprobs), "greedy takes the first"
+
+
+def test_prompts_that_arrive_hold_a_running_row_up_for_a_few_steps_at_most(models, monkeypatch):
+    """However slow reading is beside decoding, what is read between two tokens is bounded by time, not by tokens."""
+    engine = new_engine(models, slots=8, context=128)
+    engine._decode_seconds, engine._prefill_token_seconds = 0.02, 0.001
+    engine.rows = [Job([1], "base", 1)]
+    assert engine._prefill_tokens([Job([1] * 100, "base", 1)]) <= 0.02 * 3 / 0.001
+    engine._prefill_token_seconds = 0.1
+    assert 0 < engine._prefill_tokens([Job([1] * 100, "base", 1)]) <= engine_module.LEAST_PREFILL_TOKENS
+    engine.rows = []
+    assert engine._prefill_tokens([Job([1] * 100, "base", 1)]) >= 256, "nobody waits"
+
+
+def test_a_burst_is_read_in_pieces_between_tokens(models, monkeypatch):
+    """A row that runs gets a token after every piece, and never has to wait for a whole burst."""
+    monkeypatch.setattr(engine_module, "PREFILL_DECODE_STEPS", 0.0)
+    shapes = []
+
+    def count(call: int, inputs: dict, output):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return output
+
+    running = Job([5, 6], "base", 90)
+    burst = [Job([30 + n] * 60, "sft", 1) for n in range(4)]
+
+    async def scenario() -> None:
+        engine = new_engine(with_fault(models, count), slots=8)
+        engine.start()
+        engine.submit(running, engine.reserve("a")[0])
+        while len(running.out) < 3:
+            await asyncio.sleep(0.001)
+        for job in burst:
+            engine.submit(job, engine.reserve("b")[0])
+        await asyncio.gather(*(job.text() for job in [running, *burst]))
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(scenario())
+    pieces = [index for index, shape in enumerate(shapes) if shape[1] > 1][1:]
+    assert all(shapes[index][0] * shapes[index][1] <= engine_module.LEAST_PREFILL_TOKENS for index in pieces)
+    assert all(shapes[index + 1][1] == 1 for index in pieces[:-1]), "after each piece the running row gets its token"
 
 
 class Failing:

@@ -88,13 +88,21 @@ def start_request(server: Running, body: dict) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(server, stream):
-    cancelled = server.metric("serve_request_success_total")
+    cancelled, gone, refused = (
+        server.metric(f"serve_{name}_total") for name in ("request_success", "client_disconnects", "requests_rejected")
+    )
+    written = len(server.log_text())
     connection = start_request(server, {**LONG, "stream": stream})
     assert wait_for(lambda: running(server) == 1)
     connection.close()
     assert wait_for(lambda: running(server) == 0, seconds=2), "it continues for nobody"
     assert server.metric("serve_request_success_total") == cancelled + 1
-    assert '"status": 499' in server.log_text()
+    assert wait_for(lambda: server.metric("serve_client_disconnects_total") == gone + 1)
+    assert server.metric("serve_requests_rejected_total") == refused
+    lines = server.log_text()[written:].splitlines()
+    said = [line for line in lines if "/metrics" not in line]
+    assert len(said) == 1, "one line for each request, and no traceback"
+    assert json.loads(said[0])["status"] == 499
 
 
 def test_a_client_that_goes_away_while_waiting_is_never_read(server):
@@ -154,6 +162,7 @@ def test_deadline_and_queue_timeout(write_server_config):
         assert (first.result().status_code, first.result().json()["error"]["code"]) == (504, "deadline_exceeded")
         stream = server.post("/v1/generate", {**LONG, "stream": True}).text.split("\n\n")
         assert "deadline_exceeded" in stream[-3]
+        assert server.metric("serve_client_disconnects_total") == 0, "that the time is up is not the client's doing"
         assert stream[-2] == "data: [DONE]"
 
 
@@ -301,8 +310,9 @@ def test_keys_guard_every_route_but_health_and_the_page(write_server_config):
                 else:
                     assert answer.status_code == 401, route
                     assert answer.json()["error"]["code"] == "invalid_api_key"
-        for path in ("/docs", "/openapi.json", "/redoc"):
-            assert httpx.get(server.url + path).status_code == 401
+        for path in ("/docs", "/docs.css", "/openapi.json"):
+            assert httpx.get(server.url + path).status_code == 200, "a browser brings no key"
+        assert httpx.get(f"{server.url}/redoc").status_code == 401
         good = {"prompt": "Hi", "max_new_tokens": 2}
         for key, status in (("first-key-1", 200), ("second-key-2", 200), ("First-key-1", 401), ("x", 401)):
             answer = server.post("/v1/generate", good, headers={"authorization": f"Bearer {key}"})

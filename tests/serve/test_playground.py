@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,11 +63,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     driver.quit()
 
 
+def open_page(browser, server: Running, panes: int = 3) -> None:
+    """Load the page as on a first visit."""
+    browser.get(f"{server.url}/docs")  # the page itself would keep what it shows as it is left
+    browser.execute_script("localStorage.clear()")
+    browser.get(server.url)
+    wait(lambda: len(browser.find_elements("css selector", ".pane")) == panes)
+
+
 @pytest.fixture
 def page(browser, server: Running):
     """Return the freshly loaded page; at the end it must have complained about nothing."""
-    browser.get(server.url)
-    wait(lambda: len(browser.find_elements("css selector", ".pane")) == 3)
+    open_page(browser, server)
     yield browser
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
@@ -86,7 +95,7 @@ def answers(page) -> list[str]:
 
 
 def done(page) -> None:
-    wait(lambda: page.find_element("id", "again").is_enabled() and page.find_element("id", "send").is_enabled())
+    wait(lambda: page.find_element("id", "again").is_enabled() and page.find_element("id", "send").is_displayed())
 
 
 def picture(page, name: str) -> None:
@@ -115,7 +124,7 @@ def test_one_pane_stops_and_the_others_continue(page):
     limit.send_keys("480")
     send(page, "Tell me a story without an end")
     stops = page.find_elements("css selector", ".stop")
-    wait(lambda: all(button.is_enabled() for button in stops))
+    wait(stops[0].is_displayed)
     stops[0].click()
     done(page)
     speeds = [item.text for item in page.find_elements("css selector", ".speed")]
@@ -141,16 +150,119 @@ def test_blind_votes_become_preference_records(page, server, tmp_path):
     assert records[0]["prompt"] == [{"role": "user", "content": QUESTION}]
 
 
-def test_it_is_usable_on_a_telephone(page):
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844), (360, 640)])
+def test_no_field_covers_another_and_the_message_field_stays_in_reach(page, width, height):
     page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
     )
     send(page, QUESTION)
     done(page)
-    wide = page.execute_script("return document.documentElement.scrollWidth")
-    assert wide <= 360
-    picture(page, "playground-360.png")
+    for opened in (False, True):
+        if opened:
+            page.find_element("css selector", "summary").click()
+        found = page.execute_script(GEOMETRY)
+        assert found["wide"] <= width
+        assert found["overlaps"] == []
+        if not opened:
+            assert found["promptBottom"] <= height
+    picture(page, f"playground-{width}.png")
+    page.find_element("css selector", "summary").click()
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# All pairs of fields, buttons and labels that cover each other, among those that are seen.
+GEOMETRY = """
+const seen = [...document.querySelectorAll("button, textarea, input, summary, h2, .speed")]
+  .filter((one) => one.checkVisibility() && one.getBoundingClientRect().width > 1)
+  .map((one) => [one.id || one.className || one.textContent, one.getBoundingClientRect()]);
+const overlaps = [];
+for (const [i, [name, a]] of seen.entries()) for (const [other, b] of seen.slice(i + 1)) {
+  const x = Math.min(a.right, b.right) - Math.max(a.left, b.left), y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+  if (x > 1 && y > 1) overlaps.push([name, other]);
+}
+return {
+  overlaps, wide: document.documentElement.scrollWidth,
+  promptBottom: document.getElementById("prompt").getBoundingClientRect().bottom,
+};
+"""
+
+
+def test_nothing_is_lost_on_a_reload(page, server):
+    send(page, QUESTION)
+    done(page)
+    before = answers(page)
+    page.find_element("id", "prompt").send_keys("half a question")
+    page.find_element("css selector", "summary").click()
+    seed = page.find_element("id", "seed")
+    seed.clear()
+    seed.send_keys("7")
+    page.refresh()
+    wait(lambda: len(page.find_elements("css selector", ".pane")) == 3)
+    assert answers(page) == before
+    assert page.find_element("id", "prompt").get_attribute("value") == "half a question"
+    assert page.find_element("id", "seed").get_attribute("value") == "7"
+
+
+def test_models_come_and_go_and_one_pane_asks_again(page):
+    boxes = page.find_elements("css selector", "#models input")
+    page.execute_script("arguments[0].click()", boxes[0])
+    wait(lambda: len(page.find_elements("css selector", ".pane")) == 2)
+    send(page, QUESTION)
+    done(page)
+    assert answers(page) == [SFT_ANSWER, EVIL_ANSWER]
+    page.find_element("css selector", ".regenerate").click()
+    done(page)
+    assert answers(page) == [SFT_ANSWER, EVIL_ANSWER]
+    page.execute_script("arguments[0].click()", boxes[0])
+    wait(lambda: len(page.find_elements("css selector", ".pane")) == 3)
+
+
+def test_what_is_copied_was_really_sent(page, server, tmp_path):
+    """The copied commands are run, and give the answer that the pane shows."""
+    page.execute_script("navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }")
+    page.execute_script('document.getElementById(\'system\').value = "It\'s \\"true\\" & $HOME"')
+    send(page, QUESTION)
+    done(page)
+    shown = answers(page)[1]
+    page.execute_script("document.getElementById('temperature').value = 2")  # after it was sent
+    for kind, command in (("curl", ["bash"]), ("python", [sys.executable])):
+        page.find_elements("css selector", f".{kind}")[1].click()
+        wait(lambda: page.execute_script("return window.copied"))
+        text = page.execute_script("const text = window.copied; window.copied = null; return text")
+        done_run = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+        said = done_run.stdout
+        if kind == "curl":
+            events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+            said = "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"])
+        assert said == shown, done_run.stderr
+
+
+def render(page, script: str, *arguments: str) -> str:
+    """Return the HTML that one of the page's modules makes of texts."""
+    return page.execute_async_script(
+        f"const done = arguments[arguments.length - 1]; const made = document.createElement('div');"
+        f"import('/{script}').then((m) => {{ made.append(...m.{script[:-3]}(...[...arguments].slice(0, -1)));"
+        f" done(made.innerHTML); }});",
+        *arguments,
+    )
+
+
+def test_markdown_becomes_nodes_and_html_stays_text(page):
+    text = "# Title\n\nA **bold** and `x < 1`.\n\n- one\n- two\n\n```python\nprint('<b>')\n```\n\n<b>no</b> [l](javascript:x)"
+    made = render(page, "markdown.js", text)
+    assert "<h3>Title</h3>" in made
+    assert "<strong>bold</strong>" in made
+    assert "<code>x &lt; 1</code>" in made
+    assert "<ul><li>one</li><li>two</li></ul>" in made
+    assert "<pre><code>print('&lt;b&gt;')</code></pre>" in made
+    assert "&lt;b&gt;no&lt;/b&gt; l (javascript:x)" in made
+    assert not re.search(r"<(a|b|img|script)\b", made)
+
+
+def test_differences_mark_words(page):
+    made = render(page, "differences.js", "the red fox <b>", "the brown fox")
+    assert made == "the <del>brown</del><ins>red</ins> fox<ins> &lt;b&gt;</ins>"
 
 
 def test_the_page_loads_nothing_from_elsewhere(server):
@@ -160,7 +272,7 @@ def test_the_page_loads_nothing_from_elsewhere(server):
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
-    for path in ("", "/playground.js", "/playground.css", "/docs", "/docs.css"):
+    for path in ("", "/playground.js", "/markdown.js", "/differences.js", "/playground.css", "/docs", "/docs.css"):
         answer = httpx.get(server.url + path)
         assert answer.status_code == 200
         assert not re.search(r"""(src|href|url|import|fetch)\W{1,3}(https?:)?//""", answer.text), path
