@@ -84,7 +84,8 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
         len(records), len(split.train), len(split.validation), len(split.test),
     )  # fmt: skip
     if split.near_duplicates:
-        log.warning("%s", describe_near_duplicates(split.near_duplicates))
+        kept = {"validation": len(split.validation), "test": len(split.test)}
+        log.warning("%s", describe_near_duplicates(split.near_duplicates, kept))
     if not run.dry and is_main_process() and (rejected := write_rejects(run.run_dir / "rejects.jsonl", files)):
         log.warning("%d bad rows set aside in %s", rejected, run.run_dir / "rejects.jsonl")
     if duplicates := count_duplicates(records):

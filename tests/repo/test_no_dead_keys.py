@@ -253,6 +253,7 @@ FLAG_PROOFS = {
     "eval.compare --models": ARMS + "test_every_arm_has_its_column_with_its_seeds",
     "eval.compare --side": ARMS + "test_variants_are_measured_on_the_validation_side_without_a_look_at_the_test_side",
     "eval.compare --note": ARMS + "test_every_arm_has_its_column_with_its_seeds",
+    "eval.compare --dry-run": COMPARE + "test_a_dry_run_checks_the_arms_and_says_what_they_can_show",
     "eval.compare --runs": ARMS + "test_runs_is_refused_and_names_the_study",
     "eval.judge --by": JUDGE + "test_settings_of_the_endpoint_reach_it",
     "eval.judge --votes": JUDGE + "test_votes_of_a_page_on_other_answers_are_refused",
