@@ -148,7 +148,7 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Seq
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     check_made_on_base(arms, base_folder, tokenizer)
-    lineage = held_out.describe_left_out() + describe_arms(arms, held_out, values) + describe_seeds(values, arms)
+    lineage = held_out.describe_left_out() + describe_arms(arms, held_out) + describe_seeds(values, arms)
     for note in lineage:
         log.warning("%s", note)
     chat = ChatFormat.of(tokenizer, arms[0].members[0].manifest)
