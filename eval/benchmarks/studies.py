@@ -137,7 +137,8 @@ def row_of(name: str, seeds: Sequence[int], comparison: Path) -> str:
     metric = next(metric for metric in report["metrics"] if metric["name"] == MEASURE)
     asked = report["question"]["a"], report["question"]["b"]
     each = next(each for each in metric["differences"] if (each["a"], each["b"]) == asked)
-    return f"| {name} | {', '.join(map(str, seeds))} | {report['verdict']['text']} | {each['sd_seeds']:.3f} |"
+    scatter = "–" if each["sd_seeds"] is None else f"{each['sd_seeds']:.3f}"
+    return f"| {name} | {', '.join(map(str, seeds))} | {report['verdict']['text']} | {scatter} |"
 
 
 def outcome_of(comparison: Path) -> str:
