@@ -166,7 +166,7 @@ def describe_sizes(sizes: Mapping[str, Size], question: Question) -> list[str]:
         )
         assumptions.setdefault(assumed, []).append(name)
     scatter = "; ".join(
-        f"{' and '.join(names)} scatter by {_amount(assumed.item_sd, assumed.unit)} between items and "
+        f"{' and '.join(names)} {'scatters' if len(names) == 1 else 'scatter'} by {_amount(assumed.item_sd, assumed.unit)} between items and "
         f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
         for assumed, names in assumptions.items()
     )

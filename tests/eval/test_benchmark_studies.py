@@ -44,4 +44,6 @@ def test_a_planted_effect_is_found(config: Path) -> None:
 
     assert outcome_of(folder / "planted") == "worse"
     assert json.loads((folder / "planted/report.json").read_text())["verdict"]["winner"] == "whole"
-    assert row_of("planted", [0], folder / "planted").startswith("| planted | 0 | These two adapters: broken is worse than")
+    assert row_of("planted", [0], folder / "planted").startswith(
+        "| planted | 0 | These two adapters: broken is worse than"
+    )
