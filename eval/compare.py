@@ -41,8 +41,8 @@ from scripts.common.errors import UserError, entry_point
 from scripts.common.lineage import Side
 from scripts.common.machine import peak_memory_gib
 from scripts.common.run import Run, open_run
+from scripts.common.schema import Config
 from scripts.common.stages import BASE
-from scripts.dataset.split import describe_near_duplicates
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
@@ -88,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         dest="notes",
         help="a note for the report; may be repeated",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the models and say what the comparison can show; measure nothing"
+    )
     parser.add_argument("--runs", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -103,8 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     config = load_config(arguments.config, [*arguments.overrides, *add_arm_arguments(arguments.models)])
     check_rules(config.values.eval.checks)
-    with open_run("comparison", config, "eval.output_dir") as run:
+    with open_run("comparison", config, "eval.output_dir", dry=arguments.dry_run) as run:
         arms = find_arms(config, arguments.side)
+        if run.dry:
+            return show_dry_run(prepare(config, arms, arguments.side), config.values)
         looks = Looks(run.output_dir)
 
         from eval.measuring import measure_arms, measured_references
@@ -143,8 +148,7 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Seq
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     check_made_on_base(arms, base_folder, tokenizer)
-    near = [describe_near_duplicates(held_out.near_duplicates)] if held_out.near_duplicates else []
-    lineage = near + describe_arms(arms, held_out, values) + describe_seeds(values, arms)
+    lineage = held_out.describe_left_out() + describe_arms(arms, held_out) + describe_seeds(values, arms)
     for note in lineage:
         log.warning("%s", note)
     chat = ChatFormat.of(tokenizer, arms[0].members[0].manifest)
@@ -153,6 +157,22 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Seq
     prepared = Prepared(tokenizer, held_out, values)
     log.info("%d held-out prompts and %d pairs", len(prepared.questions), len(prepared.pairs))
     return Comparison(arms, base_folder, held_out, prepared, question, side, [*notes, *lineage])
+
+
+def show_dry_run(comparison: Comparison, values: Config) -> int:
+    """Show what would be compared, the question, and how small a difference would be found."""
+    from eval.planning import log_smallest_gaps, plan_lines
+
+    for arm in comparison.arms:
+        log.info("%s: %s", arm.name, ", ".join(f"{m.folder} (seed {m.seed})" for m in arm.members))
+    question = comparison.question
+    planned = "planned before training" if question.planned else "not planned before training"
+    measures = " and ".join(question.measures)
+    log.info("the question: %s against %s in %s; %s", question.a, question.b, measures, planned)
+    asked = [set(arm.seeds) for arm in comparison.arms if arm.name in (question.a, question.b) and not arm.stands]
+    shared = set.intersection(*asked) if asked else set()
+    log_smallest_gaps(plan_lines(comparison.held_out, values, len(shared) or 1, question))
+    return 0
 
 
 def describe(

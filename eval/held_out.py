@@ -7,18 +7,18 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from scripts.common.artifacts import Manifest, sha256_json
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
+from scripts.common.lineage import Side
 from scripts.common.paths import portable_path
 from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
 from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets, load_rest_of_chain
 from scripts.dataset.rendering import render_and_check
-from scripts.dataset.split import NearDuplicate, cluster_of, sort_by_side
+from scripts.dataset.split import IF_MOST, NearDuplicate, cluster_of, describe_near_duplicates, sort_by_side
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ class HeldOut:
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     near_duplicates: tuple[NearDuplicate, ...] = ()  # left out, because a model may have learnt their like
     settings: Data | None = None  # of the configuration that reads them
+    side: Side = "test"
+
+    def describe_left_out(self) -> list[str]:
+        """Say which near-duplicates are left out, if any."""
+        near = self.near_duplicates
+        return [describe_near_duplicates(near, {self.side: len(self.records)})] if near else []
 
     @property
     def pairs(self) -> list[Preference]:
@@ -65,9 +71,7 @@ class HeldOut:
         return [question for key, question in found.items() if key in drawn]
 
 
-def read_held_out(
-    config: LoadedConfig, stages: Collection[str], side: Literal["validation", "test"] = "test"
-) -> HeldOut:
+def read_held_out(config: LoadedConfig, stages: Collection[str], side: Side = "test") -> HeldOut:
     """Read one side of the datasets that these stages train on, without near-duplicates of what any stage learns from.
 
     Without the configured system message: each model reads the one that it was trained with.
@@ -92,13 +96,12 @@ def read_held_out(
             head = (
                 f"{head}: each of its {len(near)} records is close to one of another side, so nothing can be compared"
             )
-            fix = "Name the field that says which records belong together (data.group_field), or add other prompts; then train again."
-            raise UserError(listing(head, map(str, near), fix))
+            raise UserError(listing(head, map(str, near), IF_MOST))
         raise UserError(
             f"{head}: {ratio:g} puts no record on the {side} side, so nothing can be compared. Raise it and train again."
         )
     hashes = {stage: {portable_path(file.path): file.sha256 for file in of_stage} for stage, of_stage in files.items()}
-    return HeldOut(records, hashes, near, values.data)
+    return HeldOut(records, hashes, near, values.data, side)
 
 
 def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, data: Data) -> HeldOut:

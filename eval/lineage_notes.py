@@ -10,7 +10,6 @@ from eval.held_out import HeldOut, describe_changes
 from scripts.common.artifacts import FORMAT_FACTS, Manifest
 from scripts.common.lineage import ancestors
 from scripts.common.paths import portable_path
-from scripts.common.schema import Config
 from scripts.common.stages import BASE, TRAINING_STAGES
 from scripts.training.save import flatten
 
@@ -18,28 +17,17 @@ from scripts.training.save import flatten
 FREE = ("seed", "output_dir", "init_from", "tracking", "eval", "lmeval", "serve", "export", "deid", "study")
 
 
-def describe_arms(arms: Sequence[Arm], held_out: HeldOut, values: Config) -> list[str]:
+def describe_arms(arms: Sequence[Arm], held_out: HeldOut) -> list[str]:
     """Say what of the lineage is not as it should be."""
     notes = []
     for member in members_of(arms):
         notes += describe_changes(member.folder, _as_trained(member), held_out)
-        notes += _describe_system_prompt(member, values)
     return notes + describe_references(arms) + describe_procedures(arms) + describe_formats(arms)
 
 
 def _as_trained(member: Member) -> Manifest:
     """Return the manifest under the stage whose data it names, which that of a merged model does not say."""
     return member.manifest.model_copy(update={"stage": member.stage or member.manifest.stage})
-
-
-def _describe_system_prompt(member: Member, values: Config) -> list[str]:
-    asked, trained = values.data.system_prompt, member.manifest.system_prompt
-    if asked == trained:
-        return []
-    return [
-        f"{member.folder}: was trained with the system message {trained!r}, and data.system_prompt is {asked!r} now. It is "
-        "asked as it was trained."
-    ]
 
 
 def describe_references(arms: Sequence[Arm]) -> list[str]:

@@ -11,14 +11,13 @@ from typing import Literal, NamedTuple
 from eval.figures import SPACE, number, percent_of, round_ticks, spoken, spoken_change
 from eval.metrics import Difference, Metric
 from eval.tables import Better
-from eval.verdict import Question, Verdict
+from eval.verdict import METHODS, Question, Verdict, speaks_of
 from scripts.common.stages import BASE, TRAINING_STAGES
 
 LEADING = ("all_rules", "checks_passed", "preference_accuracy")  # what the first screen shows, the first that is there
 SIGNS = {"better": "▲", "worse": "▼", "no_worse": "≥", "equivalent": "≈", "undecided": "○"}
 RELATIONS = {"better": "than", "worse": "than", "no_worse": "than", "equivalent": "to"}
 TILES = 4
-METHODS = 3  # so many seeds speak of the procedures; fewer of the adapters that were compared
 
 
 @dataclass(frozen=True)
@@ -305,9 +304,7 @@ def facts(story: Story, metrics: Sequence[Metric]) -> list[str]:
     pair = key_pair(story.verdict, story.models)
     if pair and metrics:
         count = story.runs or _compared_seeds(metrics, pair)
-        adapters = "this adapter" if BASE in pair else "these two adapters"
-        what = adapters if count == 1 else "these adapters" if count < METHODS else "the methods"
-        said.append(f"{'one seed' if count == 1 else f'{count} seeds'}, so it speaks of {what}")
+        said.append(f"{'one seed' if count == 1 else f'{count} seeds'}, so it speaks of {speaks_of(count, pair)}")
     if story.question:
         said.append("planned before training" if story.question.planned else "not planned before training")
     if story.looks:

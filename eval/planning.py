@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from eval.held_out import read_held_out
+from eval.held_out import HeldOut, read_held_out
+from eval.question import ask
 from eval.statistics import degrees_of_freedom, visible_gap
-from eval.verdict import METHODS, Question
+from eval.verdict import METHODS, Question, speaks_of
 from scripts.common.config import LoadedConfig
-from scripts.common.question import ALL_RULES, LOSS, PREFERENCE, PRIMARY, arm_names, default_question
-from scripts.common.stages import TRAINING_STAGES
+from scripts.common.errors import UserError
+from scripts.common.question import LOSS, PREFERENCE, REWARD, arm_names
+from scripts.common.schema import Config
+from scripts.common.stages import BASE, TRAINING_STAGES
+from scripts.dataset.files import find_file
+from scripts.dataset.records import sources_of
 from scripts.dataset.split import cluster_of
+
+log = logging.getLogger(__name__)
 
 MOST_SEEDS = 100
 MOST_ITEMS = 1_000_000
@@ -29,7 +37,7 @@ class Assumption:
 
 # A difference of shares whose items are 0 or 1: one in five differs between two models.
 SHARE = Assumption(item_sd=0.45, seed_sd=0.02, unit="share")
-ASSUMED = {"held_out_loss": Assumption(item_sd=0.30, seed_sd=0.02, unit="nats per token")}
+ASSUMED = {LOSS: Assumption(item_sd=0.30, seed_sd=0.02, unit="nats per token")}
 LASTING = 1 / 3  # of an item's variance, what every seed shows alike
 WITHIN = 0.3  # correlation of the items of one prompt
 
@@ -58,25 +66,51 @@ class Size:
         return replace(self, items=items, clusters=max(1, round(items * self.clusters / self.items)))
 
 
-def plan_of(config: LoadedConfig) -> list[str]:
-    """Say what a comparison of this configuration can show.
+def plan_of(config: LoadedConfig, seeds: int | None = None) -> list[str]:
+    """Say what a comparison of this configuration can show, over the data that are here already.
 
+    `seeds` are those of a study; without, they are counted in `eval.plan` or in the folders of `eval.models`.
     Raises: UserError when the data cannot be read, or nothing of them is held out.
     """
     values = config.values
-    held_out = read_held_out(config, list(TRAINING_STAGES))
-    questions, pairs = held_out.questions(values.eval.max_prompts, values.data.split_seed), held_out.pairs
-    prompts = len({question.cluster for question in questions})
-    items = {
-        LOSS: len(questions),
-        PREFERENCE: len(pairs),
-        **({ALL_RULES: len(questions)} if values.eval.checks else {}),
-    }
-    clusters = {LOSS: prompts, PREFERENCE: len({cluster_of(pair) for pair in pairs}), ALL_RULES: prompts}
-    plan = values.eval.plan
-    a, b = plan.question or default_question(arm_names(values))
-    measures = plan.measures or [name for name in PRIMARY if items.get(name)] or [LOSS]
-    return plan_lines(items, clusters, plan.seeds or 1, Question(a=a, b=b, measures=measures, alpha=plan.alpha))
+    held_out = read_held_out(config, stages_with_data(values))
+    question = ask(values, arm_names(values), held_out)
+    models = values.eval.models or {}
+    counts = [len(given) for arm in (question.a, question.b) if isinstance(given := models.get(arm), list)]
+    return plan_lines(held_out, values, seeds or values.eval.plan.seeds or shared_seeds(counts), question)
+
+
+def shared_seeds(counts: Sequence[int]) -> int:
+    """Return over how many seeds two arms of so many members are compared; one member stands beside all of the other's."""
+    return min((count for count in counts if count > 1), default=1)
+
+
+def show_smallest_gaps(config: LoadedConfig, seeds: int | None = None) -> None:
+    """Print what a dry run can say about the comparison, or why that is nothing: it refuses no training."""
+    try:
+        lines = plan_of(config, seeds)
+    except UserError as error:
+        lines = [f"nothing yet: {error}"]
+    log_smallest_gaps(lines)
+
+
+def log_smallest_gaps(lines: Sequence[str]) -> None:
+    """Print what a comparison can show."""
+    log.info("%s", "\n  ".join(["what the comparison can show", *lines]))
+
+
+def stages_with_data(values: Config) -> list[str]:
+    """Return the stages whose datasets are here or on the Hub: pairs are often collected after SFT."""
+    found = []
+    for name in TRAINING_STAGES:
+        key = f"{name}.dataset_path"
+        try:
+            for source in sources_of(getattr(values, name).dataset_path):
+                find_file(source.path, key)
+        except UserError:
+            continue
+        found.append(name)
+    return found
 
 
 def needed_items(size: Size, gap: float, assumed: Assumption, alpha: float) -> int | None:
@@ -98,19 +132,32 @@ def needed_seeds(size: Size, gap: float, assumed: Assumption, alpha: float) -> i
     return next((n for n in more if replace(size, seeds=n).smallest_gap(assumed, alpha) <= gap), None)
 
 
-def plan_lines(items: Mapping[str, int], clusters: Mapping[str, int], seeds: int, question: Question) -> list[str]:
+def plan_lines(held_out: HeldOut, values: Config, seeds: int, question: Question) -> list[str]:
     """Say for each measure in question what these items and seeds can show, and what half of it would take.
 
-    items, clusters: how many there are, by measure. The last line states what was assumed.
+    The last line states what was assumed.
     """
-    measures = [name for name in question.measures if items.get(name)]
-    alpha = question.alpha / max(len(measures), 1)
-    whom = "these two adapters" if seeds == 1 else "these adapters" if seeds < METHODS else "the methods"
+    prompts = held_out.questions(values.eval.max_prompts, values.data.split_seed)
+    pairs = [cluster_of(pair) for pair in held_out.pairs]
+    sizes = {
+        name: Size(len(pairs), len({*pairs}), seeds)
+        if name in (PREFERENCE, REWARD)
+        else Size(len(prompts), len({each.cluster for each in prompts}), seeds)
+        for name in question.measures
+    }
+    return describe_sizes(sizes, question)
+
+
+def describe_sizes(sizes: Mapping[str, Size], question: Question) -> list[str]:
+    """Say for each measure what so much can show, what half of it would take, and what was assumed."""
+    alpha = question.alpha / max(len(sizes), 1)
     lines: list[str] = []
     assumptions: dict[Assumption, list[str]] = {}
-    for name in measures:
-        assumed = ASSUMED.get(name, SHARE)
-        size = Size(items[name], clusters[name], seeds)
+    for name, size in sizes.items():
+        assumed, seeds = ASSUMED.get(name, SHARE), size.seeds
+        whom = speaks_of(seeds, (question.a, question.b)) + (
+            " and the base" if BASE in (question.a, question.b) else ""
+        )
         gap = size.smallest_gap(assumed, alpha)
         of = f" of {size.clusters} prompts" if size.clusters < size.items else ""
         lines.append(
@@ -119,7 +166,7 @@ def plan_lines(items: Mapping[str, int], clusters: Mapping[str, int], seeds: int
         )
         assumptions.setdefault(assumed, []).append(name)
     scatter = "; ".join(
-        f"{' and '.join(names)} scatter by {_amount(assumed.item_sd, assumed.unit)} between items and "
+        f"{' and '.join(names)} {'scatters' if len(names) == 1 else 'scatter'} by {_amount(assumed.item_sd, assumed.unit)} between items and "
         f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
         for assumed, names in assumptions.items()
     )

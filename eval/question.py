@@ -23,17 +23,15 @@ from scripts.common.schema import Config
 from scripts.common.stages import BASE
 
 
-def choose_question(values: Config, arms: Sequence[Arm], held_out: HeldOut) -> Question:
-    """Return the question that the verdict answers.
+def ask(values: Config, arms: Sequence[str], held_out: HeldOut) -> Question:
+    """Return the question that `eval.plan` asks about these arms, or else the default one.
 
-    It was planned if the manifest of every model compared holds the hash of just this one.
     Raises: UserError when `eval.plan` asks for an arm or a measure that there is not.
     """
-    names = [BASE, *(arm.name for arm in arms)]
-    a, b = values.eval.plan.question or default_question(names)
-    if not {a, b} <= set(names):
+    a, b = values.eval.plan.question or default_question(arms)
+    if not {a, b} <= set(arms):
         raise UserError(
-            f"eval.plan.question: found {a}, {b}; wanted two of the arms that there are: {', '.join(names)}."
+            f"eval.plan.question: found {a}, {b}; wanted two of the arms that there are: {', '.join(arms)}."
         )
     checks = values.eval.checks
     measurable = [LOSS, *((ALL_RULES, CHECKS_PASSED, *check_names(checks)) if checks else ())]
@@ -45,17 +43,25 @@ def choose_question(values: Config, arms: Sequence[Arm], held_out: HeldOut) -> Q
             f"eval.plan.measures: found {', '.join(absent)}, which cannot be measured here: {_lacking(held_out, values)}. "
             f"There are: {', '.join(measurable)}."
         )
-    digest = plan_sha256(values, (a, b))
-    plans = [member.manifest.plan for member in members_of(arms)]
     return Question(
         a=a,
         b=b,
         measures=planned or [name for name in PRIMARY if name in measurable] or [LOSS],
         alpha=values.eval.plan.alpha,
         margins=values.eval.margins,
-        planned=all(plan is not None and plan.sha256 == digest for plan in plans),
-        plan_sha256=digest,
     )
+
+
+def choose_question(values: Config, arms: Sequence[Arm], held_out: HeldOut) -> Question:
+    """Return the question that the verdict answers.
+
+    It was planned if the manifest of every model compared holds the hash of just this one.
+    """
+    question = ask(values, [BASE, *(arm.name for arm in arms)], held_out)
+    question.plan_sha256 = plan_sha256(values, (question.a, question.b))
+    plans = [member.manifest.plan for member in members_of(arms)]
+    question.planned = all(plan is not None and plan.sha256 == question.plan_sha256 for plan in plans)
+    return question
 
 
 def _lacking(held_out: HeldOut, values: Config) -> str:

@@ -13,7 +13,6 @@ from scripts.common.errors import UserError
 from scripts.common.stages import BASE, TRAINING_STAGES
 
 METHODS = 3  # fewer seeds say nothing about the methods that made the adapters
-SPEAKS_OF = {1: "these two adapters: ", 2: "these adapters of two seeds: "}
 # An outcome beside "better" or "worse" does not take it back; otherwise the weakest counts.
 STRONGEST: tuple[Outcome, ...] = ("better", "worse", "undecided", "no_worse", "equivalent")
 AS_WELL: dict[Outcome, str] = {"equivalent": "equivalent", "no_worse": "no worse", "undecided": "undecided"}
@@ -65,7 +64,8 @@ def decide(metrics: Sequence[Metric], question: Question) -> tuple[Verdict, list
         outcome = next(each for each in STRONGEST if each in found)
     seeds = min(difference.seeds for _, difference in asked)
     needed = [difference.needed_n for _, difference in asked if difference.needed_n]
-    sentence = SPEAKS_OF.get(seeds, "") + _sentence(outcome, found, _called(question.a), _called(question.b)) + "."
+    limited = f"{speaks_of(seeds, (question.a, question.b))}: " if seeds < METHODS else ""
+    sentence = limited + _sentence(outcome, found, _called(question.a), _called(question.b)) + "."
     verdict = Verdict(
         text=sentence[0].upper() + sentence[1:],
         outcome=outcome,
@@ -74,6 +74,13 @@ def decide(metrics: Sequence[Metric], question: Question) -> tuple[Verdict, list
         needed_n=min(needed, default=None) if outcome == "undecided" else None,
     )
     return verdict, _notes(asked, question, seeds)
+
+
+def speaks_of(seeds: int, pair: Sequence[str]) -> str:
+    """Return what a difference over so many seeds is about."""
+    if seeds == 1:
+        return "this adapter" if BASE in pair else "these two adapters"
+    return "these adapters of two seeds" if seeds < METHODS else "the methods"
 
 
 def _called(arm: str) -> str:

@@ -18,6 +18,7 @@ import sqlite3
 import sys
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
@@ -267,15 +268,12 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
 
 def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     """Count the records of a stage on each side of the split."""
-    from scripts.dataset.files import find_file
     from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
-    from scripts.dataset.split import split_records
+    from scripts.dataset.split import IF_MOST, split_records
 
     section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
-    names = [source.path for source in sources_of(section.dataset_path)]
-    files = [find_file(path, key) for path in names]
-    size = sum(path.stat().st_size for path in files if path)
-    if None in files or size > LARGE_BYTES:
+    if not read_here(config, stage):
+        names = [source.path for source in sources_of(section.dataset_path)]
         return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
     datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
     split = split_records(
@@ -286,6 +284,9 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     text += f"{len(split.test)} for the test"
     text += f", {len(split.near_duplicates)} near-duplicates left out" if split.near_duplicates else ""
     text += f", {skipped} bad ones set aside" if skipped else ""
+    left_out = Counter(each.side for each in split.near_duplicates)
+    if left_out["test"] > len(split.test) or left_out["validation"] > len(split.validation):
+        return Finding("warn", text, IF_MOST)
     if not split.test:
         fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
         return Finding("warn", text, fix)
@@ -295,11 +296,23 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     return Finding("ok", text)
 
 
+def read_here(config: LoadedConfig, stage: TrainingStage) -> bool:
+    """Tell whether a stage's data are on this machine and small enough to be read in a moment."""
+    from scripts.dataset.files import find_file
+    from scripts.dataset.records import sources_of
+
+    sources = sources_of(getattr(config.values, stage.name).dataset_path)
+    files = [find_file(source.path, f"{stage.name}.dataset_path") for source in sources]
+    return None not in files and sum(path.stat().st_size for path in files if path) <= LARGE_BYTES
+
+
 def check_plan(config: LoadedConfig) -> Iterator[Finding]:
     """Say how small a difference the comparison can show."""
-    from eval.planning import plan_of
+    from eval.planning import plan_of, stages_with_data
 
     try:
+        if not all(read_here(config, TRAINING_STAGES[name]) for name in stages_with_data(config.values)):
+            return
         for line in plan_of(config):
             yield Finding("ok", line)
     except UserError:

@@ -93,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="train every value of a key, as in dpo.beta=0.05,0.1; several span a grid; values are JSON, else plain text",
     )  # fmt: skip
     parser.add_argument("--yes", action="store_true", help="allow a grid of more than 12 variants")
-    parser.add_argument("--dry-run", action="store_true", help="check config and data and list the runs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check config and data, list the runs, and say what they can show"
+    )
     return parser
 
 
@@ -113,7 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         members = plan_members(variants, seeds_of(config.values), run.output_dir)
         record = find_record(run.output_dir, config.values, variants)
         if run.dry:
-            return show_plan(run.output_dir, members, variants, record)
+            from eval.planning import show_smallest_gaps
+
+            show_plan(run.output_dir, members, variants, record)
+            show_smallest_gaps(config, seeds=len(seeds_of(config.values)))
+            return 0
 
         from scripts.common.tracking import tracked_run
 
@@ -172,7 +178,7 @@ def comparisons_of(variants: Sequence[Variant]) -> list[str]:
     return [VALIDATION, COMPARISON] if len(variants) > 1 else [COMPARISON]
 
 
-def show_plan(folder: Path, members: Sequence[Member], variants: Sequence[Variant], record: Record) -> int:
+def show_plan(folder: Path, members: Sequence[Member], variants: Sequence[Variant], record: Record) -> None:
     """List the runs, which of them are finished, and how long the others take where that was measured."""
     left = [member.stage.name for member in members if not is_finished(member)]
     comparisons = comparisons_of(variants)
@@ -187,7 +193,6 @@ def show_plan(folder: Path, members: Sequence[Member], variants: Sequence[Varian
     best = "the best variant" if len(variants) > 1 else "DPO"
     lines.append(f"to report {best}, its SFT and the base, on the test side")
     log.info("%s", "\n  ".join(lines))
-    return 0
 
 
 def train(study: Study) -> None:

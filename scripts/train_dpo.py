@@ -166,9 +166,11 @@ def build_trainer(
 
 def show_dry_run(run: Run, machine: Machine, start: Start, files: Sequence[Any], train: list[RenderedPair]) -> int:
     """Show what a run would do, and two pairs as they would be trained."""
+    from eval.planning import show_smallest_gaps
     from scripts.training.plan import show_plan
 
     show_plan(run, machine, start.base_folder, files, train)
+    show_smallest_gaps(run.config)
     decode = start.tokenizer.decode
     for pair in train[:2]:
         prompt, chosen, rejected = map(decode, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))

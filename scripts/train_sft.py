@@ -121,9 +121,11 @@ def build_trainer(
 
 def show_dry_run(run: Run, machine: Machine, start: Start, files: Sequence[Any], train: list[Rendered]) -> int:
     """Show what a run would do, and two records with what is trained marked."""
+    from eval.planning import show_smallest_gaps
     from scripts.training.plan import show_plan
 
     show_plan(run, machine, start.base_folder, files, train)
+    show_smallest_gaps(run.config)
     for row in train[:2]:
         marked = "".join(
             f">>>{start.tokenizer.decode(ids)}<<<" if trained else start.tokenizer.decode(ids)

@@ -44,7 +44,7 @@ def _as_date(value: object) -> object:
 
 
 def check_arm_name(name: str) -> str:
-    """Refuse a name that could not head a column, be part of a file's name, or be told from the base."""
+    """Refuse a name that could not head a column, be part of a file's name, or be confused with the base."""
     if name.casefold() == "base":
         raise ValueError("another name: `base` is the model without an adapter, which is always compared")
     if not re.fullmatch(r"[^\W_][\w .+-]{0,39}", name) or name[-1] in " .":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-# Cosines of two prompts. Measured on public sets: data/README.md says what they find and what they miss.
+# Cosines of two prompts, tuned on public sets: data/README.md says what they find there and what they miss.
 CANDIDATE = 0.4  # usual TF-IDF: worth a closer look
 ALIKE = 0.7  # everything that is written counts the same
 ALIKE_IN_WHAT_IS_RARE = 0.7  # what is written in many prompts hardly counts: it is a template

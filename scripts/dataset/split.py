@@ -6,7 +6,7 @@ import hashlib
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +18,11 @@ from scripts.dataset.records import DatasetFile, Preference, Record
 
 Side = Literal["train", "validation", "test"]
 SIDES: tuple[Side, ...] = ("train", "validation", "test")  # what one holds, none of the later ones may resemble
+IF_MOST = (
+    "That is most of a side, as when prompts are made from templates with a word exchanged: each is then nearly known "
+    "from training. Give every record a field that names its template, customer or document, and put the name of the "
+    "field into data.group_field. Whole groups are then held out, and the figures are about new ones. Train again."
+)
 
 
 @dataclass(frozen=True)
@@ -150,12 +155,13 @@ def _asked(record: Record | Preference) -> str:
     return words_of("\n".join(message["content"] for message in record.prompt if message["role"] == "user"))
 
 
-def describe_near_duplicates(near: Sequence[NearDuplicate]) -> str:
-    """Say how many records of which sides are left out, and list them."""
+def describe_near_duplicates(near: Sequence[NearDuplicate], kept: Mapping[Side, int]) -> str:
+    """Say how many records of which sides are left out and how many are kept, list them, and say what to do about many."""
     counts = Counter(each.side for each in near)
-    many = " and ".join(f"{count} {side}" for side, count in sorted(counts.items(), reverse=True))
+    many = " and ".join(f"{counts[side]} of {counts[side] + kept[side]} {side}" for side in SIDES if counts[side])
     head = f"{many} records are left out: their prompts are close to one that is trained on or that a checkpoint is chosen by"
-    return listing(head, map(str, near))
+    most = any(count > kept[side] for side, count in counts.items())
+    return listing(head, map(str, near), IF_MOST if most else "")
 
 
 def shared_answers(split: Split) -> int:

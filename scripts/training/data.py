@@ -26,7 +26,7 @@ from scripts.dataset.records import (
     write_rejects,
 )
 from scripts.dataset.rendering import render_and_check
-from scripts.dataset.split import Split, describe_near_duplicates, shared_answers, split_records
+from scripts.dataset.split import Side, Split, describe_near_duplicates, shared_answers, split_records
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
         len(records), len(split.train), len(split.validation), len(split.test),
     )  # fmt: skip
     if split.near_duplicates:
-        log.warning("%s", describe_near_duplicates(split.near_duplicates))
+        kept: dict[Side, int] = {"validation": len(split.validation), "test": len(split.test)}
+        log.warning("%s", describe_near_duplicates(split.near_duplicates, kept))
     if not run.dry and is_main_process() and (rejected := write_rejects(run.run_dir / "rejects.jsonl", files)):
         log.warning("%d bad rows set aside in %s", rejected, run.run_dir / "rejects.jsonl")
     if duplicates := count_duplicates(records):

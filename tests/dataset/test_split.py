@@ -19,7 +19,15 @@ from scripts.dataset.records import (
     parse_preference,
     parse_record,
 )
-from scripts.dataset.split import SIDES, Split, cluster_of, shared_answers, side_of, split_records
+from scripts.dataset.split import (
+    SIDES,
+    Split,
+    cluster_of,
+    describe_near_duplicates,
+    shared_answers,
+    side_of,
+    split_records,
+)
 from tests.conftest import write_jsonl
 from tests.support.records import KEY, instruction, load, refusal, talk
 
@@ -293,6 +301,7 @@ def test_a_held_out_prompt_close_to_a_trained_one_is_left_out_and_named(tmp_path
     assert (
         str(split.near_duplicates[0]) == f"{tmp_path}/near.jsonl:1 (test) is close to {tmp_path}/near.jsonl:2 (train)"
     )
+    assert describe_near_duplicates(split.near_duplicates, {"test": 3}).startswith("1 of 4 test records are left out: ")
     assert copy not in {record.prompt[0]["content"] for record in split.test}
     assert TEXT in {record.prompt[0]["content"] for record in split.train}, "training never changes"
 

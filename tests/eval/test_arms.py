@@ -368,8 +368,8 @@ def test_another_number_of_seeds_than_planned_is_noted(chain: Path, tmp_path: Pa
 def test_a_changed_system_message_is_noted(chain: Path, tmp_path: Path) -> None:
     settings = ["data.system_prompt=Be brief.", "eval.max_prompts=1", "eval.max_new_tokens=1"]
     assert run(chain, tmp_path / "c", arm(chain, "sft", "sft_0"), settings=settings) == 0
-    [note] = [note for note in read_report(tmp_path / "c").notes if "system message" in note]
-    assert note.startswith(f"{chain}/out/sft_0: was trained with the system message None, and data.system_prompt is")
+    [note] = [note for note in read_report(tmp_path / "c").notes if "system_prompt" in note]
+    assert note.startswith(f"{chain}/out/sft_0: was trained with data.system_prompt: null, but the configuration has ")
 
 
 def test_the_judge_asks_about_the_primary_question(report: tuple[Path, Report], chain: Path) -> None:

@@ -94,6 +94,22 @@ def test_the_folder_is_a_finished_artifact_below_the_dpo_adapter(compared: Path)
     assert "eval/held_out_loss/dpo" in run.data.metrics
 
 
+def test_a_dry_run_checks_the_arms_and_says_what_they_can_show(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = ["--config", str(compared / "config.yaml"), "--set", f"eval.output_dir={tmp_path}/other", "--dry-run"]
+
+    assert compare.main(config) == 0
+
+    said = capsys.readouterr().err
+    assert f"dpo: {compared}/out/dpo_adapter (seed 0)" in said
+    assert "the question: dpo against sft in all_rules and preference_accuracy; planned before training" in said
+    assert "all_rules: " in said
+    assert "1 seed: shows a difference between these two adapters of" in said
+    assert not any(tmp_path.iterdir()), "nothing is measured or counted as a look"
+    assert compare.main([*config, "--models", f"a={tmp_path}/none"]) == 2
+
+
 def adapter_of(stage: str, compared: Path) -> Member:
     """Return one of the chain's adapters, as the comparison finds it."""
     found = {member.label: member for member in members_of(find_arms(load_config(compared / "config.yaml")))}

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eval.planning import ASSUMED, SHARE, Assumption, Size, needed_items, needed_seeds, plan_lines
+from eval.planning import (
+    ASSUMED,
+    SHARE,
+    Assumption,
+    Size,
+    describe_sizes,
+    needed_items,
+    needed_seeds,
+    plan_of,
+    show_smallest_gaps,
+)
 from eval.statistics import crossed
 from eval.verdict import Question
+from scripts.common.config import load_config
+from tests.support.chain import write_chain
 
 
 def question(*measures: str, alpha: float = 0.05) -> Question:
@@ -46,8 +60,8 @@ def test_what_is_needed_is_more_than_there_is_and_enough() -> None:
 
 
 def test_each_measure_has_a_line_with_its_own_numbers() -> None:
-    items, clusters = {"all_rules": 84, "preference_accuracy": 464}, {"all_rules": 84, "preference_accuracy": 274}
-    lines = plan_lines(items, clusters, 1, question("all_rules", "preference_accuracy"))
+    sizes = {"all_rules": Size(84, 84, 1), "preference_accuracy": Size(464, 274, 1)}
+    lines = describe_sizes(sizes, question("all_rules", "preference_accuracy"))
     assert lines[0].startswith(
         "all_rules: 84 items, 1 seed: shows a difference between these two adapters of 15 points;"
     )
@@ -57,10 +71,9 @@ def test_each_measure_has_a_line_with_its_own_numbers() -> None:
     assert (
         lines[2] == f"assumed: {scatter} (standard deviations). In four of five comparisons, at 0.025 for each measure"
     )
-    assert "between the methods of" in plan_lines(items, clusters, 3, question("all_rules"))[0]
-    (loss, _) = plan_lines({"held_out_loss": 84}, {"held_out_loss": 84}, 1, question("held_out_loss"))
+    assert "between the methods of" in describe_sizes({"all_rules": Size(84, 84, 3)}, question("all_rules"))[0]
+    (loss, _) = describe_sizes({"held_out_loss": Size(84, 84, 1)}, question("held_out_loss"))
     assert "nats per token" in loss
-    assert plan_lines({}, {}, 1, question("all_rules")) == []
     assert ASSUMED["held_out_loss"].unit == "nats per token"
 
 
@@ -69,3 +82,40 @@ def test_two_measures_show_less_than_one_and_pairs_of_a_prompt_less_than_prompts
     assert alone < both
     assert Size(400, 400, 1).smallest_gap(SHARE, 0.05) < Size(400, 100, 1).smallest_gap(SHARE, 0.05)
     assert Size(400, 100, 1).smallest_gap(SHARE, 0.05) < Size(100, 100, 1).smallest_gap(SHARE, 0.05)
+
+
+def plan_with(folder: Path, *overrides: str) -> list[str]:
+    """Return the plan of a small chain."""
+    return plan_of(load_config(folder / "config.yaml", overrides))
+
+
+def test_the_plan_counts_the_seeds_that_are_planned_or_compared(tmp_path: Path) -> None:
+    write_chain(tmp_path)
+
+    assert all("1 seed:" in line for line in plan_with(tmp_path)[:-1])
+    assert "4 seeds:" in plan_with(tmp_path, "eval.plan.seeds=4")[0]
+    assert "3 seeds:" in plan_with(tmp_path, 'eval.models={"a": ["x", "y", "z"], "b": ["u", "v", "w"]}')[0]
+    assert "3 seeds:" in plan_with(tmp_path, 'eval.models={"a": "x", "b": ["u", "v", "w"]}')[0], "one stands beside all"
+    asked = ['eval.models={"a": "x", "b": ["u", "v"], "c": "y"}', "eval.plan.question=[c,a]"]
+    assert "1 seed:" in plan_with(tmp_path, *asked)[0], "another arm's seeds do not count"
+
+
+def test_every_measure_that_can_be_asked_for_has_its_line(tmp_path: Path) -> None:
+    write_chain(tmp_path, eval={"checks": [{"name": "Short one", "max_words": 6}]})
+    asked = ["reward_accuracy", "checks_passed", "check_short_one"]
+
+    lines = plan_with(tmp_path, f"eval.plan.measures=[{','.join(asked)}]")
+
+    assert [line.partition(":")[0] for line in lines] == [*asked, "assumed"]
+
+
+def test_a_plan_before_there_are_pairs_or_a_test_side_refuses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_chain(tmp_path)
+    assert plan_with(tmp_path, "dpo.dataset_path=none.jsonl")[0].startswith("held_out_loss: ")
+
+    with caplog.at_level(logging.INFO):
+        show_smallest_gaps(load_config(config, ["data.test_ratio=0"]))
+
+    assert "nothing yet: data.test_ratio: 0 puts no record on the test side" in caplog.text

@@ -258,6 +258,7 @@ FLAG_PROOFS = {
     "eval.compare --models": ARMS + "test_every_arm_has_its_column_with_its_seeds",
     "eval.compare --side": ARMS + "test_variants_are_measured_on_the_validation_side_without_a_look_at_the_test_side",
     "eval.compare --note": ARMS + "test_every_arm_has_its_column_with_its_seeds",
+    "eval.compare --dry-run": COMPARE + "test_a_dry_run_checks_the_arms_and_says_what_they_can_show",
     "eval.compare --runs": ARMS + "test_runs_is_refused_and_names_the_study",
     "serve.batch --out": "serve/test_batch.py::test_a_run_that_was_cut_off_is_continued_and_nothing_is_answered_twice",
     "serve.batch --config": "serve/test_batch.py::test_answers_are_those_of_the_libraries_in_the_order_of_the_lines",

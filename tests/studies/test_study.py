@@ -274,6 +274,7 @@ def test_dry_run_lists_the_runs_and_writes_nothing(
     assert [line.split()[-1] for line in said.splitlines() if "to train" in line] == [
         "seed-3/sft_adapter", "seed-3/dpo_adapter", "seed-1/sft_adapter", "seed-1/dpo_adapter",
     ]  # fmt: skip
+    assert "2 seeds: shows a difference between these adapters of two seeds of" in said
     assert set(tmp_path.rglob("*")) == before
 
 

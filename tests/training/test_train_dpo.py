@@ -403,6 +403,8 @@ def test_near_duplicates_are_listed_in_a_dry_run_and_counted_in_the_manifest(
     said = capsys.readouterr().err
     assert " records are left out: their prompts are close to one that is trained on" in said
     assert f"{tmp_path}/sft.jsonl:" in said
+    assert "1 of 1 validation and 1 of 1 test" in said
+    assert "data.group_field" in said, "most of a side is lost: what to do"
 
     assert train_sft.main(common) == 0
     (facts,) = manifest(tmp_path / "out/sft_adapter")["datasets"]
@@ -522,4 +524,5 @@ def test_dry_run_trains_nothing(chain: Path, tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().err
     assert "optimizer steps" in shown
     assert "--- rejected >>>" in shown
+    assert "shows a difference between these two adapters of" in shown
     assert not any(tmp_path.iterdir())

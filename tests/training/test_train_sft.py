@@ -270,6 +270,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(sft_config, tmp_path: Path, c
     assert ">>>ON TRACK: " in seen
     assert "<|end|><<<" in seen
     assert "memory: about" in seen
+    assert "what the comparison can show" in seen
 
 
 def test_answer_longer_than_max_length_is_refused_with_its_line_and_the_fix(sft_config, tmp_path, capsys) -> None:
