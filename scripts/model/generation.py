@@ -1,19 +1,25 @@
-"""Greedy answers to prompts, and how healthy they are."""
+"""Answers to prompts, greedy or sampled, and how healthy they are."""
 
 from __future__ import annotations
 
+import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from scripts.dataset.chat_format import stop_token_ids
 from scripts.model.batch import left_padded_batch
+from scripts.model.forward import Decoding, forward_of
 from scripts.model.shape import positions_of
 
 NGRAM = 4
+GREEDY_BELOW = 1e-4  # the most likely token wins with certainty in any float type
+CANDIDATES = 256  # a nucleus rarely holds more; only when it does is the whole vocabulary sorted
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,21 @@ class Answer:
     token_ids: list[int]
     text: str
     ended: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: `n` for each prompt; greedily at temperature 0, and without limits unless they are set."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,6 @@ def decoding_greedily(model: Any, tokenizer: Any) -> Iterator[None]:
         network.generation_config = recommended
 
 
-@torch.inference_mode()
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -67,31 +87,137 @@ def generate_answers(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Answer]:
-    """Continue each prompt greedily, in the order given; prompts of similar length share a batch.
+    """Continue each prompt greedily, in the order given.
 
     Where the model has a table of positions, an answer ends with it at the latest.
     """
-    stops = stop_token_ids(tokenizer)
-    answers: dict[int, Answer] = {}
-    device = next(model.parameters()).device
+    answers = sample_answers(
+        model, tokenizer, prompts, Sampling(max_new_tokens=max_new_tokens), batch_size=batch_size, progress=progress
+    )
+    return [each[0] for each in answers]
+
+
+@torch.inference_mode()
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int] = (),
+    batch_size: int = 16,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[Answer]]:
+    """Return `sampling.n` answers to each prompt, in the order given; `progress` is told how many more are done.
+
+    `seeds`: one for each prompt; an answer depends on its prompt's seed and on its number, not on its neighbours, but for
+    rounding. The samples of a prompt stand together, so that it is read once.
+    """
+    forward, stops = forward_of(model, tokenizer.pad_token_id), stop_token_ids(tokenizer)
     was_training = model.training
     model.eval()
-    positions = positions_of(model)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    order = sorted(range(len(prompts)), key=lambda index: forward.similarity(prompts[index]))
+    rows = deque(
+        _Row(index, number, random.Random(f"{seeds[index] if seeds else 0} {number}"), list(prompts[index]))
+        for index in order
+        for number in range(sampling.n)
+    )
+    decoding = forward.decoding([row.prompt for row in list(rows)[:2]])
+    answer = _answer_with_library if decoding is None else partial(_answer, decoding)
+    answers: list[list[Any]] = [[None] * sampling.n for _ in prompts]
+    for row in answer(model, tokenizer, rows, sampling, stops, batch_size):
+        answers[row.index][row.number] = _cut(tokenizer, row.ids, stops)
+        progress(1)
+    model.train(was_training)
+    return answers
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer in the making: which sample of which prompt, what it draws with, and what it has so far."""
+
+    index: int
+    number: int
+    random: random.Random
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)
+
+
+def _answer(
+    decoding: Decoding, model: Any, tokenizer: Any, waiting: deque[_Row], sampling: Sampling, stops: set[int], batch_size: int
+) -> Iterator[_Row]:  # fmt: skip
+    """Yield rows as they end; those that wait take the places of those that ended, half a batch at a time."""
+    live: list[_Row] = []
+    while waiting or live:
+        if waiting and len(live) <= batch_size // 2:
+            new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(live)))]
+            live += new
+            logits = decoding.add([row.prompt for row in new])
+        else:
+            new = live
+            logits = decoding.step([row.ids[-1] for row in live])
+        for row, token in zip(new, choose(logits, sampling, [row.random for row in new]), strict=True):
+            row.ids.append(token)
+        for place in reversed(range(len(live))):
+            row = live[place]
+            if row.ids[-1] in stops or len(row.ids) == sampling.max_new_tokens:
+                decoding.drop(place)
+                live[place] = live[-1]
+                live.pop()
+                yield row
+
+
+def _answer_with_library(
+    model: Any, tokenizer: Any, waiting: deque[_Row], sampling: Sampling, stops: set[int], batch_size: int
+) -> Iterator[_Row]:  # fmt: skip
+    """Yield rows batch by batch, as `generate` ends them."""
+    device, positions = next(model.parameters()).device, positions_of(model)
     with decoding_greedily(model, tokenizer):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            input_ids, attention_mask = left_padded_batch([prompts[index] for index in indices], tokenizer.pad_token_id)
+        while waiting:
+            batch = [waiting.popleft() for _ in range(min(len(waiting), batch_size))]
+            input_ids, attention_mask = left_padded_batch([row.prompt for row in batch], tokenizer.pad_token_id)
+            width, most = input_ids.shape[1], sampling.max_new_tokens
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=min(max_new_tokens, positions - input_ids.shape[1]) if positions else max_new_tokens,
+                max_new_tokens=min(most, positions - width) if positions else most,
+                logits_processor=[] if sampling.greedy else [_Choice(sampling, [row.random for row in batch])],
             )
-            for row, index in enumerate(indices):
-                answers[index] = _cut(tokenizer, output[row, input_ids.shape[1] :].tolist(), stops)
-            progress(len(indices))
-    model.train(was_training)
-    return [answers[index] for index in range(len(prompts))]
+            for row, ids in zip(batch, output[:, width:].tolist(), strict=True):
+                row.ids = ids
+                yield row
+
+
+class _Choice:
+    """Leave `generate` no choice but the token that was drawn."""
+
+    def __init__(self, sampling: Sampling, randoms: Sequence[random.Random]) -> None:
+        self.sampling, self.randoms = sampling, randoms
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = torch.tensor(choose(scores, self.sampling, self.randoms), device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, randoms: Sequence[random.Random]) -> list[int]:
+    """Choose a token for each row of logits (B, V), with a generator for each."""
+    if sampling.greedy:
+        return logits.argmax(-1).tolist()
+    logits, ids = logits.float() / sampling.temperature, None
+    total = logits.logsumexp(-1, keepdim=True)
+    if sampling.top_k or sampling.top_p < 1:
+        size = logits.shape[1]
+        best, ids = logits.topk(min(sampling.top_k or CANDIDATES, size))
+        if not sampling.top_k and bool(((best - total).exp().sum(-1) < sampling.top_p).any()):
+            best, ids = logits.sort(descending=True)
+        logits, total = best, best.logsumexp(-1, keepdim=True) if sampling.top_k else total
+    probs = (logits - total).double().exp()
+    if sampling.top_p < 1:  # a token stays while those before it have not reached top_p, so the first always stays
+        probs *= probs.cumsum(-1) - probs < sampling.top_p
+    cumulative = probs.cumsum(-1)
+    drawn = torch.tensor([each.random() for each in randoms], dtype=torch.float64, device=logits.device)[:, None]
+    # random() stays below 1, so the place that is drawn lies before the end.
+    places = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).clamp(max=cumulative.shape[1] - 1)
+    return (places if ids is None else ids.gather(1, places))[:, 0].tolist()
 
 
 def _cut(tokenizer: Any, ids: list[int], stops: set[int]) -> Answer:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from scripts.dataset.rendering import IGNORED, Rendered
-from scripts.model.batch import left_pad, left_padded_batch
+from scripts.model.forward import Forward, forward_of
 
 
 @dataclass(frozen=True)
@@ -21,50 +21,31 @@ class AnswerScore:
     tokens: int
 
 
-@dataclass(frozen=True)
-class _Batch:
-    indices: list[int]
-    inputs: dict[str, Any]
-    labels: torch.Tensor  # (B, kept - 1); -100 where nothing is scored
+def _batches(forward: Forward, rows: Sequence[Rendered], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(rows)), key=lambda index: forward.similarity(rows[index].input_ids))
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
-def _batches(rows: Sequence[Rendered], pad_token_id: int, batch_size: int, device: Any) -> Iterator[_Batch]:
-    """Pad on the left, so that all answers end in the same column and only their logits need computing."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = [rows[index] for index in indices]
-        input_ids, attention_mask = left_padded_batch([row.input_ids for row in batch], pad_token_id)
-        labels = left_pad([row.labels for row in batch], IGNORED)
-        first = int((labels != IGNORED).any(0).nonzero()[0])
-        inputs = {
-            "input_ids": input_ids.to(device),
-            "attention_mask": attention_mask.to(device),
-            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0).to(device),
-            "logits_to_keep": labels.shape[1] - first + 1,  # the logits before the first answer token predict it
-            "use_cache": False,
-        }
-        yield _Batch(indices, inputs, labels[:, first:].to(device))
-
-
-def _log_probs(model: Any, batch: _Batch) -> torch.Tensor:
-    """Return the log-probabilities over the vocabulary at every scored position, (N, V) in fp32."""
-    logits = model(**batch.inputs).logits[:, :-1]
-    return torch.log_softmax(logits[batch.labels != IGNORED].float(), -1)
+def _log_probs(forward: Forward, rows: Sequence[Rendered]) -> torch.Tensor:
+    """Return the log-probabilities over the vocabulary at every scored position of the rows, (N, V) in fp32."""
+    # The logits before an answer token predict it.
+    places = [[place - 1 for place, label in enumerate(row.labels) if label != IGNORED] for row in rows]
+    return torch.log_softmax(forward.logits([row.input_ids for row in rows], places).float(), -1)
 
 
 @torch.no_grad()
 def score_answers(model: Any, rows: Sequence[Rendered], pad_token_id: int, batch_size: int = 8) -> list[AnswerScore]:
     """Score the trained tokens of each row, in the order given; independent of how rows fall into batches."""
     scores: dict[int, AnswerScore] = {}
-    was_training = model.training
+    forward, was_training = forward_of(model, pad_token_id), model.training
     model.eval()
-    for batch in _batches(rows, pad_token_id, batch_size, next(model.parameters()).device):
-        mask = batch.labels != IGNORED
-        logps = _log_probs(model, batch).gather(-1, batch.labels[mask][:, None])[:, 0]
-        per_row = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter_(mask.cpu(), logps.double().cpu()).sum(1)
-        for index, total, count in zip(batch.indices, per_row.tolist(), mask.sum(1).tolist(), strict=True):
-            scores[index] = AnswerScore(total, count)
+    for indices in _batches(forward, rows, batch_size):
+        batch = [rows[index] for index in indices]
+        labels = [torch.tensor([label for label in row.labels if label != IGNORED]) for row in batch]
+        log_probs = _log_probs(forward, batch)
+        logps = log_probs.gather(-1, torch.cat(labels).to(log_probs.device)[:, None])[:, 0].double().cpu()
+        for index, of_row in zip(indices, logps.split([len(row) for row in labels]), strict=True):
+            scores[index] = AnswerScore(float(of_row.sum()), len(of_row))
     model.train(was_training)
     return [scores[index] for index in range(len(rows))]
 
@@ -82,13 +63,14 @@ def mean_kl(
     Each value of `references` switches the model over to one.
     """
     totals, count = dict.fromkeys(references, 0.0), 0
-    was_training = model.training
+    forward, was_training = forward_of(model, pad_token_id), model.training
     model.eval()
-    for batch in _batches(rows, pad_token_id, batch_size, next(model.parameters()).device):
-        ours = _log_probs(model, batch)
+    for indices in _batches(forward, rows, batch_size):
+        batch = [rows[index] for index in indices]
+        ours = _log_probs(forward, batch)
         for name, reference in references.items():
             with reference():
-                theirs = _log_probs(model, batch)
+                theirs = _log_probs(forward, batch)
             totals[name] += float((ours.exp() * (ours - theirs)).sum(-1).clamp(min=0).sum())
         count += len(ours)
     model.train(was_training)

@@ -12,9 +12,10 @@ from typing import Any
 from scripts.speed.answer_head import score_answers_only
 from scripts.speed.attention import attend_plainly_to_short_rows
 from scripts.speed.compiling import choose_compilation, compile_layers
-from scripts.speed.shared_prompts import SharedPrompts
+from scripts.speed.lora_products import adapt_in_input_dtype
+from scripts.speed.stand_in import StandIn, stand_in, stand_in_of
 
-__all__ = ["SharedPrompts", "choose_compilation", "speed_up", "speed_up_training"]
+__all__ = ["StandIn", "choose_compilation", "speed_up", "speed_up_training", "stand_in_of"]
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +25,13 @@ def speed_up(model: Any, keep_weights: bool = True) -> None:
 
     Without `keep_weights`, layers that are compiled later keep no attention weights for the backward pass.
     """
-    try:
-        from scripts.speed.lora_linears import share_products  # brings PEFT, which a dry run does without
-    except ImportError as error:
-        log.warning("performance.fast_path: %s; training with PEFT's own, slower layers", error)
-    else:
-        share_products(model)
-    attend_plainly_to_short_rows(model, keep_weights)
+    adapt_in_input_dtype(model)
+    if stand_in(model) is None:
+        attend_plainly_to_short_rows(model, keep_weights)
 
 
 def speed_up_training(model: Any, device: str, compiled: bool) -> None:
     """Choose the faster of equal losses, and compile the decoder layers where that pays; call it before TRL's trainer is built."""
     score_answers_only(device, compiled)
-    if compiled:
+    if compiled and stand_in_of(model) is None:
         compile_layers(model)

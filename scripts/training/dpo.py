@@ -6,8 +6,8 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -21,9 +21,6 @@ from scripts.model.adapter import adapter_kept, whole_weights
 from scripts.training.batching import GroupedByLength
 from scripts.training.dropout import switch_off_dropout
 from scripts.training.reference_logps import KeptLogps, Logps
-
-if TYPE_CHECKING:
-    from scripts.speed.speed_up import SharedPrompts
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +57,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         self.group_by_length, self.base_is_reference, self.fast_path = group_by_length, base_is_reference, fast_path
         self.kept_logps = kept_logps
         self.control: Any
-        self.prompts: SharedPrompts | None = None
-        self.sped_up = False
+        self.sped_up = self.real_tokens_only = False
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
         if self.args.disable_dropout:
@@ -70,30 +66,19 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         self.precompute_ref_logps = True  # TRL's loss reads columns in any case; `with_reference` adds what they lack
 
     def row_length(self, row: dict[str, Any]) -> int:
-        """Return the tokens of a pair: of one row with both answers, or of the longer of two rows."""
+        """Return the tokens of a pair: with its prompt once, or of the longer of two padded rows."""
         answers = len(row["chosen_ids"]), len(row["rejected_ids"])
-        return len(row["prompt_ids"]) + (sum if self.prompts and self.prompts.possible else max)(answers)
+        return len(row["prompt_ids"]) + (sum if self.real_tokens_only else max)(answers)
 
     def _longest_first(self, pairs: Any) -> list[int]:
         """Return row numbers so that pairs pad each other little and too little memory shows at once."""
         lengths = [self.row_length(pair) for pair in pairs]
         return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
-    def prompts_shared(self, inputs: Any) -> AbstractContextManager[None]:
-        """Take every forward pass within for one of pairs, whose prompts are computed once where that is possible."""
-        if not self.fast_path:
-            return nullcontext()
-        if self.prompts is None:
-            from scripts.speed.speed_up import SharedPrompts
-
-            self.prompts = SharedPrompts(self.model, inputs)
-        return self.prompts.at_work()
-
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss."""
         inputs = self.with_reference(inputs)
-        with self.prompts_shared(inputs):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def with_reference(self, inputs: Any) -> Any:
         """Return a batch with the reference's logps, asking the reference where they were not computed beforehand."""
@@ -106,8 +91,7 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         """Return the reference's logps of both sides, in evaluation mode: nothing about a reference is left to chance."""
         training = model.training
         model.eval()
-        with self.prompts_shared(inputs):
-            logps = super().compute_ref_log_probs(model, inputs)
+        logps = super().compute_ref_log_probs(model, inputs)
         model.train(training)
         return logps
 
@@ -160,10 +144,10 @@ class PreferenceTrainer(GroupedByLength, DPOTrainer):
         if self.base_is_reference and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         if self.fast_path and not self.sped_up:  # before the reference is first asked: both must compute alike
-            from scripts.speed.speed_up import speed_up
+            from scripts.speed.speed_up import speed_up, stand_in_of
 
-            speed_up(self.model, keep_weights=False)  # rows of two answers are long
-            self.sped_up = True
+            speed_up(self.model, keep_weights=False)  # pairs are long
+            self.sped_up, self.real_tokens_only = True, stand_in_of(self.model) is not None
 
     @property
     def reference_adapter(self) -> str | None:

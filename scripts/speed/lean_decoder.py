@@ -1,0 +1,386 @@
+"""The whole computation of a modern decoder over real tokens only: no padding, and what rows share is computed once."""
+
+# The family: RMSNorm, rotary positions, grouped-query attention and a gated MLP (Llama, Mistral, Qwen 2 and 3, SmolLM, Granite,
+# Gemma). A batch is one packed list of N tokens (packing.py). Sizes, here and in the shapes below:
+#
+#     N tokens   C hidden size   I inner size of the MLP   D size of a head   G heads of keys and values
+#     R heads of queries that share each of them, so G * R heads of queries
+#
+# The weights are the transformers model's own. Only adapters have gradients. The products write what they read beside it
+# (lora_products.py), so each function here leaves `room` columns free after its output: a view into a wider tensor.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.nn import functional
+
+from scripts.model.shape import ModelShape
+from scripts.speed.lora_products import Product, with_room
+from scripts.speed.packing import Packed, Piece
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # q, k, v and room
+CACHE_STEP = 64  # tokens by which the places of a cache grow
+QUERY_BLOCK = 256  # tokens whose scores are looked at together; keys after the last of them are left out
+
+
+class RMSNorm(torch.autograd.Function):
+    """Return x / rms(x) * (weight + offset), computed in fp32 (Zhang and Sennrich 2019, equation 4); x (N, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offset: float, eps: float, room: int) -> torch.Tensor:
+        wide = x.float()
+        inverse = (torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1] + eps).rsqrt_()
+        output = with_room(*x.shape, room, x)
+        if offset:  # Gemma rounds once, after the weight
+            output.copy_(wide * inverse * (weight.float() + offset))
+        elif x.dtype == wide.dtype:
+            torch.mul(x, inverse, out=output).mul_(weight)
+        else:
+            output.copy_(wide * inverse).mul_(weight)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        scale = weight.float() + ctx.offset if ctx.offset else weight
+        grad_scaled, wide = (grad * scale).float(), x.float()
+        along = torch.linalg.vecdot(grad_scaled, wide)[..., None] * inverse**3 / x.shape[-1]
+        return grad_scaled.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None, None, None
+
+
+class Rotate(torch.autograd.Function):
+    """Cut heads (N, (G R + 2 G) D) into q (G, N R, D), k and v (G, N, D); turn q and k by their position, cos and sin (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int, room: int) -> Any:
+        count, size = len(heads), cos.shape[1]
+        q, k, v = _split(heads, groups, size)
+        ctx.save_for_backward(cos, sin)
+        ctx.scale, ctx.width, ctx.room = scale, heads.shape[1], room
+        queries, keys = q.new_empty(groups, count, q.shape[2], size), k.new_empty(groups, count, size)
+        _turn(q, cos[:, None, None] * scale, sin[:, None, None] * scale, queries.transpose(0, 1))
+        _turn(k, cos[:, None], sin[:, None], keys.transpose(0, 1))
+        return queries.view(groups, -1, size), keys, v.transpose(0, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        groups, count, size = grad_k.shape
+        grad = with_room(count, ctx.width, ctx.room, grad_k)
+        q, k, v = _split(grad, groups, size)
+        turned = grad_q.view(groups, count, -1, size).transpose(0, 1)
+        _turn(turned, cos[:, None, None] * ctx.scale, sin[:, None, None] * -ctx.scale, q)
+        _turn(grad_k.transpose(0, 1), cos[:, None], -sin[:, None], k)
+        v.copy_(grad_v.transpose(0, 1))
+        return grad, None, None, None, None, None
+
+
+def _split(heads: torch.Tensor, groups: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Return views q (N, G, R, D), k and v (N, G, D)."""
+    shared = groups * size
+    q, k, v = heads.split([heads.shape[1] - 2 * shared, shared, shared], 1)
+    return q.unflatten(1, (groups, -1, size)), k.unflatten(1, (groups, size)), v.unflatten(1, (groups, size))
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.Tensor) -> None:
+    """Write x * cos + (-x2, x1) * sin (Su et al. 2021, equation 34), x1 and x2 being the halves of each head."""
+    half = x.shape[-1] // 2
+    first, second, cos, sin = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
+    torch.mul(first, cos, out=output[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=output[..., half:]).addcmul_(first, sin)
+
+
+class Attend(torch.autograd.Function):
+    """Let each token look at the tokens before it in its row. q (G, N R, D), scaled; k and v (G, N, D); returns (N, G R D).
+
+    Piece by piece: the scores of one fit the processor's cache, and no token is padding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Sequence[Piece], window: int | None, room: int) -> torch.Tensor:
+        groups, count, size = k.shape
+        shared = q.shape[1] // count
+        output = with_room(count, groups * shared * size, room, q)
+        kept = []
+        for begin, end, seen, start in _blocks(pieces):
+            weights = _scores(q[:, begin * shared : end * shared], _gathered(k, seen), end - begin, start, window).softmax(-1)
+            found = torch.bmm(weights, _gathered(v, seen))
+            output[begin:end].view(-1, groups, shared, size).copy_(found.view(groups, -1, shared, size).transpose(0, 1))
+            kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.pieces, ctx.shared = pieces, shared
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        q, k, v, *kept = ctx.saved_tensors
+        groups, _, size = k.shape
+        shared = ctx.shared
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (begin, end, seen, _), weights in zip(_blocks(ctx.pieces), kept, strict=True):
+            rows = slice(begin * shared, end * shared)
+            grad_found = grad[begin:end].view(-1, groups, shared, size).transpose(0, 1).reshape(groups, -1, size)
+            grad_weights = torch.bmm(grad_found, _gathered(v, seen).transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_q[:, rows] = torch.bmm(grad_scores, _gathered(k, seen))
+            _add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q[:, rows]), seen)
+            _add(grad_v, torch.bmm(weights.transpose(1, 2), grad_found), seen)
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _blocks(pieces: Sequence[Piece]) -> Any:
+    """Yield begin and end of queries, the stretches of keys they see, and how many keys stand before the first query."""
+    for piece in pieces:
+        past = sum(end - start for start, end in piece.past)
+        for begin in range(piece.start, piece.end, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, piece.end)
+            joined = piece.past and piece.past[-1][1] == piece.start
+            seen = (*piece.past[:-1], (piece.past[-1][0], end)) if joined else (*piece.past, (piece.start, end))
+            yield begin, end, seen, past + begin - piece.start
+
+
+def _gathered(x: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> torch.Tensor:
+    parts = [x[:, start:end] for start, end in stretches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _add(total: torch.Tensor, values: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> None:
+    for part, (start, end) in zip(values.split([end - start for start, end in stretches], 1), stretches, strict=True):
+        total[:, start:end] += part
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, tokens: int, before: int, window: int | None) -> torch.Tensor:
+    """Return the scores of some queries (G, T R, D) towards the keys they may see (G, S, D): (G, T R, S)."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    by_token = scores.view(len(q), tokens, -1, k.shape[1])
+    if window is None or k.shape[1] <= window:
+        if tokens > 1:
+            by_token[..., before:] += _later(tokens, q.dtype)[:, None]
+        return scores
+    distance = torch.arange(before, before + tokens)[:, None] - torch.arange(k.shape[1])
+    by_token.masked_fill_(((distance < 0) | (distance >= window))[:, None], -torch.inf)
+    return scores
+
+
+def _later(tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)
+
+
+def _attend_within(packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:
+    attended: torch.Tensor = Attend.apply(q, k, v, packed.pieces, window, room)
+    return attended
+
+
+class Cache:
+    """Keys and values of rows that are continued; a row has a place of its own, and the places grow by need.
+
+    Shapes: states (layers, 2, B, G, S, D), of which the first `lengths` of each row count.
+    """
+
+    def __init__(self, layers: int, groups: int, size: int, like: torch.Tensor) -> None:
+        self.states = like.new_empty(layers, 2, 0, groups, 0, size)
+        self.lengths = torch.zeros(0, dtype=torch.long, device=like.device)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many rows of so many tokens."""
+        layers, _, had_rows, groups, had_tokens, size = self.states.shape
+        if rows > had_rows or tokens > had_tokens:
+            tokens = max(had_tokens, -(-tokens // CACHE_STEP) * CACHE_STEP)
+            states = self.states.new_empty(layers, 2, max(rows, had_rows), groups, tokens, size)
+            states[:, :, :had_rows, :, :had_tokens] = self.states
+            self.states = states
+
+    def drop(self, row: int) -> None:
+        """Put the last row in the place of another."""
+        last = len(self.lengths) - 1
+        if row != last:
+            length = int(self.lengths[last])
+            self.states[:, :, row, :, :length] = self.states[:, :, last, :, :length]
+            self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:last]
+
+    def attention(self, number: int, packed: Packed, window: int | None) -> Attention:
+        """Return how a layer attends: within whole rows that are read, or from one new token of each row to all before it."""
+        return partial(self._read if packed.pieces else self._continue, number, packed, window)
+
+    def _read(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
+        """Keep the keys and values of new rows, which come after those that are there."""
+        places = torch.nn.utils.rnn.pad_sequence(packed.places, batch_first=True)
+        rows, width = slice(len(self.lengths), len(self.lengths) + len(places)), places.shape[1]
+        for state, values in zip(self.states[number], (k, v), strict=True):
+            state[rows, :, :width] = values[:, places].transpose(0, 1)
+        return _attend_within(packed, window, q, k, v, room)
+
+    def _continue(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
+        """Add a token to every row; q (G, B R, D), k and v (G, B, D)."""
+        rows, groups, used = k.shape[1], len(k), int(self.lengths.max()) + 1
+        keys, values = self.states[number, :, :rows]
+        each = torch.arange(rows, device=k.device)
+        keys[each, :, self.lengths], values[each, :, self.lengths] = k.transpose(0, 1), v.transpose(0, 1)
+        scores = q.view(groups, rows, -1, k.shape[2]).transpose(0, 1) @ keys[:, :, :used].transpose(2, 3)
+        place = torch.arange(used, device=k.device)
+        unseen = place > self.lengths[:, None]
+        if window is not None:
+            unseen |= place <= self.lengths[:, None] - window
+        weights = scores.masked_fill_(unseen[:, None, None], -torch.inf).softmax(-1)
+        found = (weights @ values[:, :, :used]).reshape(rows, -1)
+        return with_room(*found.shape, room, found).copy_(found)
+
+
+class SiluGate(torch.autograd.Function):
+    """Return silu(gate) * up of (N, 2 I), the gated unit of Shazeer 2020, equation 6."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor, room: int, grad_room: int) -> torch.Tensor:
+        gate, up = both.chunk(2, 1)
+        ctx.save_for_backward(both)
+        ctx.room = grad_room
+        return torch.mul(functional.silu(gate), up, out=with_room(*up.shape, room, up))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, 1)
+        grad_both = with_room(*both.shape, ctx.room, both)
+        grad_gate, grad_up = grad_both.chunk(2, 1)
+        torch.mul(grad, functional.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_both, None, None
+
+
+class LeanDecoder:
+    """The forward pass of a transformers decoder, with its own weights, over packed rows."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        windows = ModelShape.of(decoder.config).windows
+        self.layers = [_Layer(layer, window) for layer, window in zip(decoder.layers, windows, strict=True)]
+        self.norm = _Norm(decoder.norm)
+        self.of_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters  # local and global rope differ
+
+    @property
+    def left_to_chance(self) -> bool:
+        """Return whether an adapter's dropout is on: then no two rows may share what one of them draws."""
+        return any(product.left_to_chance for layer in self.layers for product in layer.products)
+
+    def renew(self) -> None:
+        """Take over the adapters as they are now."""
+        for layer in self.layers:
+            for product in layer.products:
+                product.renew()
+
+    def hidden(self, packed: Packed, cache: Cache | None = None) -> torch.Tensor:
+        """Return the last hidden states of packed rows (N, C), which continue those of the cache where one is given."""
+        x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
+        turns = self._turns(x, packed.positions)
+        for number, layer in enumerate(self.layers):
+            attend = partial(_attend_within, packed, layer.window) if cache is None else cache.attention(number, packed, layer.window)
+            if layer.module.gradient_checkpointing and layer.module.training and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(layer, x, *turns[layer.kind], attend, use_reentrant=False)
+            else:
+                x = layer(x, *turns[layer.kind], attend)
+        return self.norm(x)
+
+    def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
+        """Return cos and sin (N, D) for each kind of layer, as the library scales them."""
+        kinds = {layer.kind: [layer.kind] if self.of_kind else [] for layer in self.layers}
+        found = {kind: self.decoder.rotary_emb(x[None], positions[None], *more) for kind, more in kinds.items()}
+        return {kind: (cos[0], sin[0]) for kind, (cos, sin) in found.items()}
+
+
+class _Norm:
+    """A norm of the library's, whose weight some families store less 1."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.eps = module, getattr(module, "variance_epsilon", None) or module.eps
+        ones = torch.ones_like(module.weight)[None]
+        with torch.no_grad():
+            self.offset = float((module(ones)[0].float() - module.weight.float()).mean().round())
+
+    def __call__(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
+        normed: torch.Tensor = RMSNorm.apply(x, self.module.weight.detach(), self.offset, self.eps, room)
+        return normed
+
+
+class _Layer:
+    """One decoder layer: attention and MLP, each behind a norm and added to what it read."""
+
+    def __init__(self, module: Any, window: int | None) -> None:
+        self.module, self.window = module, window
+        attention, mlp = module.self_attn, module.mlp
+        self.attention, self.act = attention, mlp.act_fn
+        self.kind = getattr(attention, "layer_type", None)
+        self.turns = bool(getattr(attention, "use_rope", True))  # SmolLM3 leaves positions out in some layers
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o, self.gate_up, self.down = Product([attention.o_proj]), Product([mlp.gate_proj, mlp.up_proj]), Product([mlp.down_proj])
+        self.products = (self.qkv, self.o, self.gate_up, self.down)
+        norms = [_Norm(getattr(module, name)) for name in NORMS if hasattr(module, name)]
+        # Gemma 2 and 3 also norm what attention and MLP give.
+        self.before_attention, self.before_mlp = norms[0], norms[2] if len(norms) == 4 else norms[1]
+        self.after_attention, self.after_mlp = (norms[1], norms[3]) if len(norms) == 4 else (None, None)
+        self.norms_of_heads = [_Norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
+        self.groups = self.qkv.layers[1].out_features // attention.head_dim
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention) -> torch.Tensor:
+        """Return the next hidden states of all tokens, (N, C)."""
+        heads = self.qkv(self.before_attention(x, self.qkv.room))
+        if self.norms_of_heads:
+            heads = self._with_normed_heads(heads)
+        if not self.turns:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        q, k, v = Rotate.apply(heads, cos, sin, self.attention.scaling, self.groups, self.qkv.room)
+        attended = attend(q, k, v, self.o.room)
+        x = self._joined(x, attended, self.o, self.after_attention)
+        both = self.gate_up(self.before_mlp(x, self.gate_up.room))
+        if isinstance(self.act, torch.nn.SiLU):
+            gated = SiluGate.apply(both, self.down.room, self.gate_up.room)
+        else:
+            gate, up = both.chunk(2, 1)
+            gated = self.act(gate) * up
+        return self._joined(x, gated, self.down, self.after_mlp)
+
+    def _joined(self, x: torch.Tensor, inner: torch.Tensor, product: Product, norm: _Norm | None) -> torch.Tensor:
+        if norm:
+            return x + norm(product(inner))
+        return product(inner, x) if self.multiplier == 1 else torch.add(x, product(inner), alpha=self.multiplier)
+
+    def _with_normed_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        size = self.attention.head_dim
+        q, k, v = heads.split([layer.out_features for layer in self.qkv.layers], 1)
+        normed = [norm(part.reshape(-1, size)).view_as(part) for norm, part in zip(self.norms_of_heads, (q, k), strict=True)]
+        return torch.cat([*normed, v], 1)
+
+
+def other_than_family(decoder: Any) -> str | None:
+    """Return what a decoder has or lacks beside the family that this file computes; None where it belongs to it.
+
+    What has all these parts and yet computes something else shows when it is proven on data (stand_in.py).
+    """
+    layer = decoder.layers[0] if hasattr(decoder, "layers") and len(decoder.layers) else None
+    if layer is None or not hasattr(layer, "self_attn") or not hasattr(layer, "mlp"):
+        return "its layers are no attention and MLP"
+    for part, wanted, optional in (
+        (decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set()),
+        (layer, {"self_attn", "mlp", *NORMS[:2]}, set(NORMS[2:])),
+        (layer.self_attn, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}),
+        (layer.mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"}, set()),
+    ):
+        found = {name for name, _ in part.named_children()}
+        if found - optional != wanted:
+            return f"{type(part).__name__} has {', '.join(sorted(found ^ wanted - optional))}"
+    attention = layer.self_attn
+    if getattr(attention, "attn_logit_softcapping", None):
+        return "its attention caps scores"
+    if getattr(attention, "is_causal", True) is not True:
+        return "its attention looks ahead"
+    return None

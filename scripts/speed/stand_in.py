@@ -1,0 +1,176 @@
+"""Let the lean decoder stand in for a model's own forward pass, once it is proven to compute the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from scripts.common.distributed import sharding_engine
+from scripts.model.forward import PaddedForward
+from scripts.speed.guard import distance, may_replace
+from scripts.speed.lean_decoder import Cache, LeanDecoder, other_than_family
+from scripts.speed.packing import Packed, pack
+
+log = logging.getLogger(__name__)
+
+PROVEN_ROWS, PROVEN_TOKENS = 2, 512
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.15}  # bf16 rounds to 0.02
+
+
+class StandIn:
+    """The forward pass of a model's decoder: lean where it can be, the library's where it cannot."""
+
+    def __init__(self, model: Any, base: Any) -> None:
+        self.base, self.decoder = base, base.base_model
+        self.library, self.lean, self.padded = self.decoder.forward, LeanDecoder(self.decoder), PaddedForward(model, 0)
+        self.proven: dict[bool, bool] = {}  # by whether gradients were asked for
+        self.ready: torch.Tensor | None = None  # hidden states for the model's head, computed already
+        self.decoder.forward = self.forward
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, use_cache: Any = None, **others: Any
+    ) -> Any:  # fmt: skip
+        """Return what the library's forward returns: last_hidden_state (B, T, C), of which padding holds anything."""
+        if self.ready is not None:
+            return BaseModelOutputWithPast(last_hidden_state=self.ready[None])
+        plain = input_ids is not None and not use_cache and all(value is None for value in others.values())
+        # A reference asked within a training step must not touch what that step's backward pass still needs.
+        within_step = self.decoder.training and not torch.is_grad_enabled()
+        if plain and not within_step and (attention_mask is None or attention_mask.ndim == 2) and not self._chance_of_base():
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            real = mask != 0
+            usual = position_ids is None or bool((position_ids == mask.cumsum(1) - 1)[real].all())
+            if usual and bool(real.any(1).all()):
+                rows = [ids[kept].tolist() for ids, kept in zip(input_ids, real, strict=True)]
+                if self.takes(rows):
+                    return self._in_rows(rows, real)
+        return self.library(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **others
+        )
+
+    def takes(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Return whether the lean decoder computes what the library does, proven on the first rows that are seen."""
+        with_gradient = torch.is_grad_enabled()
+        if with_gradient not in self.proven:
+            tried = [row[:PROVEN_TOKENS] for row in rows[:PROVEN_ROWS]]
+            self.proven[with_gradient] = may_replace(
+                lambda: self._difference(tried), "computing with the model's own, slower forward pass"
+            )
+        return self.proven[with_gradient]
+
+    def hidden(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the last hidden states of all tokens (N, C), and where those of each row stand."""
+        self.lean.renew()
+        packed = pack(rows, share=not self.lean.left_to_chance).to(self.decoder.device)
+        return self.lean.hidden(packed), packed.places
+
+    def similarity(self, row: Sequence[int]) -> Sequence[int]:
+        """Return the row itself: neighbours begin alike, and what they share is computed once."""
+        return row
+
+    def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the logits at some places of each row, one row after the other, (n, V)."""
+        if not self.takes(rows):
+            return self.padded.logits(rows, places)
+        hidden, of_rows = self.hidden(rows)
+        return self.head(hidden, torch.cat([row[wanted] for row, wanted in zip(of_rows, places, strict=True)]))
+
+    def head(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return what the model's own head makes of some hidden states: (n, V)."""
+        self.ready = hidden
+        try:
+            stand_for = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits: torch.Tensor = self.base(input_ids=stand_for, use_cache=False, logits_to_keep=index).logits[0]
+        finally:
+            self.ready = None
+        return logits
+
+    def decoding(self, sample: Sequence[Sequence[int]]) -> LeanDecoding | None:
+        """Return rows to be continued."""
+        return LeanDecoding(self) if sample and self.takes(sample) else None
+
+    def _in_rows(self, rows: Sequence[Sequence[int]], real: torch.Tensor) -> Any:
+        hidden, places = self.hidden(rows)
+        index = torch.zeros(real.shape, dtype=torch.long, device=hidden.device)
+        index[real] = torch.cat(places)
+        return BaseModelOutputWithPast(last_hidden_state=torch.nn.functional.embedding(index, hidden))
+
+    def _chance_of_base(self) -> bool:
+        layers = self.decoder.layers
+        return self.decoder.training and any(getattr(layer.self_attn, "attention_dropout", 0) for layer in layers)
+
+    def _difference(self, rows: Sequence[Sequence[int]]) -> str | None:
+        """Return how far both ways are apart on some rows: hidden states, and where asked for the adapters' gradients."""
+        training = self.decoder.training
+        self.decoder.eval()
+        width = max(map(len, rows))
+        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.decoder.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.decoder.device)
+        theirs = self.library(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state[mask == 1]
+        hidden, places = self.hidden(rows)
+        ours = hidden[torch.cat(places)]
+        apart = {"hidden states": distance(ours.detach(), theirs.detach())}
+        moved = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        if torch.is_grad_enabled() and moved:
+            toward = torch.randn_like(theirs)
+            grads = [torch.autograd.grad((states * toward).sum(), moved) for states in (ours, theirs)]
+            apart["gradients"] = distance(*(torch.cat([grad.flatten() for grad in side]) for side in grads))
+        self.decoder.train(training)
+        found = ", ".join(f"{name} {value:.1g}" for name, value in apart.items())
+        if all(value <= TOLERANCE[theirs.dtype] for value in apart.values()):
+            log.info("performance.fast_path: real tokens only, as the model itself computes them (%s apart)", found)
+            return None
+        return f"this model computes otherwise than its family ({found} apart)"
+
+
+class LeanDecoding:
+    """Rows that are continued together, one token at a time, each with its keys and values in a cache."""
+
+    def __init__(self, forward: StandIn) -> None:
+        self.forward, self.lean, decoder = forward, forward.lean, forward.decoder
+        first = self.lean.layers[0]
+        weight = decoder.embed_tokens.weight
+        self.cache = Cache(len(self.lean.layers), first.groups, first.attention.head_dim, weight)
+        self.lean.renew()
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Read prompts into new rows at the end; return the logits of what follows each, (new rows, V)."""
+        packed, cache = pack(prompts).to(self.forward.decoder.device), self.cache
+        cache.reserve(len(cache.lengths) + len(prompts), max(map(len, prompts)))
+        hidden = self.lean.hidden(packed, cache)
+        cache.lengths = torch.cat([cache.lengths, torch.tensor(list(map(len, prompts)), device=hidden.device)])
+        return self.forward.head(hidden, torch.stack([places[-1] for places in packed.places]))
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Append a token to every row; return the logits of the next, (rows, V)."""
+        cache = self.cache
+        cache.reserve(len(tokens), int(cache.lengths.max()) + 1)
+        ids = torch.tensor(tokens, device=cache.lengths.device)
+        hidden = self.lean.hidden(Packed(ids, cache.lengths, [], []), cache)
+        cache.lengths = cache.lengths + 1
+        return self.forward.head(hidden, torch.arange(len(tokens), device=hidden.device))
+
+    def drop(self, row: int) -> None:
+        """Let a row leave; the last one takes its place."""
+        self.cache.drop(row)
+
+
+def stand_in(model: Any) -> StandIn | None:
+    """Put the lean decoder in the place of a causal model's decoder; None where the model is of another family."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    reason = "the weights are split over processes" if sharding_engine() else other_than_family(base.base_model)
+    if reason:
+        log.info("performance.fast_path: %s, so the model's own forward pass is used", reason)
+        return None
+    base.lean_forward = StandIn(model, base)  # where forward_of finds it
+    return base.lean_forward
+
+
+def stand_in_of(model: Any) -> StandIn | None:
+    """Return what stands in for a model's decoder, if anything does."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "lean_forward", None)
