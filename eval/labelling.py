@@ -48,9 +48,12 @@ def label_by_checks(
             option: sum(passes(check, option.text, asked, prompt.answer) for check in config.eval.checks)
             for option in options
         }
-        pairs = [(a, b) for a, b in by_closeness(options, options) if kept[a] > kept[b]]
-        pairs.sort(key=lambda pair: kept[pair[1]] - kept[pair[0]])
-        candidates = [Candidate(a, b, f"checks, {kept[a]} kept against {kept[b]}") for a, b in pairs]
+        candidates = [
+            Candidate(a, b, f"checks, {kept[a]} kept against {kept[b]}", kept[a] - kept[b])
+            for a, b in by_closeness(options, options)
+            if kept[a] > kept[b]
+        ]
+        candidates.sort(key=lambda candidate: -candidate.worth)
         labelled.append(Labelled(prompt.source, prompt.messages, prompt.group, prompt.seed, candidates))
     return labelled
 

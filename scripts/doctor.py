@@ -29,6 +29,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 
 # Only what needs no package stands here. The rest is imported where it is used: a missing package is one of the findings.
 from scripts.common.errors import UserError, did_you_mean, entry_point
+from scripts.common.pairs_manifest import are_made_pairs
 from scripts.common.paths import ROOT, resolve
 from scripts.common.stages import MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage
 
@@ -285,6 +286,8 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     text += f"{len(split.test)} for the test"
     text += f", {len(split.near_duplicates)} near-duplicates left out" if split.near_duplicates else ""
     text += f", {skipped} bad ones set aside" if skipped else ""
+    if not split.test and are_made_pairs(names):
+        return Finding("ok", f"{text}: pairs are made of training prompts, and the test asks those of sft.dataset_path")
     if not split.test:
         fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
         return Finding("warn", text, fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scripts.common.artifacts import BaseModelFacts, GitFacts, Parent, SplitFacts, git_state, package_versions
 from scripts.common.errors import UserError
+from scripts.common.paths import resolve
 
 SCHEMA = 1
 
@@ -87,3 +89,8 @@ def read_pairs_manifest(pairs: str | Path) -> PairsManifest | None:
         raise UserError(
             f"{path}: {key}: {first['msg'].lower()}. Restore the file, or make the pairs again: python -m scripts.make_pairs"
         ) from None
+
+
+def are_made_pairs(paths: Iterable[str]) -> bool:
+    """Tell whether all these files were written by make_pairs, which samples training prompts only."""
+    return all(read_pairs_manifest(resolve(path)) is not None for path in paths)

@@ -30,11 +30,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer that is preferred to another, and by whom."""
+    """One answer that is preferred to another, by whom, and how much it is worth beside others of its prompt."""
 
     chosen: Option
     rejected: Option
     labeller: str
+    worth: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,15 @@ def choose_pairs(
 ) -> list[Pair]:
     """Return the pairs that DPO can learn from; `counts` gets what each filter leaves out."""
     pairs: list[Pair] = []
+    tilt = 0  # how much more often the chosen answer has been the longer one
     for prompt in prompts:
         if not prompt.candidates:
             counts["prompts with nothing to prefer"] += 1
-        kept = 0
-        for candidate in prompt.candidates:
-            if kept == settings.max_per_prompt:
-                counts["pairs beyond pairs.max_per_prompt"] += 1
-            elif near_identical(candidate.chosen.text, candidate.rejected.text):
+        waiting, kept = list(prompt.candidates), 0
+        while waiting and kept < settings.max_per_prompt:
+            candidate = _next(waiting, tilt if settings.balance_length else 0)
+            waiting.remove(candidate)
+            if near_identical(candidate.chosen.text, candidate.rejected.text):
                 counts["pairs of near-identical answers"] += 1
             elif (rendered := _rendered(prompt, candidate, chat)) is None:
                 counts["pairs that the tokenizer or chat template cannot hold"] += 1
@@ -106,13 +108,23 @@ def choose_pairs(
                 counts["pairs longer than dpo.max_length"] += 1
             else:
                 pairs.append(Pair(prompt, candidate, len(rendered.chosen_ids) - len(rendered.rejected_ids)))
+                tilt += (pairs[-1].longer_by > 0) - (pairs[-1].longer_by < 0)
                 kept += 1
+        if waiting:
+            counts["pairs beyond pairs.max_per_prompt"] += len(waiting)
     if settings.balance_length:
         balanced = balance_lengths(pairs)
         if len(balanced) < len(pairs):
             counts["pairs left out to keep lengths in balance"] = len(pairs) - len(balanced)
         pairs = balanced
     return pairs
+
+
+def _next(waiting: Sequence[Candidate], tilt: int) -> Candidate:
+    """Return the first of those worth most, or the first of them that brings the lengths closer to balance."""
+    best = [candidate for candidate in waiting if candidate.worth == waiting[0].worth]
+    righting = (each for each in best if tilt * (len(each.chosen.text) - len(each.rejected.text)) <= 0)
+    return next(righting, best[0])
 
 
 def _rendered(prompt: Labelled, candidate: Candidate, chat: ChatFormat) -> RenderedPair | None:
