@@ -28,8 +28,8 @@ def check_out(out: Path, run_dir: Path, adapter: str, manifest: Manifest) -> Non
     """
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: found the ending `{out.suffix}`, wanted `.jsonl`.")
-    trained_on = {source.path for made in _chain(adapter, manifest) for source in made.datasets}
-    if portable_path(out) in trained_on and out.exists():
+    trained_on = (resolve(source.path) for made in _chain(adapter, manifest) for source in made.datasets)
+    if out.exists() and any(path.exists() and path.samefile(out) for path in trained_on):
         raise UserError(
             f"--out {out}: {adapter} was trained on it, and it would be replaced. Give each round a file of its own, such as "
             f"--out {out.with_name(f'{out.stem}_2.jsonl')}"
