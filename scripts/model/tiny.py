@@ -67,11 +67,13 @@ def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0, **
     return folder
 
 
-def save_tiny_talker(folder: Path, words: Sequence[str], ends: float = 0.2, seed: int = 0) -> Path:
-    """Save a tiny Llama that says these words in any order and ends after each with this probability.
+def save_tiny_talker(
+    folder: Path, words: Sequence[str], ends: float = 0.2, variety: float = 1.0, seed: int = 0
+) -> Path:
+    """Save a tiny Llama that says these words in any order and ends after each with about this probability.
 
-    Each word must be one token behind a space. What is alike in all hidden states leads to the words, so that training
-    can still make some of them likelier than others.
+    Each word must be one token behind a space. What is alike in all hidden states leads to the words, and what differs
+    in them makes some likelier than others: `variety` times as much as in the model it starts from.
     """
     import math
 
@@ -86,6 +88,7 @@ def save_tiny_talker(folder: Path, words: Sequence[str], ends: float = 0.2, seed
     shared = 1.0  # in the first place of every hidden state, beside entries of about 0.02
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = shared
+        model.lm_head.weight *= variety
         model.lm_head.weight[:, 0] = 0
         likely = 12 / math.sqrt(model.config.hidden_size)  # the final norm makes the first place sqrt(hidden_size)
         model.lm_head.weight[[of_word[0] for of_word in ids], 0] = likely
