@@ -29,7 +29,6 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 
 # Only what needs no package stands here. The rest is imported where it is used: a missing package is one of the findings.
 from scripts.common.errors import UserError, did_you_mean, entry_point
-from scripts.common.pairs_manifest import are_made_pairs
 from scripts.common.paths import ROOT, resolve
 from scripts.common.stages import MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage
 
@@ -267,6 +266,7 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
 
 def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     """Count the records of a stage on each side of the split."""
+    from scripts.common.pairs_manifest import are_made_pairs
     from scripts.dataset.files import find_file
     from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
     from scripts.dataset.split import split_records

@@ -22,6 +22,7 @@ from scripts.common.errors import UserError
 from scripts.common.pairs_manifest import pairs_manifest_path
 from scripts.dataset.records import load_datasets, parse_preference, parse_record
 from scripts.dataset.split import side_of
+from scripts.doctor import check_data
 from tests.conftest import write_jsonl
 from tests.eval.test_judge import endpoint
 from tests.support.chain import start_stage
@@ -446,4 +447,10 @@ def test_dpo_trains_on_the_pairs_and_is_compared_on_the_test_prompts_of_sft(
     only_dpo = ["--models", "dpo=out/dpo"]
     assert compare.main([*common, *set_(eval__output_dir="out/comparison"), *only_dpo]) == 0
     report = read_report(Path("out/comparison"))
+    (records,) = [
+        finding
+        for finding in check_data(load_config(made / "config.yaml", ["dpo.dataset_path=pairs.jsonl"]))
+        if "dpo." in finding.text
+    ]
+    assert (records.status, "made of training prompts" in records.text) == ("ok", True)
     assert {sample.prompt for sample in report.samples} == prompts_of(made / "config.yaml", "test")
