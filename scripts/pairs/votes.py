@@ -49,8 +49,11 @@ class Vote(BaseModel):
 
     @model_validator(mode="after")
     def _says_what_its_outcome_needs(self) -> Vote:
-        if not takes_turns([message.get("role", "") for message in self.messages], last="user"):
-            raise ValueError("prompt: wanted a text, or messages [system,] user, assistant, … ending with user")
+        complete = all(message.get("content", "").strip() for message in self.messages)
+        if not complete or not takes_turns([message.get("role", "") for message in self.messages], last="user"):
+            raise ValueError(
+                "prompt: wanted a text, or messages [system,] user, assistant, … ending with user, none empty"
+            )
         named = [number for number in (self.best, self.worst) if number is not None]
         if any(not 0 <= number < len(self.samples) for number in named) or (named and self.best == self.worst):
             raise ValueError(f"best and worst: wanted two different numbers from 0 to {len(self.samples) - 1}")

@@ -322,6 +322,8 @@ BAD_VOTES: dict[str, tuple[dict, str]] = {
     "no own answer": ({"outcome": "own", "best": None}, "votes.jsonl:2: own: wanted a text"),
     "no such outcome": ({"outcome": "good"}, "votes.jsonl:2: outcome"),
     "no question": ({"prompt": [{"role": "assistant", "content": "x"}]}, "votes.jsonl:2: prompt: wanted a text"),
+    "a message without text": ({"prompt": [{"role": "user"}]}, "votes.jsonl:2: prompt: wanted a text"),
+    "no prompt": ({"prompt": " "}, "votes.jsonl:2: prompt: wanted a text"),
     "pairs": ({"chosen": "a", "rejected": "b"}, "--set dpo.dataset_path=votes.jsonl"),
 }
 
