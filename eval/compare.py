@@ -28,7 +28,6 @@ from eval.arms import (
     add_arm_arguments,
     check_made_on_base,
     find_arms,
-    find_references,
     members_of,
     seeds_by_arm,
     stages_of,
@@ -43,10 +42,10 @@ from scripts.common.lineage import Side
 from scripts.common.machine import peak_memory_gib
 from scripts.common.run import Run, open_run
 from scripts.common.stages import BASE
+from scripts.dataset.split import describe_near_duplicates
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
-    from eval.metrics import Metric
     from eval.report import Report
     from eval.tables import Table
     from eval.verdict import Question
@@ -108,13 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = find_arms(config, arguments.side)
         looks = Looks(run.output_dir)
 
-        from eval.measuring import measure_arms
+        from eval.measuring import measure_arms, measured_references
+        from eval.tables import build_tables
         from scripts.common.tracking import tracked_run
 
         with tracked_run(config, "comparison", parent_run_id=newest(arms).mlflow.run_id) as tracker:
             comparison = prepare(config, arms, arguments.side, arguments.notes)
             measured = measure_arms(arms, comparison.base_folder, comparison.prepared)
-            tables = tables_of(comparison, measured)
+            references = measured_references(arms, measured)
+            tables = build_tables(measured, seeds_by_arm(arms), references, comparison.prepared)
             report = describe(config, comparison, measured, tables, looks)
             publish_report(run, comparison, report, tables, looks, tracker)
     assert report.verdict is not None
@@ -142,7 +143,8 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Seq
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     check_made_on_base(arms, base_folder, tokenizer)
-    lineage = describe_arms(arms, held_out, values) + describe_seeds(values, arms)
+    near = [describe_near_duplicates(held_out.near_duplicates)] if held_out.near_duplicates else []
+    lineage = near + describe_arms(arms, held_out, values) + describe_seeds(values, arms)
     for note in lineage:
         log.warning("%s", note)
     chat = ChatFormat.of(tokenizer, arms[0].members[0].manifest)
@@ -153,24 +155,6 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Seq
     return Comparison(arms, base_folder, held_out, prepared, question, side, [*notes, *lineage])
 
 
-def tables_of(comparison: Comparison, measured: Mapping[str, Sequence[Measured]]) -> list[Table]:
-    """Arrange what was measured, item by item, with each arm's implicit reward against what it was trained against."""
-    from eval.tables import build_tables
-
-    arms, found = comparison.arms, find_references(comparison.arms)
-    by_label = {BASE: (BASE, measured[BASE][0])}
-    by_label |= {
-        m.label: (arm.name, each) for arm in arms for m, each in zip(arm.members, measured[arm.name], strict=True)
-    }
-    references = {}
-    for arm in arms:
-        labels = [label for member in arm.members if (label := found[member.label])]
-        if len(labels) == len(arm.members):
-            name = " or ".join(dict.fromkeys(by_label[label][0] for label in labels))
-            references[arm.name] = (name, [by_label[label][1] for label in labels])
-    return build_tables(measured, seeds_by_arm(arms), references, comparison.prepared)
-
-
 def describe(
     config: LoadedConfig,
     comparison: Comparison,
@@ -179,7 +163,7 @@ def describe(
     looks: Looks,
 ) -> Report:
     """Decide, and put everything that the report shows together."""
-    from eval.facts import choose_answers, describe_columns, describe_health, describe_samples
+    from eval.facts import add_baselines, choose_answers, describe_columns, describe_health, describe_samples
     from eval.lineage_notes import describe_lineage
     from eval.lmeval.results import find_benchmarks
     from eval.metrics import build_metrics
@@ -211,17 +195,6 @@ def describe(
         benchmarks=benchmarks,
         notes=[*notes, *comparison.notes, *shown, *([left_out] if left_out else [])],
     )
-
-
-def add_baselines(metrics: Sequence[Metric], base: Measured) -> None:
-    """Put beside the figures of pairs what a judge of nothing but length would reach."""
-    from eval.metrics import Estimate
-    from eval.statistics import wilson
-
-    longer = base.chosen_is_longer()
-    for metric in metrics:
-        if metric.group == "preference":
-            metric.baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}
 
 
 def publish_report(

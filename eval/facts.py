@@ -8,8 +8,10 @@ from statistics import mean
 
 from eval.arms import Arm
 from eval.measuring import ORIGINS, Measured, Prepared
+from eval.metrics import Estimate, Metric
 from eval.report import Arm as Column
 from eval.report import Sample
+from eval.statistics import wilson
 from eval.verdict import Question
 from scripts.common.paths import portable_path
 from scripts.common.stages import BASE
@@ -73,3 +75,11 @@ def describe_samples(
             )
         )
     return sorted(samples, key=lambda sample: -sample.changed)
+
+
+def add_baselines(metrics: Sequence[Metric], base: Measured) -> None:
+    """Put beside the figures of pairs what a judge of nothing but length would reach."""
+    longer = base.chosen_is_longer()
+    for metric in metrics:
+        if metric.group == "preference":
+            metric.baselines = {"longer answer wins": Estimate.of(wilson(sum(longer), len(longer)))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from scripts.common.stages import TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
 from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets, load_rest_of_chain
 from scripts.dataset.rendering import render_and_check
-from scripts.dataset.split import NearDuplicate, cluster_of, describe_near_duplicates, sort_by_side
+from scripts.dataset.split import NearDuplicate, cluster_of, sort_by_side
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class HeldOut:
     records: tuple[Record | Preference, ...]
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     near_duplicates: tuple[NearDuplicate, ...] = ()  # left out, because a model may have learnt their like
+    settings: Data | None = None  # of the configuration that reads them
 
     @property
     def pairs(self) -> list[Preference]:
@@ -90,16 +92,16 @@ def read_held_out(
     if not records:
         head, ratio = f"data.{side}_ratio", getattr(data, f"{side}_ratio")
         if near:
-            head = f"{head}: each of its {len(near)} records is close to one of another side, so nothing can be compared"
+            head = (
+                f"{head}: each of its {len(near)} records is close to one of another side, so nothing can be compared"
+            )
             fix = "Name the field that says which records belong together (data.group_field), or add other prompts; then train again."
             raise UserError(listing(head, map(str, near), fix))
         raise UserError(
             f"{head}: {ratio:g} puts no record on the {side} side, so nothing can be compared. Raise it and train again."
         )
-    if near:
-        log.warning("%s", describe_near_duplicates(near))
     hashes = {stage: {portable_path(file.path): file.sha256 for file in of_stage} for stage, of_stage in files.items()}
-    return HeldOut(records, hashes, near)
+    return HeldOut(records, hashes, near, values.data)
 
 
 def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, data: Data) -> HeldOut:
@@ -128,11 +130,36 @@ def leave_out_unfit(held_out: HeldOut, chat: ChatFormat, positions: int | None, 
 
 
 def describe_changes(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[str]:
-    """Say where a model is compared on other data than it was trained on.
+    """Say where a model is compared on other data than it was trained on, or on data that are read otherwise.
 
     With the same split none of it can have trained on a prompt that is held out: its text alone decides the side. But
     where a file has changed, the held-out prompt may be a trained one in new words.
     """
+    return describe_settings(folder, manifest, held_out.settings) + describe_files(folder, manifest, held_out)
+
+
+def describe_settings(folder: Path, manifest: Manifest, data: Data | None) -> list[str]:
+    """Say which settings that change a record or the way it is written are others than those of the training."""
+    if data is None:
+        return []
+    now = data.model_dump(mode="json")
+    trained = {
+        "system_prompt": manifest.system_prompt,
+        "train_on": (manifest.config.get("data") or {}).get("train_on", now["train_on"]),
+        "chat_template_kwargs": manifest.chat_template_kwargs,
+        "template_date": manifest.template_date,
+    }
+    inherited = {key for key in ("chat_template_kwargs", "template_date") if now[key] is None}
+    return [
+        f"{folder}: was trained with data.{key}: {json.dumps(value, ensure_ascii=False)}, but the configuration has "
+        f"{json.dumps(now[key], ensure_ascii=False)}. It is measured as it was trained. To change it, train again."
+        for key, value in trained.items()
+        if key not in inherited and now[key] != value
+    ]
+
+
+def describe_files(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[str]:
+    """Say which data files are others than those of the training."""
     compared = held_out.files.get(manifest.stage)
     trained = {source.path: source.sha256 for source in manifest.datasets}
     if not compared or not trained or set(trained.values()) == set(compared.values()):

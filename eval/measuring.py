@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.arms import Arm, Member, find_parent, members_of
+from eval.arms import Arm, Member, find_parent, find_references, members_of
 from eval.checks import passes
 from eval.held_out import HeldOut, Question
 from scripts.common.artifacts import sha256_json
@@ -146,6 +146,22 @@ def _measure_group(
         origins[member.label] |= {str(parent.stage): parent.label} if parent else {}
     loaded = load_models(base_folder, [*group, *filter(None, parents.values())], prepared.config)
     return measure_models(loaded, origins, prepared, chats)
+
+
+def measured_references(
+    arms: Sequence[Arm], measured: Mapping[str, Sequence[Measured]]
+) -> dict[str, tuple[str, list[Measured]]]:
+    """Return by arm what each of its members was trained against, and the name of that arm; nothing where one is not here."""
+    found, by_label = find_references(arms), {BASE: (BASE, measured[BASE][0])}
+    for arm in arms:
+        by_label |= {m.label: (arm.name, each) for m, each in zip(arm.members, measured[arm.name], strict=True)}
+    references = {}
+    for arm in arms:
+        labels = [label for member in arm.members if (label := found[member.label])]
+        if len(labels) == len(arm.members):
+            name = " or ".join(dict.fromkeys(by_label[label][0] for label in labels))
+            references[arm.name] = (name, [by_label[label][1] for label in labels])
+    return references
 
 
 def _loaded_together(arms: Sequence[Arm]) -> Iterator[list[Member]]:

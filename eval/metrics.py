@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
 from eval.statistics import SIGNIFICANT, Floats, Inference, Interval, crossed, holm
 from eval.tables import Better, Table
-from scripts.common.artifacts import Manifest
 from scripts.common.errors import UserError
-from scripts.common.stages import BASE
-
-if TYPE_CHECKING:
-    from eval.verdict import Question
 
 Outcome = Literal["better", "worse", "no_worse", "equivalent", "undecided"]
 
@@ -102,6 +97,18 @@ class Runs(BaseModel):
 
     seeds: list[int]
     metrics: list[SeedMetric]
+
+
+class Question(BaseModel):
+    """The primary question, fixed before anything is measured: is `a` better than `b` in these measures?"""
+
+    a: str
+    b: str
+    measures: list[str]
+    alpha: float = SIGNIFICANT
+    margins: dict[str, float] = {}
+    planned: bool = False  # it stands in the manifests of the adapters as it is here
+    plan_sha256: str | None = None
 
 
 class Finding(NamedTuple):
@@ -239,10 +246,3 @@ def _numbered(clusters: tuple[str, ...]) -> np.ndarray | None:
     """Number the clusters; None where each item is its own."""
     numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
     return None if len(numbers) == len(clusters) else np.array([numbers[cluster] for cluster in clusters])
-
-
-def reference_of(manifest: Manifest, manifests: Mapping[str, Manifest]) -> str | None:
-    """Return the model among these that an adapter was trained against, by its hash; None where it is another one."""
-    if manifest.parent is None or manifest.section.get("reference", BASE) == BASE:
-        return BASE
-    return next((name for name, other in manifests.items() if other.sha256 == manifest.parent.sha256), None)

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 from eval.figures import SPACE, number, percent_of, round_ticks, spoken, spoken_change
 from eval.metrics import Difference, Metric
 from eval.tables import Better
+from eval.verdict import Question, Verdict
 from scripts.common.stages import BASE, TRAINING_STAGES
-
-if TYPE_CHECKING:
-    from eval.report import Report, Sample
 
 LEADING = ("all_rules", "checks_passed", "preference_accuracy")  # what the first screen shows, the first that is there
 SIGNS = {"better": "▲", "worse": "▼", "no_worse": "≥", "equivalent": "≈", "undecided": "○"}
 RELATIONS = {"better": "than", "worse": "than", "no_worse": "than", "equivalent": "to"}
 TILES = 4
 METHODS = 3  # so many seeds speak of the procedures; fewer of the adapters that were compared
-LONG = 600  # letters of an answer that cannot be taken in at a glance
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the first screen tells, out of a report."""
+
+    title: str
+    verdict: Verdict | None
+    question: Question | None
+    models: list[str]
+    metrics: list[Metric]
+    seeds: Mapping[str, int]  # of each arm
+    runs: int | None  # how many seeds a report of an earlier version has, which compared them one after the other
+    merged: Collection[str]  # the arms that are merged models
+    looks: int | None
+    side: Literal["test", "validation"]
 
 
 class Piece(NamedTuple):
@@ -59,14 +72,6 @@ class Picture(NamedTuple):
     rows: list[Row]
 
 
-class Example(NamedTuple):
-    """One prompt with the answer of the first and of the last model of the story."""
-
-    sample: Sample
-    before: str
-    after: str
-
-
 class Overview(NamedTuple):
     """What the first screen shows."""
 
@@ -74,28 +79,26 @@ class Overview(NamedTuple):
     metric: Metric | None
     tiles: list[Tile]
     picture: Picture | None
-    example: Example | None
     facts: list[str]
 
 
-def overview(report: Report) -> Overview:
-    """Tell the story of a report; what it did not measure is left out."""
-    metrics = decisive(report)
+def tell(story: Story) -> Overview:
+    """Lay out the first screen; what was not measured is left out."""
+    metrics = decisive(story.metrics)
     metric = leading(metrics)
     return Overview(
-        sentence=sentence(report, metrics, metric),
+        sentence=sentence(story, metrics, metric),
         metric=metric,
-        tiles=tiles(report, metric) if metric else [],
+        tiles=tiles(story, metric) if metric else [],
         picture=picture(metric) if metric else None,
-        example=typical_answer(report),
-        facts=facts(report, metrics),
+        facts=facts(story, metrics),
     )
 
 
-def decisive(report: Report) -> list[Metric]:
+def decisive(metrics: list[Metric]) -> list[Metric]:
     """Return the measures on which the verdict rests; a report of an earlier version does not mark them."""
-    marked = [metric for metric in report.metrics if metric.primary]
-    return marked or [metric for metric in report.metrics if metric.name in LEADING] or report.metrics[:1]
+    marked = [metric for metric in metrics if metric.primary]
+    return marked or [metric for metric in metrics if metric.name in LEADING] or metrics[:1]
 
 
 def leading(metrics: Sequence[Metric]) -> Metric | None:
@@ -104,11 +107,11 @@ def leading(metrics: Sequence[Metric]) -> Metric | None:
     return min(metrics, key=lambda metric: rank.get(metric.name, len(rank)), default=None)
 
 
-def key_pair(report: Report) -> tuple[str, str] | None:
+def key_pair(verdict: Verdict | None, models: list[str]) -> tuple[str, str] | None:
     """Return the two arms that the report is about."""
-    if report.verdict and len(report.verdict.compared) == 2:
-        return report.verdict.compared[0], report.verdict.compared[1]
-    return (report.models[-1], report.models[-2]) if len(report.models) > 1 else None
+    if verdict and len(verdict.compared) == 2:
+        return verdict.compared[0], verdict.compared[1]
+    return (models[-1], models[-2]) if len(models) > 1 else None
 
 
 def difference(metric: Metric, a: str, b: str) -> Difference | None:
@@ -142,34 +145,27 @@ def title_of(name: str) -> str:
     return TRAINING_STAGES[name].title if name in TRAINING_STAGES else name
 
 
-def seeds_of(report: Report, name: str) -> int:
-    """Return how many seeds an arm has."""
-    if report.runs:
-        return len(report.runs.seeds)
-    return len(report.arms[name].seeds) if name in report.arms else 1
-
-
-def full_title(report: Report, name: str) -> str:
+def full_title(story: Story, name: str) -> str:
     """Name an arm as what it stands for: a method only if enough seeds were trained."""
-    count = seeds_of(report, name)
+    count = story.seeds.get(name, 1)
     if name == BASE or count >= METHODS:
         return title_of(name)
-    kind = "merged model" if name in report.arms and report.arms[name].kind == "merged" else "adapter"
+    kind = "merged model" if name in story.merged else "adapter"
     return f"{'these' if count > 1 else 'this'} {title_of(name)} {kind}{'s' if count > 1 else ''}"
 
 
-def sentence(report: Report, metrics: Sequence[Metric], lead: Metric | None) -> list[Piece]:
+def sentence(story: Story, metrics: Sequence[Metric], lead: Metric | None) -> list[Piece]:
     """Say in one sentence what the primary question found, in which measure, and how it began."""
-    pair = key_pair(report)
-    if report.verdict is None or pair is None or lead is None:
-        return [Piece(report.verdict.text if report.verdict else report.title)]
+    pair = key_pair(story.verdict, story.models)
+    if story.verdict is None or pair is None or lead is None:
+        return [Piece(story.verdict.text if story.verdict else story.title)]
     a, b = pair
-    found = {metric.name: _finding_of(report, metric, a, b) for metric in metrics}
+    found = {metric.name: _finding_of(story, metric, a, b) for metric in metrics}
     if not any(found.values()):
-        return [Piece(report.verdict.text)]
+        return [Piece(story.verdict.text)]
     groups = {outcome: [metric for metric in metrics if found[metric.name] == outcome] for outcome in RELATIONS}
     decided = {outcome: _lead_first(group, lead)[:2] for outcome, group in groups.items() if group}
-    first, second = full_title(report, a), full_title(report, b)
+    first, second = full_title(story, a), full_title(story, b)
     verb = "are" if first.startswith("these ") else "is"
     pieces = []
     for place, (outcome, group) in enumerate(decided.items()):
@@ -192,12 +188,12 @@ def sentence(report: Report, metrics: Sequence[Metric], lead: Metric | None) -> 
     return [*pieces, Piece(".")]
 
 
-def _finding_of(report: Report, metric: Metric, a: str, b: str) -> str | None:
+def _finding_of(story: Story, metric: Metric, a: str, b: str) -> str | None:
     each = difference(metric, a, b)
     if each is None:
         return None
     # Earlier versions let the seeds overrule a difference that its own items show.
-    overruled = report.runs is not None and report.verdict is not None and report.verdict.outcome == "undecided"
+    overruled = story.runs is not None and story.verdict is not None and story.verdict.outcome == "undecided"
     return "undecided" if overruled else finding(each, metric.better)
 
 
@@ -239,11 +235,11 @@ def _beginning(lead: Metric, b: str, same: bool, *, again: bool) -> list[Piece]:
     return [Piece(f"; {title_of(b)} is "), Piece(found, found), Piece(f" than the base{where} ({values})")]
 
 
-def tiles(report: Report, metric: Metric) -> list[Tile]:
+def tiles(story: Story, metric: Metric) -> list[Tile]:
     """Return the steps of the chain; of many arms only the base and the two of the question."""
-    names = [name for name in report.models if name in metric.models]
+    names = [name for name in story.models if name in metric.models]
     if len(names) > TILES:
-        wanted = {BASE, *(key_pair(report) or ())}
+        wanted = {BASE, *(key_pair(story.verdict, story.models) or ())}
         names = [name for name in names if name in wanted]
     made = [Tile(name, spoken(metric.models[name].value, metric.unit)) for name in names[:1]]
     for before, name in pairwise(names):
@@ -252,8 +248,8 @@ def tiles(report: Report, metric: Metric) -> list[Tile]:
         if each is None:
             made.append(Tile(name, value))
             continue
-        decisive_one = (name, before) == key_pair(report)
-        found = _finding_of(report, metric, name, before) if decisive_one else finding(each, metric.better)
+        decisive_one = (name, before) == key_pair(story.verdict, story.models)
+        found = _finding_of(story, metric, name, before) if decisive_one else finding(each, metric.better)
         made.append(Tile(name, value, found or "", spoken_change(each.value, metric.unit), title_of(before)))
     return made
 
@@ -301,60 +297,26 @@ def _interval(metric: Metric, value: float, low: float | None, high: float | Non
     return f"{text} ({ends[0]} to {ends[1]})"
 
 
-def typical_answer(report: Report) -> Example | None:
-    """Choose the prompt that looks most like the average of all: neither the best nor the worst of them.
-
-    Where answers were checked, both answers keep about as many rules as their model does on average. Otherwise it is
-    the prompt with the median share of changed words. Short answers are preferred.
-    """
-    pair = key_pair(report)
-    if pair is None:
-        return None
-    after, before = pair[0], report.models[0] if report.models[0] != pair[0] else pair[1]
-    samples = [
-        sample
-        for sample in report.samples
-        if sample.answers.get(before) and sample.answers.get(after) and sample.answers[before] != sample.answers[after]
-    ]
-    if not samples:
-        return None
-    kept = {id(sample): [passed_share(sample.checks.get(name, {})) for name in (before, after)] for sample in samples}
-    averages = [mean(shares) for shares in zip(*kept.values(), strict=True)]
-    middle = sorted(sample.changed for sample in samples)[len(samples) // 2]
-
-    def oddity(sample: Sample) -> tuple[float, float, int]:
-        letters = sum(len(sample.answers[name] or "") for name in (before, after)) + len(sample.prompt)
-        apart = sum(abs(share - average) for share, average in zip(kept[id(sample)], averages, strict=True))
-        return round(apart, 2) + letters // LONG, abs(sample.changed - middle), letters
-
-    return Example(min(samples, key=oddity), before, after)
-
-
-def passed_share(checks: Mapping[str, bool]) -> float:
-    """Return the share of checks that an answer passes."""
-    return mean(checks.values()) if checks else 0.0
-
-
-def facts(report: Report, metrics: Sequence[Metric]) -> list[str]:
+def facts(story: Story, metrics: Sequence[Metric]) -> list[str]:
     """Say in a few words how far the sentence reaches: items, seeds, plan, looks and side."""
-    if report.verdict is None:
+    if story.verdict is None:
         return []
-    told = [" and ".join(dict.fromkeys(f"{metric.n:,} {metric.items}" for metric in metrics))] if metrics else []
-    pair = key_pair(report)
+    said = [" and ".join(dict.fromkeys(f"{metric.n:,} {metric.items}" for metric in metrics))] if metrics else []
+    pair = key_pair(story.verdict, story.models)
     if pair and metrics:
-        count = _compared_seeds(metrics, pair) if report.runs is None else len(report.runs.seeds)
+        count = story.runs or _compared_seeds(metrics, pair)
         adapters = "this adapter" if BASE in pair else "these two adapters"
         what = adapters if count == 1 else "these adapters" if count < METHODS else "the methods"
-        told.append(f"{'one seed' if count == 1 else f'{count} seeds'}, so it speaks of {what}")
-    if report.question:
-        told.append("planned before training" if report.question.planned else "not planned before training")
-    if report.looks:
-        told.append(
-            "first look at these data" if report.looks == 1 else f"these data were looked at {report.looks} times"
+        said.append(f"{'one seed' if count == 1 else f'{count} seeds'}, so it speaks of {what}")
+    if story.question:
+        said.append("planned before training" if story.question.planned else "not planned before training")
+    if story.looks:
+        said.append(
+            "first look at these data" if story.looks == 1 else f"these data were looked at {story.looks} times"
         )
-    if report.side == "validation":
-        told.append("validation side: it has chosen checkpoints, so it proves nothing")
-    return told
+    if story.side == "validation":
+        said.append("validation side: it has chosen checkpoints, so it proves nothing")
+    return said
 
 
 def _compared_seeds(metrics: Iterable[Metric], pair: tuple[str, str]) -> int:

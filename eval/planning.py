@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from eval.held_out import read_held_out
 from eval.statistics import degrees_of_freedom, visible_gap
 from eval.verdict import METHODS, Question
+from scripts.common.config import LoadedConfig
+from scripts.common.question import ALL_RULES, LOSS, PREFERENCE, PRIMARY, arm_names, default_question
+from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.split import cluster_of
 
 MOST_SEEDS = 100
 MOST_ITEMS = 1_000_000
@@ -53,6 +58,27 @@ class Size:
         return replace(self, items=items, clusters=max(1, round(items * self.clusters / self.items)))
 
 
+def plan_of(config: LoadedConfig) -> list[str]:
+    """Say what a comparison of this configuration can show.
+
+    Raises: UserError when the data cannot be read, or nothing of them is held out.
+    """
+    values = config.values
+    held_out = read_held_out(config, list(TRAINING_STAGES))
+    questions, pairs = held_out.questions(values.eval.max_prompts, values.data.split_seed), held_out.pairs
+    prompts = len({question.cluster for question in questions})
+    items = {
+        LOSS: len(questions),
+        PREFERENCE: len(pairs),
+        **({ALL_RULES: len(questions)} if values.eval.checks else {}),
+    }
+    clusters = {LOSS: prompts, PREFERENCE: len({cluster_of(pair) for pair in pairs}), ALL_RULES: prompts}
+    plan = values.eval.plan
+    a, b = plan.question or default_question(arm_names(values))
+    measures = plan.measures or [name for name in PRIMARY if items.get(name)] or [LOSS]
+    return plan_lines(items, clusters, plan.seeds or 1, Question(a=a, b=b, measures=measures, alpha=plan.alpha))
+
+
 def needed_items(size: Size, gap: float, assumed: Assumption, alpha: float) -> int | None:
     """Return the fewest items, more than there are, that would show a gap; None where no number would."""
     few, enough = size.items, size.items * 2
@@ -80,23 +106,26 @@ def plan_lines(items: Mapping[str, int], clusters: Mapping[str, int], seeds: int
     measures = [name for name in question.measures if items.get(name)]
     alpha = question.alpha / max(len(measures), 1)
     whom = "these two adapters" if seeds == 1 else "these adapters" if seeds < METHODS else "the methods"
-    lines, assumptions = [], {}
+    lines: list[str] = []
+    assumptions: dict[Assumption, list[str]] = {}
     for name in measures:
         assumed = ASSUMED.get(name, SHARE)
         size = Size(items[name], clusters[name], seeds)
         gap = size.smallest_gap(assumed, alpha)
         of = f" of {size.clusters} prompts" if size.clusters < size.items else ""
-        line = f"{name}: {size.items} items{of}, {seeds} seed{'s' * (seeds > 1)}: shows a difference between {whom} of "
-        line += f"{_amount(gap, assumed.unit)}; half of that takes {_needed(size, gap / 2, assumed, alpha)}"
-        lines.append(line)
-        assumptions[name] = (
-            f"{name}: standard deviation {_amount(assumed.item_sd, assumed.unit)} between items and "
-            f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
+        lines.append(
+            f"{name}: {size.items} items{of}, {seeds} seed{'s' * (seeds > 1)}: shows a difference between {whom} of "
+            f"{_amount(gap, assumed.unit)}; half of that takes {_needed(size, gap / 2, assumed, alpha)}"
         )
+        assumptions.setdefault(assumed, []).append(name)
+    scatter = "; ".join(
+        f"{' and '.join(names)} scatter by {_amount(assumed.item_sd, assumed.unit)} between items and "
+        f"{_amount(assumed.seed_sd, assumed.unit)} between seeds"
+        for assumed, names in assumptions.items()
+    )
     if lines:
         lines.append(
-            f"assumed, until there are figures: {'; '.join(assumptions.values())}. At {alpha:g} for each measure, in four of "
-            "five comparisons"
+            f"assumed: {scatter} (standard deviations). In four of five comparisons, at {alpha:g} for each measure"
         )
     return lines
 

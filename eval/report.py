@@ -5,18 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mean
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval import overview
 from eval.drawing import axis, draw_curves, zero_axis
 from eval.figures import duration, number, p_value
 from eval.metrics import Difference, Metric, Runs
+from eval.overview import SIGNS, TILES, Overview, Story, decisive, difference, finding, key_pair, tell, title_of
 from eval.tables import Better
 from eval.verdict import Question, Verdict
 from scripts.common.artifacts import sha256_json
@@ -27,6 +28,7 @@ PNG = "data:image/png;base64,"
 PICTURE = "curves_{}.png"  # of an adapter of an earlier version, which kept no figures
 CURVES = "curves.json"
 FOLDED_AFTER = 5
+LONG = 600  # letters of an answer that cannot be taken in at a glance
 
 Segments = list[tuple[bool, str]]
 
@@ -95,6 +97,14 @@ class Report(BaseModel):
     notes: list[str] = []
 
 
+class Example(NamedTuple):
+    """One prompt with the answer of the first and of the last model of the story."""
+
+    sample: Sample
+    before: str
+    after: str
+
+
 def write_report(folder: Path, report: Report) -> None:
     """Write the page, its figures, the answers and the pictures."""
     (folder / "report.html").write_text(render_report(report), encoding="utf-8")
@@ -153,26 +163,48 @@ def render_report(report: Report) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        number=number, p_value=p_value, duration=duration, title_of=overview.title_of, spread_of=spread_of
+        number=number, p_value=p_value, duration=duration, title_of=title_of, spread_of=spread_of
     )
     environment.globals.update(
         axis=axis, zero_axis=zero_axis, reading=reading, in_group=in_group, marked_answers=marked_answers,
-        draw_curves=draw_curves, difference=overview.difference, finding=overview.finding,
-        signs=overview.SIGNS, folded_after=FOLDED_AFTER, few=overview.TILES,
+        draw_curves=draw_curves, difference=difference, finding=finding,
+        signs=SIGNS, folded_after=FOLDED_AFTER, few=TILES,
     )  # fmt: skip
     page = environment.get_template(TEMPLATE.name).render(
         dict(report),
-        overview=overview.overview(report),
-        decisive=overview.decisive(report),
-        key=overview.key_pair(report),
+        overview=overview(report),
+        example=typical_answer(report),
+        decisive=decisive(report.metrics),
+        key=key_pair(report.verdict, report.models),
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be saved
+
+
+def overview(report: Report) -> Overview:
+    """Return what the first screen shows of a report."""
+    runs = len(report.runs.seeds) if report.runs else None
+    return tell(
+        Story(
+            title=report.title,
+            verdict=report.verdict,
+            question=report.question,
+            models=report.models,
+            metrics=report.metrics,
+            seeds={
+                name: runs or (len(report.arms[name].seeds) if name in report.arms else 1) for name in report.models
+            },
+            runs=runs,
+            merged=[name for name, arm in report.arms.items() if arm.kind == "merged"],
+            looks=report.looks,
+            side=report.side,
+        )
+    )
 
 
 def reading(difference: Difference, better: Better) -> str:
     """Say in words what a difference between two models means."""
     value, needed = difference.value, difference.needed_n
-    found = overview.finding(difference, better)
+    found = finding(difference, better)
     if found != "undecided":
         return f"{difference.a} is {found.replace('_', ' ')}"
     if value == difference.ci_low == difference.ci_high == 0:
@@ -185,7 +217,7 @@ def spread_of(metric: Metric, pair: tuple[str, str]) -> tuple[float, float] | No
 
     The variance of the mean over both is sd_seeds² / seeds + sd_items² / items.
     """
-    found = overview.difference(metric, *pair)
+    found = difference(metric, *pair)
     if found is None or found.sd_seeds is None or found.sd_items is None or found.seeds < 2:
         return None
     seeds, items = found.sd_seeds**2 / found.seeds, found.sd_items**2 / metric.n
@@ -195,6 +227,40 @@ def spread_of(metric: Metric, pair: tuple[str, str]) -> tuple[float, float] | No
 def in_group(metrics: list[Metric], group: str) -> list[Metric]:
     """Return the metrics of one section of the report."""
     return [metric for metric in metrics if metric.group == group]
+
+
+def typical_answer(report: Report) -> Example | None:
+    """Choose the prompt that looks most like the average of all: neither the best nor the worst of them.
+
+    Where answers were checked, both answers keep about as many rules as their model does on average. Otherwise it is
+    the prompt with the median share of changed words. Short answers are preferred.
+    """
+    pair = key_pair(report.verdict, report.models)
+    if pair is None:
+        return None
+    after, before = pair[0], report.models[0] if report.models[0] != pair[0] else pair[1]
+    samples = [
+        sample
+        for sample in report.samples
+        if sample.answers.get(before) and sample.answers.get(after) and sample.answers[before] != sample.answers[after]
+    ]
+    if not samples:
+        return None
+    kept = {id(sample): [passed_share(sample.checks.get(name, {})) for name in (before, after)] for sample in samples}
+    averages = [mean(shares) for shares in zip(*kept.values(), strict=True)]
+    middle = sorted(sample.changed for sample in samples)[len(samples) // 2]
+
+    def oddity(sample: Sample) -> tuple[float, float, int]:
+        letters = sum(len(sample.answers[name] or "") for name in (before, after)) + len(sample.prompt)
+        apart = sum(abs(share - average) for share, average in zip(kept[id(sample)], averages, strict=True))
+        return round(apart, 2) + letters // LONG, abs(sample.changed - middle), letters
+
+    return Example(min(samples, key=oddity), before, after)
+
+
+def passed_share(checks: Mapping[str, bool]) -> float:
+    """Return the share of checks that an answer passes."""
+    return mean(checks.values()) if checks else 0.0
 
 
 def marked_answers(sample: Sample, compared: list[str]) -> dict[str, Segments]:

@@ -46,6 +46,7 @@ from scripts.common.machine import Machine, apply_machine, choose_machine, peak_
 from scripts.common.paths import portable_path
 from scripts.common.run import Run, open_run
 from scripts.common.stages import BASE
+from scripts.dataset.split import describe_near_duplicates
 
 if TYPE_CHECKING:
     from eval.lmeval.results import Entry
@@ -115,6 +116,8 @@ def evaluate(
     apply_machine(machine)
     log.info("%s; %d threads", "; ".join(machine.reasons), machine.threads)
     held_out = read_held_out(config, unseen_by(candidates, config)) if DOMAIN in tasks else None
+    if held_out and held_out.near_duplicates:
+        log.warning("%s", describe_near_duplicates(held_out.near_duplicates))
     clock = Clock(len(candidates))
     entries: list[Entry] = []
     for group in group_by_base(candidates):

@@ -21,7 +21,6 @@ from scripts.dataset.split import cluster_of
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
-    from eval.report import Report
 
 ITEMS = "items.jsonl"
 NOT_BINARY = (LOSS, CHECKS_PASSED)
@@ -178,7 +177,7 @@ def _lines_of(tables: Sequence[Table]) -> Iterator[dict[str, Any]]:
             }
 
 
-def read_tables(folder: Path, report: Report) -> list[Table]:
+def read_tables(folder: Path, report: Any) -> list[Table]:  # a Report, which is drawn from what stands on tables
     """Read what write_items wrote, with what the report says about each measure and arm.
 
     Raises: UserError naming file and line where a line is not as it was written, or a measure is missing.

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, field_validator
 
 from eval.metrics import Difference, Metric, Outcome
+from eval.metrics import Question as Question  # where others look for it
 from scripts.common.errors import UserError
 from scripts.common.stages import BASE, TRAINING_STAGES
 
@@ -16,18 +17,6 @@ SPEAKS_OF = {1: "these two adapters: ", 2: "these adapters of two seeds: "}
 # An outcome beside "better" or "worse" does not take it back; otherwise the weakest counts.
 STRONGEST: tuple[Outcome, ...] = ("better", "worse", "undecided", "no_worse", "equivalent")
 AS_WELL: dict[Outcome, str] = {"equivalent": "equivalent", "no_worse": "no worse", "undecided": "undecided"}
-
-
-class Question(BaseModel):
-    """The primary question, fixed before anything is measured: is `a` better than `b` in these measures?"""
-
-    a: str
-    b: str
-    measures: list[str]
-    alpha: float = 0.05
-    margins: dict[str, float] = {}
-    planned: bool = False  # it stands in the manifests of the adapters as it is here
-    plan_sha256: str | None = None
 
 
 class Verdict(BaseModel):

@@ -93,7 +93,8 @@ def measured(outputs: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "results": [
             {key: metric[key] for key in ("title", "unit", "n", "models")}
             for metric in report["metrics"]
-            if metric["name"] in ("all_rules", "held_out_loss", "checks_passed", "preference_accuracy", "reward_accuracy")
+            if metric["name"]
+            in ("all_rules", "held_out_loss", "checks_passed", "preference_accuracy", "reward_accuracy")
         ],
     }
 

@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -297,6 +298,17 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     return Finding("ok", text)
 
 
+def check_plan(config: LoadedConfig) -> Iterator[Finding]:
+    """Say how small a difference the comparison can show."""
+    from eval.planning import plan_of
+
+    try:
+        for line in plan_of(config):
+            yield Finding("ok", line)
+    except UserError:
+        return  # the lines on data say what is wrong with them
+
+
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
     """Say which adapters are there, whole, and made on the configured base."""
     named, results = adapters_of(config)
@@ -333,8 +345,9 @@ def adapters_of(config: LoadedConfig) -> tuple[dict[str, str], set[str]]:
 
 
 def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
-    """Prove that a finished folder is whole and of the configured base."""
+    """Prove that a finished folder is whole, of the configured base, and of the split that the next stage needs."""
     from scripts.common.artifacts import read_manifest
+    from scripts.common.lineage import check_split
     from scripts.model.fingerprint import base_fingerprint
 
     base = base_folder(config)
@@ -346,6 +359,16 @@ def describe_adapter(config: LoadedConfig, path: str, folder: Path) -> Finding:
     if base and made_on.fingerprint != base_fingerprint(base):
         fix = f"--set base_model_id={made_on.id}, or train it again"
         return Finding("bad", f"{path}: whole, but made on another base, {made_on.id}", fix)
+    continued = [f"{name}.init_from" for name, stage in TRAINING_STAGES.items() if stage.continues]
+    starts = next((key for key in continued if attrgetter(key)(config.values) == path), None)
+    try:
+        check_split(path, manifest, config.values.data, starts, sides=("validation", "test") if starts else ("test",))
+    except UserError as error:
+        if starts:
+            raise
+        return Finding(
+            "warn", f"{path}: whole, {manifest.stage} on {made_on.id}, but it cannot be compared", str(error)
+        )
     return Finding("ok", f"{path}: whole, {manifest.stage} on {made_on.id}")
 
 
@@ -409,6 +432,7 @@ CHECKS = {
     "memory": check_memory,
     "disk": check_disk,
     "data": check_data,
+    "plan": check_plan,
     "adapters": check_adapters,
     "ports": check_ports,
     "store": check_store,  # last: it imports MLflow, which takes seconds

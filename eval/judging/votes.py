@@ -198,7 +198,7 @@ def _describe_judge(contest: Contest, by: str, judge: str, votes: Sequence[Vote]
         "losses": losses,
         "ties": len(outcomes) - wins - losses,
         "value": (1 + (wins - losses) / len(outcomes)) / 2,
-        **(_asked_once(outcomes) if by == "endpoint" else _any_time(wins, losses, len(outcomes) - wins - losses)),
+        **(_asked_once(outcomes) if by == "endpoint" else any_time(wins, losses, len(outcomes) - wins - losses)),
         "changed_with_order": changed / len(outcomes) if by == "endpoint" else None,
         "first_preferred": sum(v.choice == "first" for v in decided) / len(decided) if decided else None,
         "longer_preferred": longer / of_unequal_length if of_unequal_length else None,
@@ -220,7 +220,7 @@ def _asked_once(outcomes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _any_time(wins: int, losses: int, ties: int, confidence: float = 0.95) -> dict[str, Any]:
+def any_time(wins: int, losses: int, ties: int, confidence: float = 0.95) -> dict[str, Any]:
     """Test the votes of people, who are counted, looked at, and asked for more: it may be done after every vote.
 
     Whoever bets on each vote, at odds that are fair if the win rate is m, seldom gets rich: with probability at most 1 / k

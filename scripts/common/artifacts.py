@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scripts.common.errors import UserError, did_you_mean
 from scripts.common.paths import ROOT, portable_path
 from scripts.common.schema import Data
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -203,14 +206,15 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file of a folder and write its manifest last; what made the folder stays as the manifest says."""
-    files = {
-        path.relative_to(folder).as_posix(): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    manifest = manifest.model_copy(update={"files": files})
+def write_manifest(folder: Path, manifest: Manifest, files: Iterable[Path] | None = None) -> Manifest:
+    """Hash every file of a folder and write its manifest last; what made the folder stays as the manifest says.
+
+    `files` are those that belong to the artifact where other work lies in the folder too.
+    """
+    if files is None:
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(files)}
+    manifest = manifest.model_copy(update={"files": hashes})
     content = manifest.model_dump(mode="json", by_alias=True)
     write_text_durably(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return manifest
@@ -319,6 +323,20 @@ def locked_run_dir(output_dir: str | Path) -> Iterator[Path]:
         yield run_dir
     finally:
         lock.release()
+
+
+def wait_until_free(output_dir: str | Path) -> None:
+    """Wait until no process holds an output folder, as one that was left alone by a killed parent still does."""
+    run_dir = run_dir_of(output_dir)
+    if not run_dir.is_dir():
+        return
+    lock = FileLock(run_dir / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: a process still writes it; waiting for its end", output_dir)
+        lock.acquire()
+    lock.release()
 
 
 def publish(part: Path, output_dir: str | Path) -> None:

@@ -125,7 +125,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), origin: str = "
     tree, lines = _read_yaml(Path(path))
     origins = {".".join(key): f"{path}:{line}" for key, line in lines.items()}
     for item in overrides:
-        key, value = _parse_override(item)
+        key, value = parse_override(item, origin)
         _put(tree, key, value)
         origins = {known: origin for known, origin in origins.items() if not known.startswith(".".join(key) + ".")}
         origins[".".join(key)] = origin
@@ -228,10 +228,14 @@ def _key_lines(node: yaml.Node, prefix: Key, path: str) -> Iterator[tuple[Key, i
         yield from _key_lines(value_node, (*prefix, name), path)
 
 
-def _parse_override(item: str) -> tuple[Key, Any]:
+def parse_override(item: str, origin: str = "--set") -> tuple[Key, Any]:
+    """Read KEY=VALUE as a key and a value: JSON, a list of bare words, otherwise plain text.
+
+    Raises: UserError naming `origin`, the flag that it comes from.
+    """
     name, equals, text = item.partition("=")
     if not equals or not all(part.strip() for part in name.split(".")):
-        raise UserError(f"--set {item}: wanted KEY=VALUE, such as --set sft.learning_rate=1e-4")
+        raise UserError(f"{origin} {item}: wanted KEY=VALUE, such as {origin} sft.learning_rate=1e-4")
     key = tuple(name.strip().split("."))
     try:
         return key, json.loads(text)

@@ -74,13 +74,14 @@ def open_run(
     *,
     folder: str | None = None,
     extends: str | None = None,
+    grows: bool = False,
     dry: bool = False,
 ) -> Iterator[Run]:
     """Hold the output folder that `key` of the configuration names, for one run of a stage.
 
     `folder` is another one, given on the command line. A finished folder there is replaced by the result, so it must be
-    of the same stage. With `extends` it must be whole and of that stage, as the run adds to what is in it. A dry run only
-    reads, so it takes no lock and writes no log.
+    of the same stage. With `extends` it must be whole and of that stage, as the run adds to what is in it. With `grows`
+    other runs write into it, and the caller checks what is there. A dry run only reads, so it takes no lock and writes no log.
     Raises: UserError when the folder is something else, or another process is writing it.
     """
     output_dir = Path(folder or attrgetter(key)(config.values))
@@ -89,9 +90,9 @@ def open_run(
         set_up_logging()
         yield Run(stage, config, output_dir, run_dir_of(output_dir), StopSignal(), dry=True)
         return
-    if not extends:
+    if not extends and not grows:
         check_replaceable(output_dir, stage, key)
-    else:
+    elif extends:
         repair_interrupted_publish(output_dir)
         if output_dir.exists():
             read_manifest(output_dir, stages=(extends,))

@@ -33,6 +33,12 @@ def _is_lasting(uri: str) -> str:
     return uri
 
 
+def _all_differ(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each seed once")
+    return seeds
+
+
 def _as_date(value: object) -> object:
     return date.fromisoformat(value) if isinstance(value, str) else value
 
@@ -53,6 +59,7 @@ def _are_apart(models: Mapping[str, object]) -> Mapping[str, object]:
 
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 OutputPath = Annotated[str, AfterValidator(_as_written)]
 OutputFolder = Annotated[str, AfterValidator(_is_replaceable)]
@@ -221,6 +228,20 @@ class Pairs(Section):
     balance_length: bool = Field(
         True,
         description="Leave pairs out until chosen and rejected answers are the longer ones about equally often, so that DPO does not learn length.",
+    )
+
+
+class Study(Section):
+    """What `python -m scripts.study` repeats the training stages over."""
+
+    output_dir: OutputFolder = Field(
+        "outputs/study", description="Folder of a study: one adapter per stage, seed and variant, and their comparison."
+    )
+    seeds: (
+        Annotated[int, Field(gt=0, le=1000)] | Annotated[list[Seed], Field(min_length=1), AfterValidator(_all_differ)]
+    ) = Field(
+        3,
+        description="Seeds to train under: how many, counted from `seed`, or a list such as [1, 2, 7]. The split stays as it is.",
     )
 
 
@@ -464,6 +485,10 @@ class Tracking(Section):
     )
     experiment: str = Field("llm-finetune-sft-dpo", description="Name of the MLflow experiment.")
     log_adapter: bool = Field(True, description="Copy the finished adapter into the MLflow run.")
+    parent_run_id: str | None = Field(
+        None,
+        description="MLflow run under which the run of each stage stands; null takes that of the adapter it continues. A study gives its own.",
+    )
 
 
 class Config(Section):
@@ -473,7 +498,7 @@ class Config(Section):
     base_model_revision: str | None = Field(
         None, description="Commit or tag of the base on the Hub; null takes the default branch."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of adapter initialisation, data order and dropout.")
+    seed: Seed = Field(0, description="Seed of adapter initialisation, data order and dropout.")
     offline: bool = Field(False, description="Never contact the Hub; use local folders and the cache only.")
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
@@ -481,6 +506,7 @@ class Config(Section):
     sft: Sft = Sft()
     pairs: Pairs = Pairs()
     dpo: Dpo = Dpo()
+    study: Study = Study()
     performance: Performance = Performance()
     eval: Eval = Eval()
     lmeval: LmEval = LmEval()

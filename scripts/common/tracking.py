@@ -154,6 +154,7 @@ def tracked_run(
     """Open a run and close it as FINISHED, KILLED or FAILED with its traceback.
 
     `earlier` is the run of an interrupted try: it is continued, or marked KILLED where its process died silently.
+    `tracking.parent_run_id` of the configuration takes precedence over `parent_run_id`.
     """
     broadcast_from_rank_0(lambda: open_store(config))
     if not is_main_process():
@@ -169,6 +170,7 @@ def tracked_run(
         "git_dirty": str(git.dirty),
     }
     status_before = _status(earlier)
+    parent_run_id = config.values.tracking.parent_run_id or parent_run_id
     with ExitStack() as held:
         held.enter_context(signals_held())  # a run that was interrupted while it opens would stay RUNNING for ever
         try:

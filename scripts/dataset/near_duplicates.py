@@ -14,6 +14,7 @@ CANDIDATE = 0.4  # usual TF-IDF: worth a closer look
 ALIKE = 0.7  # everything that is written counts the same
 ALIKE_IN_WHAT_IS_RARE = 0.7  # what is written in many prompts hardly counts: it is a template
 FEW = 4  # prompts that may share a text before it starts to count as one
+LEAST_PIECES = 6  # of two or three letters too little is known: only slips of spelling make them alike
 BLOCK = 256  # prompts compared at once with all others: bounds memory
 
 
@@ -46,6 +47,7 @@ def _closest(prompts: Sequence[str], ranks: Sequence[int]) -> dict[str, str]:
     if not len(held):
         return closest
     plain, usual, rare = _vectors(prompts)
+    enough = rare.getnnz(axis=1) >= LEAST_PIECES
     candidates = usual[others].T.tocsr()
     for start in range(0, len(held), BLOCK):
         block = held[start : start + BLOCK]
@@ -54,7 +56,7 @@ def _closest(prompts: Sequence[str], ranks: Sequence[int]) -> dict[str, str]:
         left, right = block[likeness.row[worth]], others[likeness.col[worth]]
         alike = (of_rank[right] < of_rank[left]) & (_cosines(plain, left, right) >= ALIKE)
         left, right, score = left[alike], right[alike], likeness.data[worth][alike]
-        same_where_rare = _cosines(rare, left, right) >= ALIKE_IN_WHAT_IS_RARE
+        same_where_rare = enough[left] & enough[right] & (_cosines(rare, left, right) >= ALIKE_IN_WHAT_IS_RARE)
         for at in np.lexsort((right, -score)):  # the closest first, and of these the first in the data
             one, other = prompts[left[at]], prompts[right[at]]
             if one in closest or _numbers(one) != _numbers(other):

@@ -258,7 +258,9 @@ def group_of(row: dict[str, Any], data: Data) -> str | None:
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         raise RowError(name, "is empty or missing, but data.group_field names it")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(name, f"found {type(value).__name__}, wanted text or a number, because data.group_field names it")
+        raise RowError(
+            name, f"found {type(value).__name__}, wanted text or a number, because data.group_field names it"
+        )
     text = " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
     return re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column of numbers with a gap is written as 7.0
 

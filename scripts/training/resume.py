@@ -86,19 +86,19 @@ def _changes(before: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     for part in HASHES:
         if before[part] != wanted[part]:
             if part == "config" and "settings" in before:  # keys that are new since then do not make it another run
-                changes += _differences(before["settings"], wanted["settings"])
+                changes += differences(before["settings"], wanted["settings"])
             else:
                 changes.append(f"{part}: was {before[part][:16]}…, is {wanted[part][:16]}…")
-    return changes + _differences(before.get("performance", {}), wanted["performance"], "performance.")
+    return changes + differences(before.get("performance", {}), wanted["performance"], "performance.")
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Name the keys of the earlier settings that have another value now, by their dotted names."""
     changes: list[str] = []
     for key, old in before.items():
         new, name = now.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            changes += _differences(dict.fromkeys(new) | old, new, f"{name}.")
+            changes += differences(dict.fromkeys(new) | old, new, f"{name}.")
         elif old != new:
             changes.append(f"{name}: was {_shown(old)}, is {_shown(new)}")
     return changes

@@ -66,6 +66,19 @@ def test_finished_run_holds_what_was_sent(config, tmp_path: Path) -> None:
     assert text_of(tracker, "adapter/a.txt") == "inner"
 
 
+def test_the_configured_parent_comes_before_that_of_the_stage(config, write_config) -> None:
+    with tracked_run(config, "study") as study:
+        pass
+    with tracked_run(config, "sft") as sft:
+        pass
+    below = load_config(write_config(tracking={"parent_run_id": study.run_id}))
+
+    for given in (None, sft.run_id):
+        with tracked_run(below, "dpo", parent_run_id=given) as tracker:
+            pass
+        assert run_of(tracker).data.tags["mlflow.parentRunId"] == study.run_id
+
+
 def test_crash_marks_the_run_failed_and_keeps_the_traceback(config) -> None:
     with pytest.raises(ZeroDivisionError), tracked_run(config, "sft") as tracker:
         raise ZeroDivisionError("division by zero")

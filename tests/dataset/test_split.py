@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ def test_one_prompt_only_cannot_be_split(tmp_path: Path) -> None:
 GROUPED = Data(validation_ratio=0.3, test_ratio=0.3, group_field="customer")
 
 
-def test_a_group_stays_on_one_side_whatever_its_prompts_and_files(tmp_path: Path) -> None:
+def test_a_group_stays_on_one_side_in_every_file_and_with_any_prompt(tmp_path: Path) -> None:
     names = [*range(20), *(f"Customer {n}" for n in range(20))]
     rows = [{**instruction(n), "customer": name} for n, name in enumerate(names * 3)]
     pairs = [
@@ -349,25 +348,13 @@ def test_a_question_asked_of_many_things_is_no_near_duplicate(tmp_path: Path) ->
 def test_what_many_records_share_is_no_likeness(tmp_path: Path, instructions: int) -> None:
     """A long instruction before a short text, constant or from a handful of variants, makes no two records alike."""
     long = "Decide what the customer wants and answer with one label in capital letters, without an explanation and without quotation marks"
-    things = [
-        "ship",
-        "fox",
-        "lamp",
-        "river",
-        "stone",
-        "cloud",
-        "piano",
-        "candle",
-        "forest",
-        "engine",
-        "meadow",
-        "button",
-        "ladder",
-    ]
+    syllables = ["ba", "ke", "lim", "no", "pur", "sta", "tri", "wo", "xi", "zel"]
+    made_up = random.Random(0)
     rows = rows_of(
         *(
-            f"{long}, variant {'abcdefghij'[n % instructions] * 3}: {one} {other}"
-            for n, (one, other) in enumerate(itertools.combinations(things, 2))
+            f"{long}, variant {'abcdefghij'[n % instructions] * 3}: "
+            + " ".join("".join(made_up.sample(syllables, 3)) for _ in range(3))
+            for n in range(100)
         )
     )
 

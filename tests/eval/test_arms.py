@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import compare, judge
+from eval import compare, judge, verify
 from eval.arms import find_arms, find_references
 from eval.held_out import read_held_out
 from eval.report import Report, read_report
@@ -91,6 +91,10 @@ def test_every_arm_has_its_column_with_its_seeds(report: tuple[Path, Report], ch
     )  # fmt: skip
     assert "by hand" in found.notes
     assert set(found.samples[0].answers) == set(found.models)
+
+
+def test_every_figure_of_the_report_follows_from_its_items(report: tuple[Path, Report]) -> None:
+    assert verify.main([str(report[0])]) == 0
 
 
 def test_a_member_is_measured_as_it_is_when_it_is_the_only_one(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from eval import judge
@@ -404,8 +405,9 @@ def vote_all(file: VotesFile, contest: Any, by: str, choices: Callable[[int, str
         file.add(contest, question.sample, by, by, first, choices(question.sample, first))
 
 
-def test_wins_are_counted_per_pair_and_tested_by_the_sign_test(tmp_path):
-    from scipy import stats
+def test_wins_are_counted_per_pair_and_tested(tmp_path):
+    """An endpoint is asked everything in one go: the sign test. People's votes may be looked at after each: betting."""
+    from scipy import special, stats
 
     contest, file = pair(samples()), VotesFile(tmp_path / "v")
     winners = {**dict.fromkeys(range(1, 8), "dpo"), **dict.fromkeys(range(8, 10), "sft")}  # 7 wins, 2 losses, 3 ties
@@ -419,10 +421,45 @@ def test_wins_are_counted_per_pair_and_tested_by_the_sign_test(tmp_path):
     for row in describe_votes([contest], list(VotesFile(tmp_path / "v").votes.values())):
         assert (row["wins"], row["losses"], row["ties"], row["n"]) == (7, 2, 3, 12)
         assert row["value"] == pytest.approx(8.5 / 12)
-        assert row["p_value"] == pytest.approx(stats.binomtest(7, 9).pvalue)
-        assert row["p_adjusted"] == pytest.approx(2 * row["p_value"]), "two judges, two chances"
+        # Spread evenly over all bets the stake has become 2**9 * B(8, 3).
+        wanted = stats.binomtest(7, 9).pvalue if row["by"] == "endpoint" else 1 / (2**9 * special.beta(8, 3))
+        assert row["p_value"] == pytest.approx(wanted)
+        assert row["ci_low"] < 0.5 < row["ci_high"]
+        assert row["by"] != "endpoint" or row["p_adjusted"] == pytest.approx(2 * row["p_value"]), (
+            "two judges, two chances"
+        )
         assert row["longer_preferred"] == pytest.approx(7 / 9)
     assert row["changed_with_order"] is None, "a person is asked once"
+
+
+def test_people_may_look_after_every_vote():
+    """Where no model is preferred, few ever see a preference, however often they look; the sign test shows one in four."""
+    from eval.judging.votes import any_time
+    from eval.statistics import mcnemar_exact
+
+    seen, by_sign_test = 0, 0
+    for chance in range(60):
+        wins = np.random.default_rng(chance).integers(0, 2, 60).cumsum()
+        counts = [(int(won), place + 1 - int(won)) for place, won in enumerate(wins)]
+        suspects = [count for count in counts if mcnemar_exact(*count) <= 0.05]  # betting is never rasher
+        seen += any(any_time(*count, 0)["p_value"] <= 0.05 for count in suspects)
+        by_sign_test += bool(suspects)
+    assert seen <= 6
+    assert by_sign_test >= 10
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "ties"), [(12, 0, 0), (0, 12, 0), (7, 2, 3), (0, 0, 12), (20, 2, 78), (65, 35, 0)]
+)
+def test_the_interval_of_peoples_votes_agrees_with_their_test(wins, losses, ties):
+    """A tie costs nothing, and no interval is without width."""
+    from eval.judging.votes import any_time
+
+    found = any_time(wins, losses, ties)
+    assert (found["ci_low"] <= 0.5 <= found["ci_high"]) == (found["p_value"] > 0.05)
+    assert found["p_value"] == pytest.approx(any_time(wins, losses, 0)["p_value"] if wins + losses else 1)
+    assert found["ci_low"] < (wins + ties / 2) / (wins + losses + ties) + 1e-9
+    assert found["ci_low"] < found["ci_high"]
 
 
 def test_a_later_vote_replaces_an_earlier_one_and_a_half_written_line_is_asked_again(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Metrics: their figures, and the files of earlier versions that hold them."""
+"""Metrics: their figures, what is compared with what, and the files of earlier versions that hold them."""
 
 from __future__ import annotations
 
@@ -7,76 +7,123 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import (
-    Metric,
-    adjust_p_values,
-    binary_metric,
-    mean_metric,
-    ratio_metric,
-    reference_of,
-    spread_over_seeds,
-)
+from eval.metrics import Metric, build_metrics, paired_rows
 from eval.report import read_report
 from eval.statistics import holm, mcnemar_exact, wilson
-from tests.support.manifests import complete_manifest
+from eval.verdict import Question
+from scripts.common.errors import UserError
+from tests.support.tables import passes, table
 
-BASE, SFT = [True, False, False, True, False, False], [True, True, True, True, True, False]
+BASE, SFT = [1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]
+QUESTION = Question(a="dpo", b="sft", measures=["all_rules"])
 
 
-def test_a_rate_carries_its_score_interval_and_the_exact_paired_test() -> None:
-    metric = binary_metric("name", "Title", "checks", {"base": BASE, "sft": SFT}, phrase="the rate", items="pairs")
+def question(a: str, b: str, *measures: str, **facts: object) -> Question:
+    """Ask about these measures."""
+    return Question(a=a, b=b, measures=list(measures), **facts)
+
+
+def test_one_seed_of_a_rate_carries_its_score_interval_and_the_exact_paired_test() -> None:
+    (metric,) = build_metrics([table({"base": [BASE], "sft": [SFT]})], question("sft", "base", "all_rules"))
     expected = wilson(5, 6)
     estimate, (difference,) = metric.models["sft"], metric.differences
     assert (estimate.value, estimate.ci_low, estimate.ci_high) == (expected.value, expected.low, expected.high)
     assert (difference.a, difference.b, difference.value) == ("sft", "base", pytest.approx(0.5))
-    assert difference.p_value == mcnemar_exact(SFT, BASE)
-    assert (metric.n, metric.items, metric.phrase) == (6, "pairs", "the rate")
+    assert difference.p_value == mcnemar_exact(3, 0)
+    assert (difference.test, difference.df, difference.seeds) == ("McNemar, exact", None, 1)
+    assert (metric.n, metric.items, metric.clusters, metric.primary) == (6, "prompts", 6, True)
 
 
-def test_p_values_are_corrected_over_the_family() -> None:
-    metrics = [
-        mean_metric("mean", "Mean", "", "higher", "checks", {"base": [0.0] * 9, "sft": [1.0] * 9}),
-        ratio_metric("loss", "Loss", "nats", "loss", {"base": [2.0, 1.0], "sft": [1.0, 2.0]}, [1, 3]),
+def test_several_seeds_say_how_far_seeds_and_prompts_scatter() -> None:
+    rows = {"base": passes(0.3), "sft": passes(0.5, seeds=3, chance=1), "dpo": passes(0.7, seeds=3, chance=2)}
+    (metric,) = build_metrics([table(rows)], QUESTION)
+    difference = metric.differences[-1]
+    assert (difference.a, difference.b, difference.seeds, difference.test) == ("dpo", "sft", 3, "t, seeds × clusters")
+    assert difference.df == pytest.approx(3, abs=1.2), "three seeds, however many prompts"
+    assert difference.sd_seeds is not None
+    assert difference.sd_items > 0.4
+    assert len(metric.by_seed["sft"]) == 3
+    assert len(metric.by_seed["base"]) == 1
+    assert metric.models["sft"].value == pytest.approx(sum(metric.by_seed["sft"]) / 3)
+
+
+def test_arms_are_compared_over_the_seeds_that_both_have() -> None:
+    """The base, and an arm of one member, stand beside each seed; without a shared one there is nothing to pair."""
+    rows = {"base": [[0, 0]], "sft": [[1, 0], [0, 1], [1, 1]], "dpo": [[0, 0], [1, 1]]}
+    measure = table(rows, seeds={"base": (None,), "sft": (0, 1, 2), "dpo": (2, 1)})
+    ours, theirs = paired_rows(measure, "dpo", "sft")
+    assert ours.tolist() == [[0, 0], [1, 1]]
+    assert theirs.tolist() == [[1, 1], [0, 1]]
+    assert (paired_rows(measure, "sft", "base")[0] - paired_rows(measure, "sft", "base")[1]).shape == (3, 2)
+    (metric,) = build_metrics([measure], QUESTION)
+    difference = metric.differences[-1]
+    assert difference.value_a - difference.value_b == pytest.approx(difference.value)
+    assert difference.value_b == pytest.approx(0.75), "not 4 / 6, which is that of three seeds"
+    strangers = table(rows, seeds={"base": (None,), "sft": (0, 1, 2), "dpo": (7, 8)})
+    with pytest.raises(UserError, match="dpo and sft have no seed in common"):
+        build_metrics([strangers], QUESTION)
+
+
+def test_the_pair_in_question_is_turned_as_it_is_asked() -> None:
+    (metric,) = build_metrics([table({"sft": [BASE], "dpo": [SFT]})], question("sft", "dpo", "all_rules"))
+    assert [(d.a, d.b, d.value) for d in metric.differences] == [("sft", "dpo", pytest.approx(-0.5))]
+
+
+def test_p_values_of_the_question_and_of_all_else_are_corrected_as_two_families() -> None:
+    rows = {"base": passes(0.3), "sft": passes(0.45, chance=1), "dpo": passes(0.6, chance=2)}
+    others = {"base": passes(0.3, chance=4), "sft": passes(0.5, chance=5), "dpo": passes(0.5, chance=6)}
+    tables = [table(rows), table(others, "preference_accuracy"), table(rows, "check_1")]
+    metrics = build_metrics(tables, question("dpo", "sft", "all_rules", "preference_accuracy"))
+    asked = [m.differences[-1] for m in metrics[:2]]
+    rest = [d for m in metrics for d in m.differences if d.outcome is None]
+    assert len(rest) == 7
+    for family in (asked, rest):
+        assert [d.p_adjusted for d in family] == holm([d.p_value for d in family])
+
+
+def test_what_could_have_been_seen_is_said_at_the_corrected_alpha() -> None:
+    rows = {"sft": passes(0.5), "dpo": passes(0.52, chance=2)}
+    gaps = [
+        build_metrics([table(rows), table(rows, "again")], question("dpo", "sft", *measures))[0]
+        .differences[0]
+        .smallest_gap
+        for measures in (["all_rules"], ["all_rules", "again"])
     ]
-    adjust_p_values(metrics)
-    differences = [metric.differences[0] for metric in metrics]
-    assert [d.p_adjusted for d in differences] == holm([d.p_value for d in differences])
-    assert [d.shown for d in differences] == [True, False]
+    assert gaps[0] < gaps[1]
 
 
-def test_the_spread_over_seeds_is_that_of_each_trained_model() -> None:
-    per_run = [
-        [binary_metric("name", "Title", "checks", {"base": BASE, "sft": outcomes})] for outcomes in (SFT, BASE, SFT)
-    ]
-    (row,) = spread_over_seeds(per_run, [0, 1, 2]).metrics
-    assert (row.title, row.base) == ("Title", pytest.approx(1 / 3))
-    assert row.models["sft"].values == pytest.approx([5 / 6, 1 / 3, 5 / 6])
-    assert set(row.models) == {"sft"}
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_nothing_that_is_needed_is_there_already(seeds: int) -> None:
+    """Seven prompts of which five speak for one model: it would not take "about 7 prompts" to show it."""
+    for chance in range(60):
+        rows = {"sft": passes(0.3, 7, seeds, chance), "dpo": passes(0.8, 7, seeds, chance + 1000)}
+        (difference,) = build_metrics([table(rows)], QUESTION)[0].differences
+        assert difference.needed_n is None or difference.needed_n > 7
+        assert difference.smallest_gap is None or difference.shown or difference.smallest_gap > abs(difference.value)
 
 
-@pytest.mark.parametrize(
-    ("trained_against", "continued", "reference"),
-    [
-        ("sft", "the sft beside it", "sft"),
-        ("sft", "another adapter", None),
-        ("base", "the sft beside it", "base"),
-        ("base", "another adapter", "base"),
-        ("base", "nothing", "base"),
-    ],
-)
-def test_the_reference_is_the_model_that_an_adapter_was_trained_against(
-    trained_against: str, continued: str, reference: str | None
-) -> None:
-    """Whether it is called by the same name or not: SFT may have been trained again since."""
-    sft = complete_manifest(files={"weights": "1"})
-    parents = {
-        "the sft beside it": sft.as_parent("elsewhere"),
-        "another adapter": complete_manifest(files={"weights": "2"}).as_parent("outputs/sft_adapter"),
-    }
-    dpo = complete_manifest("dpo", parent=parents.get(continued), config={"dpo": {"reference": trained_against}})
+def test_equal_outcomes_have_no_interval_without_width() -> None:
+    same = {"sft": [[1.0] * 40], "dpo": [[1.0] * 40]}
+    loss = {"sft": [[2.0] * 40], "dpo": [[2.0] * 40]}
+    binary, ratio = build_metrics(
+        [table(same), table(loss, "held_out_loss", weights=[2.0] * 40, unit="nats per token", better="lower")], QUESTION
+    )
+    assert binary.differences[0].ci_low < 0 < binary.differences[0].ci_high
+    assert binary.models["sft"].ci_low < 1
+    assert (ratio.differences[0].ci_low, ratio.differences[0].p_value) == (None, 1.0)
+    assert ratio.models["sft"].ci_low is None
 
-    assert reference_of(dpo, {"sft": sft, "dpo": dpo}) == reference
-    assert reference_of(sft, {"sft": sft, "dpo": dpo}) == "base"
+
+def test_pairs_of_one_prompt_are_not_taken_for_independent() -> None:
+    """Twenty prompts of ten pairs, where a model wins or loses whole prompts by chance: few reports find a difference."""
+    from numpy.random import default_rng
+
+    found = 0
+    for chance in range(200):
+        wins = default_rng(chance).choice([1, 0], (1, 20)).repeat(10, axis=1)
+        (metric,) = build_metrics([table({"sft": (1 - wins).tolist(), "dpo": wins.tolist()}, pairs=10)], QUESTION)
+        found += metric.differences[0].shown
+    assert found <= 20, f"{found} of 200 false alarms"
 
 
 OLD = {
@@ -130,8 +177,13 @@ def test_the_report_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
     report = read_report(tmp_path)
     assert report.metrics[0].phrase == ""
-    assert report.metrics[0].model_dump(include=set(OLD["metrics"][0]) - {"models"}) == {
-        key: value for key, value in OLD["metrics"][0].items() if key != "models"
+    (written,) = OLD["metrics"]
+    assert report.metrics[0].model_dump(include=set(written) - {"models", "differences"}) == {
+        key: value for key, value in written.items() if key not in ("models", "differences")
     }
+    assert [d.model_dump(include=set(written["differences"][0])) for d in report.metrics[0].differences] == written[
+        "differences"
+    ]
+    assert report.verdict.outcome == "undecided", "no difference could be shown"
     assert isinstance(report.benchmarks.metrics[0], Metric)
     assert report.samples[0].reference == "r"

@@ -17,15 +17,16 @@ import pytest
 from eval.drawing import axis, draw_curves
 from eval.figures import number, p_value, round_ticks
 from eval.metrics import Difference
-from eval.overview import overview, typical_answer
 from eval.report import (
     TEMPLATE,
     Report,
     find_curves,
     marked_answers,
+    overview,
     read_report,
     reading,
     render_report,
+    typical_answer,
     word_differences,
     write_report,
 )
@@ -393,7 +394,7 @@ def test_the_sentence_speaks_of_the_measure_in_which_something_was_found():
 
 
 def test_a_report_of_an_earlier_version_keeps_its_own_verdict(report):
-    assert report.verdict.outcome == "no_difference"
+    assert report.verdict.outcome == "undecided", "which it called no_difference"
     report = report.model_copy(deep=True)
     report.metrics[1].name, report.metrics[1].differences[0].shown = "preference_accuracy", True
     assert "no difference can be shown" in said(report), "there the seeds could overrule what the items show"
@@ -419,7 +420,7 @@ def test_the_picture_holds_every_interval_and_a_ring_for_each_seed(name):
     assert set(trained) == {expected}, "the value of a single seed is the dot itself"
 
 
-def test_what_a_verdict_rests_on_is_said():
+def test_the_line_below_the_sentence_names_what_it_rests_on():
     assert overview(REPORTS["undecided"]()).facts == [
         "84 prompts and 37 pairs",
         "one seed, so it speaks of these two adapters",
@@ -503,7 +504,7 @@ def test_text_can_be_read_in_light_and_in_dark(scheme):
     for name in ("old", "new"):
         assert contrast(colours["ink"], colours[name]) >= 4.5, name
     for hue in range(8):
-        assert contrast(colours[f"m{hue}"], colours["paper"]) >= 3, "marks can be told from the page"
+        assert contrast(colours[f"m{hue}"], colours["paper"]) >= 3, "marks stand out from the page"
 
 
 FIRST_SCREEN = """<script>

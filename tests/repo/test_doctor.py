@@ -26,7 +26,7 @@ from scripts.dataset.split import side_of
 from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import ROOT, run_python, write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
-from tests.support.manifests import finish_folder
+from tests.support.manifests import change_manifest, finish_folder, split_facts
 
 Screen = Callable[..., tuple[int, dict[str, list[str]]]]
 
@@ -68,10 +68,23 @@ def test_everything_in_order_is_one_screen_of_ok_and_the_next_command(screen: Sc
 
     assert code == 0
     assert {line.split()[0] for name, lines in found.items() if name != "packages" for line in lines} == {"ok"}
-    assert list(found) == ["python", "packages", "config", "hardware", "model", "memory", "disk", "data", "adapters", "ports", "store"]  # fmt: skip
-    assert sum(len(lines) for lines in found.values()) <= 20
+    assert list(found) == ["python", "packages", "config", "hardware", "model", "memory", "disk", "data", "plan", "adapters", "ports", "store"]  # fmt: skip
+    assert sum(len(lines) for lines in found.values()) <= 22
     assert found["adapters"] == ["ok not there yet: outputs/sft_adapter, outputs/dpo_adapter"]
     assert list(tmp_path.glob("outputs*")) == [], "it writes nothing"
+
+
+def test_plan_lines_say_how_small_a_difference_can_be_shown(screen: Screen) -> None:
+    """At the number of seeds that is planned; nothing where the data cannot be read, which their own lines say."""
+    _, found = screen()
+    assert re.match(
+        r"ok preference_accuracy: \d+ items.*, 1 seed: shows a difference between these two adapters", found["plan"][0]
+    )
+    assert found["plan"][-1].startswith("ok assumed: preference_accuracy scatter by ")
+    _, found = screen("eval.plan.seeds=5", 'eval.plan.measures=["held_out_loss"]')
+    assert re.match(r"ok held_out_loss: \d+ items.*, 5 seeds: shows a difference between the methods", found["plan"][0])
+    _, found = screen("dpo.dataset_path=nowhere.jsonl")
+    assert "plan" not in found
 
 
 def test_data_lines_say_how_the_records_are_split(screen: Screen) -> None:
@@ -401,6 +414,30 @@ def test_adapters_are_proved_whole_and_of_the_configured_base(screen: Screen, tm
     assert "adapter_model.safetensors: changed since manifest.json" in lines["changed"]
     assert lines["misspelt"].startswith("bad serve.adapters.mine: outputs/sft_adaptor: no such folder")
     assert lines["misspelt"].endswith("fix: Did you mean outputs/sft_adapter?")
+
+
+@pytest.mark.parametrize(
+    ("key", "split", "status", "said"),
+    [
+        ("dpo.init_from", {"seed": 0, "ratio": 0.5}, "bad", "dpo.init_from: old: was trained by an earlier version"),
+        ("dpo.init_from", split_facts(seed=4), "bad", "dpo.init_from: old: was trained with another split (seed 4"),
+        ("dpo.init_from", split_facts(validation_ratio=0.05), "bad", "Set data.validation_ratio: 0.05, or train again"),
+        ("dpo.init_from", split_facts(), "ok", "old: whole, sft on some/base"),
+        ("serve.adapter_path", {"seed": 0, "ratio": 0.5}, "warn", "old: whole, sft on some/base, but it cannot be compared"),
+    ],
+)  # fmt: skip
+def test_the_split_of_an_adapter_is_checked_before_it_is_continued(
+    screen: Screen, tmp_path: Path, tiny_llama: Path, key: str, split: dict, status: str, said: str
+) -> None:
+    """Serving takes any; only what will be refused later is bad."""
+    change_manifest(finished(tmp_path / "old", base_fingerprint(tiny_llama)), split=split)
+
+    code, found = screen(f"{key}=old")
+
+    (line,) = (line for line in found["adapters"] if "not there yet" not in line)
+    assert line.startswith(f"{status} ")
+    assert said in line
+    assert code == (status == "bad")
 
 
 def older_schema(path: Path) -> None:

@@ -162,9 +162,7 @@ def read_records(ending: str) -> Callable[[bytes, Path], None]:
                     files = load_datasets(str(path), parse, data, "sft.dataset_path")
                     (file,) = files
                     assert all(isinstance(record, kind) and record.answer.strip() for record in file.records)
-                    assert len({cluster_of(record) for record in file.records if kind is Record}) >= (
-                        kind is Record
-                    )
+                    assert len({cluster_of(record) for record in file.records if kind is Record}) >= (kind is Record)
                     assert count_duplicates(file.records) < len(file.records)
                     assert write_rejects(folder / "rejects.jsonl", files) == len(file.bad_rows)
                     split_records(files, data, 0)

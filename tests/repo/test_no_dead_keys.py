@@ -86,6 +86,7 @@ EFFECTS = "repo/test_key_effects.py::test_key_reaches_the_trainer"
 SFT, DPO = "training/test_train_sft.py::", "training/test_train_dpo.py::"
 SCRUB, DEID = "deid/test_scrubbing.py::", "deid/test_deid_presidio.py::"
 JUDGE, LMEVAL, COMPARE = "eval/test_judge.py::", "eval/test_run_lmeval.py::", "eval/test_compare.py::"
+STUDY = "studies/test_study.py::"
 ARMS = "eval/test_arms.py::"
 PAIRS = "pairs/test_make_pairs.py::"
 FAULTS, EXPORT = "serve/test_faults.py::", "export/test_export_lora.py::"
@@ -103,8 +104,11 @@ PROOFS = {
     },
     "lora.target_modules": "model/test_adapter.py::test_named_modules_are_the_only_ones_adapted",
     "lora.init": EFFECTS,
-    "data.validation_ratio": "dataset/test_split.py::test_split_seed_changes_who_is_held_out_and_ratio_how_many",
-    "data.split_seed": "dataset/test_split.py::test_split_seed_changes_who_is_held_out_and_ratio_how_many",
+    **{
+        f"data.{key}": "dataset/test_split.py::test_split_seed_changes_which_prompts_and_ratios_how_many"
+        for key in ("validation_ratio", "test_ratio", "split_seed")
+    },
+    "data.group_field": "dataset/test_split.py::test_a_group_stays_on_one_side_in_every_file_and_with_any_prompt",
     "data.on_bad_row": SFT + "test_bad_rows_are_written_to_the_run_folder_when_skipped",
     "data.train_on": "dataset/test_records.py::test_train_on_decides_which_answers_carry_the_loss",
     "data.system_prompt": "dataset/test_records.py::test_system_prompt_goes_only_before_conversations_that_bring_none",
@@ -142,6 +146,8 @@ PROOFS = {
     "pairs.temperature": PAIRS + "test_mistakes_get_one_message_and_write_nothing",
     "pairs.max_per_prompt": PAIRS + "test_so_many_pairs_are_made_of_a_prompt_at_most",
     "pairs.balance_length": PAIRS + "test_lengths_are_balanced_unless_that_is_not_wanted",
+    "study.output_dir": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
+    "study.seeds": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "performance.device": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.dtype": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.threads": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
@@ -208,6 +214,7 @@ PROOFS = {
     "tracking.mlflow_tracking_uri": "common/test_tracking.py::test_store_that_cannot_be_opened_is_refused_by_key_and_uri",
     "tracking.experiment": SFT + "test_weights_of_datasets_reach_training",
     "tracking.log_adapter": SFT + "test_weights_of_datasets_reach_training",
+    "tracking.parent_run_id": "common/test_tracking.py::test_the_configured_parent_comes_before_that_of_the_stage",
     **{f"Check.{name}": CHECK for name in schema.Check.model_fields if name != "name"},
     "Check.name": COMPARE + "test_every_check_has_its_row_by_name",
     "WeightedDataset.path": SFT + "test_weights_of_datasets_reach_training",
@@ -219,6 +226,7 @@ WITH_SETTINGS = {  # a test that gives the script both --config and --set, and f
     "scripts.train_dpo": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
     "scripts.make_pairs": PAIRS + "test_settings_reach_the_samples",
     "scripts.export_lora": EXPORT + "test_folders_of_the_configuration_are_used",
+    "scripts.study": STUDY + "test_flags_decide_seeds_and_variants",
     "scripts.doctor": "repo/test_doctor.py::test_data_is_read_as_training_reads_it",
     "eval.compare": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",
     "eval.judge": JUDGE + "test_settings_of_the_endpoint_reach_it",
@@ -238,6 +246,8 @@ FLAG_PROOFS = {
     "scripts.make_pairs --from": PAIRS + "test_another_adapter_is_asked_when_it_is_named",
     "scripts.make_pairs --votes": PAIRS + "test_votes_become_pairs_and_those_on_held_out_prompts_do_not",
     "scripts.make_pairs --out": PAIRS + "test_a_killed_run_resumes_at_whole_batches_byte_for_byte",
+    **{f"scripts.study {flag}": STUDY + "test_flags_decide_seeds_and_variants" for flag in ("--seeds", "--vary", "--yes")},
+    "scripts.study --dry-run": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "scripts.export_lora --base_model": EXPORT + "test_adapter_of_another_base",
     "scripts.export_lora --adapter": EXPORT + "test_folders_of_the_configuration_are_used",
     "scripts.export_lora --out_dir": EXPORT + "test_merged_model_given_as_adapter",

@@ -60,7 +60,9 @@ def save_adapter(
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             chat_template_sha256=template_sha256(tokenizer),
             datasets=datasets,
-            split=SplitFacts(seed=0, validation_ratio=0.0, test_ratio=1.0, key_version=SPLIT_KEY_VERSION),  # it was trained on nothing
+            split=SplitFacts(
+                seed=0, validation_ratio=0.0, test_ratio=1.0, key_version=SPLIT_KEY_VERSION
+            ),  # it was trained on nothing
             config=config,
             mlflow=RunFacts(run_id=None),
             metrics={"held_out_loss_before": 2.0, "held_out_loss": 1.5},

@@ -37,7 +37,8 @@ def test_each_dataset_counts_its_own_records_when_one_path_begins_like_another(t
     (tmp_path / "a.json").write_text(json.dumps(rows("x", 10)))
     write_jsonl(tmp_path / "a.jsonl", rows("y", 20))
 
-    counts = [entry.train + entry.validation for entry in facts(f"{tmp_path}/a.json", f"{tmp_path}/a.jsonl")]
+    described = facts(f"{tmp_path}/a.json", f"{tmp_path}/a.jsonl")
+    counts = [entry.train + entry.validation + entry.test + entry.near_duplicates for entry in described]
 
     assert counts == [10, 20]
 
@@ -72,7 +73,12 @@ def write_answers(folder: Path, *words: int) -> Path:
         for name in ("sft", "dpo")
     }
     sections["dpo"] |= {"beta": 0.1, "init_from": None, "reference": "base", "learning_rate": 1e-2}
-    tree = {**sections, "offline": True, "performance": {"dtype": "fp32", "threads": 1, "compile": False}}
+    tree = {
+        **sections,
+        "data": {"test_ratio": 0},
+        "offline": True,
+        "performance": {"dtype": "fp32", "threads": 1, "compile": False},
+    }
     tree["tracking"] = {"mlflow_tracking_uri": f"sqlite:///{folder}/mlflow.db"}
     path = folder / "config.yaml"
     path.write_text(json.dumps(tree))

@@ -22,6 +22,7 @@ from tests.support.manifests import change_manifest, split_facts
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
 from tests.support.training import build_trainer
 
+NAMES = ["red", "blue", "green", "gold"]
 WITHOUT_SFT = ("--set", "dpo.init_from=null", "--set", "dpo.reference=base")
 
 
@@ -376,6 +377,39 @@ def test_takes_an_adapter_that_has_seen_nothing_of_what_is_held_out(chain: Path,
     assert dry_run_from(chain, adapter, "data.validation_ratio=0", "data.test_ratio=0", "data.split_seed=3") == 0
 
 
+def test_refuses_an_adapter_of_the_two_sided_split_of_earlier_versions(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter = shutil.copytree(chain / "out/sft_adapter", tmp_path / "sft")
+    change_manifest(adapter, split={"seed": 0, "ratio": 0.9})
+
+    assert dry_run_from(chain, adapter) == 2
+
+    said = capsys.readouterr().err
+    assert f"dpo.init_from: {adapter}: was trained by an earlier version, whose split had no test side" in said
+    assert "Train again: `python -m scripts.train_sft`." in said
+
+
+def test_near_duplicates_are_listed_in_a_dry_run_and_counted_in_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_chain(tmp_path)
+    text = "please say which of the colours on this old card is the brightest one"
+    write_jsonl(tmp_path / "sft.jsonl", [{"instruction": f"{text} {word}", "output": word} for word in NAMES])
+
+    common = ["--config", str(config), "--set", "data.split_seed=2"]  # one for the test, one for validation
+
+    assert train_sft.main([*common, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert " records are left out: their prompts are close to one that is trained on" in said
+    assert f"{tmp_path}/sft.jsonl:" in said
+
+    assert train_sft.main(common) == 0
+    (facts,) = manifest(tmp_path / "out/sft_adapter")["datasets"]
+    assert facts["near_duplicates"] == 2
+    assert facts["train"] + facts["validation"] + facts["test"] + facts["near_duplicates"] == len(NAMES)
+
+
 def test_refuses_an_adapter_whose_own_start_had_another_split(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -443,10 +477,12 @@ def test_such_an_answer_is_left_out_when_asked(stage: str, tmp_path: Path, capsy
     change_generation_config(tmp_path / "model", eos_token_id=tokens)
     main = {"sft": train_sft.main, "dpo": train_dpo.main}[stage]
 
-    assert main(["--config", config, *WITHOUT_SFT, "--dry-run"]) == 2
+    every = [*WITHOUT_SFT, "--dry-run", "--set", "data.test_ratio=0"]
+
+    assert main(["--config", config, *every]) == 2
     said = capsys.readouterr().err
     assert f"1 of 13 records cannot be trained on\n  {tmp_path}/{stage}.jsonl:13: the answer holds ' is'" in said
-    assert main(["--config", config, *WITHOUT_SFT, "--dry-run", "--set", "data.on_bad_row=skip"]) == 0
+    assert main(["--config", config, *every, "--set", "data.on_bad_row=skip"]) == 0
     assert "They are left out." in capsys.readouterr().err
 
 

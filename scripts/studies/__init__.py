@@ -1,0 +1,1 @@
+"""What a study trains, and how its runs are started and watched."""
