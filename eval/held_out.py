@@ -90,6 +90,9 @@ def read_held_out(config: LoadedConfig, stages: Collection[str], side: Side = "t
     split = sort_by_side(several, data, load_rest_of_chain(values, stages))
     records = split.test if side == "test" else split.validation
     near = tuple(each for each in split.near_duplicates if each.side == side)
+    earlier = {stage.continues for stage in TRAINING_STAGES.values() if stage.name in stages and stage.continues}
+    if not records and not near and earlier - set(stages):  # pairs of make_pairs are made of training prompts only
+        return read_held_out(config, [*stages, *earlier], side)
     if not records:
         head, ratio = f"data.{side}_ratio", getattr(data, f"{side}_ratio")
         if near:

@@ -268,12 +268,13 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
 
 def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     """Count the records of a stage on each side of the split."""
+    from scripts.common.pairs_manifest import are_made_pairs
     from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
     from scripts.dataset.split import IF_MOST, split_records
 
     section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
+    names = [source.path for source in sources_of(section.dataset_path)]
     if not read_here(config, stage):
-        names = [source.path for source in sources_of(section.dataset_path)]
         return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
     datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
     split = split_records(
@@ -287,6 +288,8 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     left_out = Counter(each.side for each in split.near_duplicates)
     if left_out["test"] > len(split.test) or left_out["validation"] > len(split.validation):
         return Finding("warn", text, IF_MOST)
+    if not split.test and are_made_pairs(names):
+        return Finding("ok", f"{text}: pairs are made of training prompts, and the test asks those of sft.dataset_path")
     if not split.test:
         fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
         return Finding("warn", text, fix)

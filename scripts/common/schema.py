@@ -208,6 +208,32 @@ class Dpo(Training):
     )
 
 
+class Pairs(Section):
+    """How `python -m scripts.make_pairs` makes preference pairs of a model's own answers."""
+
+    samples_per_prompt: Positive = Field(4, description="Answers that are sampled to each prompt of the training side.")
+    max_per_prompt: Positive = Field(2, description="Most pairs of one prompt.")
+    max_prompts: Positive | None = Field(
+        None, description="Largest number of prompts to sample, a random sample that `seed` fixes; null samples all."
+    )
+    temperature: float = Field(
+        0.8,
+        gt=0,
+        le=10,
+        description="How far samples stray from the likeliest answer; 1 is the model's own distribution.",
+    )
+    max_new_tokens: Positive = Field(
+        256, description="Longest sample in tokens; one that is cut there is not a whole answer and makes no pair."
+    )
+    batch_size: Positive = Field(
+        16, description="Prompts in a batch, after which a killed run continues, and answers written at once."
+    )
+    balance_length: bool = Field(
+        True,
+        description="Leave pairs out until chosen and rejected answers are the longer ones about equally often, so that DPO does not learn length.",
+    )
+
+
 class Study(Section):
     """What `python -m scripts.study` repeats the training stages over."""
 
@@ -511,6 +537,7 @@ class Config(Section):
     lora: Lora = Lora()
     data: Data = Data()
     sft: Sft = Sft()
+    pairs: Pairs = Pairs()
     dpo: Dpo = Dpo()
     study: Study = Study()
     performance: Performance = Performance()

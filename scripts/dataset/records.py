@@ -209,7 +209,9 @@ def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:
     messages = with_system_prompt(messages, data.system_prompt)
     _check_order(messages, last="assistant")
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return Record(where, tuple(messages), tuple(answers if data.train_on == "all" else answers[-1:]), _group(row, data))
+    return Record(
+        where, tuple(messages), tuple(answers if data.train_on == "all" else answers[-1:]), group_of(row, data)
+    )
 
 
 def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
@@ -239,7 +241,7 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
     _check_order(prompt, last="user")
     if answers[0].strip() == answers[1].strip():
         raise RowError("rejected", "is the same as chosen, so there is nothing to prefer")
-    return Preference(where, tuple(prompt), answers[0], answers[1], _group(row, data))
+    return Preference(where, tuple(prompt), answers[0], answers[1], group_of(row, data))
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
@@ -249,7 +251,7 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def _group(row: dict[str, Any], data: Data) -> str | None:
+def group_of(row: dict[str, Any], data: Data) -> str | None:
     """Return what keeps a record together with others, written in one way: 7, 7.0 and " 7" are one customer."""
     name = data.group_field
     if name is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,4 +64,35 @@ def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0, **
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_talker(
+    folder: Path, words: Sequence[str], ends: float = 0.2, variety: float = 1.0, seed: int = 0
+) -> Path:
+    """Save a tiny Llama that says these words in any order and ends after each with about this probability.
+
+    Each word must be one token behind a space. What is alike in all hidden states leads to the words, and what differs
+    in them makes some likelier than others: `variety` times as much as in the model it starts from.
+    """
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_tiny_model(folder, seed=seed)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.encode(f" {word}", add_special_tokens=False) for word in words]
+    if any(len(of_word) > 1 for of_word in ids):
+        raise ValueError(f"each of {words} must be one token")
+    shared = 1.0  # in the first place of every hidden state, beside entries of about 0.02
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = shared
+        model.lm_head.weight *= variety
+        model.lm_head.weight[:, 0] = 0
+        likely = 12 / math.sqrt(model.config.hidden_size)  # the final norm makes the first place sqrt(hidden_size)
+        model.lm_head.weight[[of_word[0] for of_word in ids], 0] = likely
+        more = math.log(ends / (1 - ends) * len(words)) / math.sqrt(model.config.hidden_size)
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = likely + more
+    model.save_pretrained(folder)
     return folder

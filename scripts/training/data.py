@@ -12,6 +12,7 @@ from scripts.common.artifacts import DatasetFacts
 from scripts.common.deid_report import check_deid_report
 from scripts.common.distributed import is_main_process
 from scripts.common.errors import UserError, listing
+from scripts.common.pairs_manifest import are_made_pairs
 from scripts.common.paths import portable_path
 from scripts.common.run import Run
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
@@ -92,6 +93,12 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
         log.warning("%d records repeat an earlier one word for word and weigh that much more", duplicates)
     if shared := shared_answers(split):
         log.warning("%d of %d validation answers also occur in training", shared, len(split.validation))
+    if not split.validation and not split.test and are_made_pairs(file.path for file in files):
+        log.info(
+            "the pairs were made of training prompts, so none is held out: the last checkpoint is kept, and the comparison "
+            "asks the test prompts of sft.dataset_path"
+        )
+        return TrainingData(files, split)
     if not split.validation:
         log.warning("no record is for validation, so the last checkpoint is kept; see data.validation_ratio")
     if not split.test:

@@ -30,6 +30,10 @@ class DegenerationWatch(TrainerCallback):
     def __init__(self, trainer: PreferenceTrainer, tracker: Any, pairs: Sequence[RenderedPair], stop: bool) -> None:
         self.trainer, self.tracker, self.stop = trainer, tracker, stop
         self.pairs = list(pairs[:WATCHED_PROMPTS])
+        if stop and not pairs:
+            log.warning(
+                "dpo.stop_on_degeneration has no effect: there is no held-out prompt whose answer could be watched"
+            )
         positions = ModelShape.of(trainer.model.config).positions
         longest = max((len(pair.prompt_ids) for pair in self.pairs), default=0)
         self.tokens = max(1, min(WATCHED_TOKENS, positions - longest)) if positions else WATCHED_TOKENS

@@ -167,6 +167,9 @@ def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: boo
         "ddp_find_unused_parameters": False,
         **section.trainer,
     }
+    if not validation and (arguments["eval_strategy"] != "no" or arguments.get("eval_on_start")):
+        log.warning("%s.trainer: nothing is held out, so nothing is evaluated during training", run.stage)
+        arguments.update(eval_strategy="no", eval_on_start=False)
     same_rhythm = arguments["eval_strategy"] == arguments["save_strategy"] != "no" and (
         arguments["eval_strategy"] == "epoch" or arguments["save_steps"] % arguments["eval_steps"] == 0
     )

@@ -110,6 +110,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "training": ("common", "dataset", "model", "speed"),
     "deid": ("common", "dataset", "model"),
     "export": ("common", "dataset", "model"),
+    "pairs": ("common", "dataset", "model", "speed"),
     "studies": ("common", "dataset", "model", "speed", "training"),
 }
 

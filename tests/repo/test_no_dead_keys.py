@@ -88,6 +88,7 @@ SCRUB, DEID = "deid/test_scrubbing.py::", "deid/test_deid_presidio.py::"
 JUDGE, LMEVAL, COMPARE = "eval/test_judge.py::", "eval/test_run_lmeval.py::", "eval/test_compare.py::"
 STUDY = "studies/test_study.py::"
 ARMS = "eval/test_arms.py::"
+PAIRS = "pairs/test_make_pairs.py::"
 FAULTS, EXPORT = "serve/test_faults.py::", "export/test_export_lora.py::"
 CHECK = "eval/test_checks.py::test_each_condition_decides"
 PROOFS = {
@@ -138,6 +139,13 @@ PROOFS = {
     "dpo.loss_type": EFFECTS,
     "dpo.sft_weight": EFFECTS,
     "dpo.stop_on_degeneration": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
+    **{
+        f"pairs.{name}": PAIRS + "test_settings_reach_the_samples"
+        for name in ("samples_per_prompt", "max_prompts", "max_new_tokens", "batch_size")
+    },
+    "pairs.temperature": PAIRS + "test_mistakes_get_one_message_and_write_nothing",
+    "pairs.max_per_prompt": PAIRS + "test_so_many_pairs_are_made_of_a_prompt_at_most",
+    "pairs.balance_length": PAIRS + "test_lengths_are_balanced_unless_that_is_not_wanted",
     "study.output_dir": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "study.seeds": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "performance.device": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
@@ -221,6 +229,7 @@ PROOFS = {
 WITH_SETTINGS = {  # a test that gives the script both --config and --set, and fails without either
     "scripts.train_sft": SFT + "test_weights_of_datasets_reach_training",
     "scripts.train_dpo": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
+    "scripts.make_pairs": PAIRS + "test_settings_reach_the_samples",
     "scripts.export_lora": EXPORT + "test_folders_of_the_configuration_are_used",
     "scripts.study": STUDY + "test_flags_decide_seeds_and_variants",
     "scripts.doctor": "repo/test_doctor.py::test_data_is_read_as_training_reads_it",
@@ -238,6 +247,10 @@ FLAG_PROOFS = {
     "scripts.train_dpo --resume": DPO + "test_resuming_a_finished_run_does_nothing",
     "scripts.train_dpo --dry-run": DPO + "test_dry_run_trains_nothing",
     "scripts.train_dpo --require-deid-report": "repo/test_key_effects.py::test_data_without_a_report_is_refused_when_asked",
+    "scripts.make_pairs --by": PAIRS + "test_samples_that_keep_more_rules_are_preferred",
+    "scripts.make_pairs --from": PAIRS + "test_another_adapter_is_asked_when_it_is_named",
+    "scripts.make_pairs --votes": PAIRS + "test_votes_become_pairs_and_those_on_held_out_prompts_do_not",
+    "scripts.make_pairs --out": PAIRS + "test_a_killed_run_resumes_at_whole_batches_byte_for_byte",
     **{f"scripts.study {flag}": STUDY + "test_flags_decide_seeds_and_variants" for flag in ("--seeds", "--vary", "--yes")},
     "scripts.study --dry-run": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "scripts.export_lora --base_model": EXPORT + "test_adapter_of_another_base",

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 
 NAMES = (
     "README.md", "configs/README.md", "scripts/README.md", "serve/README.md", "eval/README.md", "eval/benchmarks/README.md",
-    "scripts/deid/README.md", "scripts/dataset/README.md", "scripts/model/README.md", "scripts/export/README.md",
+    "scripts/deid/README.md", "scripts/dataset/README.md", "scripts/pairs/README.md", "scripts/model/README.md", "scripts/export/README.md",
     "data/README.md", "tests/drills/README.md",
 )  # fmt: skip
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
@@ -212,7 +212,7 @@ FILES = [
 def test_named_file_exists(name: str, path: str) -> None:
     made = (
         "data/sft/mydata.jsonl", "data/sft/sample_pii.deid.jsonl", "data/sft/labelled.jsonl", "scripts/summarise.py",
-        "outputs/comparison/report.html",
+        "outputs/comparison/report.html", "outputs/pairs.jsonl", "outputs/pairs.jsonl.manifest.json",
     )  # fmt: skip
     assert path in made or (ROOT / path).exists() or ((ROOT / name).parent / path).exists()
 
@@ -252,7 +252,7 @@ def test_code_shown_uses_names_that_exist(code: str) -> None:
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*.py"))
     read, _ = names_in(code)
     known = set(dir(builtins)).union(*(names_in(block)[1] for block in CODE))
-    libraries = {"torch", "functional", "Any", "Sequence", "Path", "json"}
+    libraries = {"torch", "functional", "Any", "Counter", "Sequence", "Path", "json"}
     unknown = read - known - libraries
     assert {name for name in unknown if not re.search(rf"\b(def|class) {name}\b|^{name} = ", sources, re.M)} == set()
 

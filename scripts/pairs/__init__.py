@@ -1,0 +1,1 @@
+"""Preference pairs of a model's own answers."""
