@@ -260,23 +260,25 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
     """Read and split the records of each training stage as training does."""
     for stage in TRAINING_STAGES.values():
         try:
-            yield describe_records(config, stage)
+            yield from describe_records(config, stage)
         except UserError as error:
             yield failed(error)
 
 
-def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
-    """Count the records of a stage on each side of the split."""
+def describe_records(config: LoadedConfig, stage: TrainingStage) -> Iterator[Finding]:
+    """Count the records of a stage on each side of the split, and say what a run with them would warn of."""
     from scripts.dataset.files import find_file
-    from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
+    from scripts.dataset.records import PARSERS, describe_reading, load_datasets, load_rest_of_chain, sources_of
     from scripts.dataset.split import split_records
+    from scripts.training.advice import advise_on_records, advise_on_steps
 
     section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
     names = [source.path for source in sources_of(section.dataset_path)]
     files = [find_file(path, key) for path in names]
     size = sum(path.stat().st_size for path in files if path)
     if None in files or size > LARGE_BYTES:
-        return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
+        yield Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
+        return
     datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
     split = split_records(
         datasets, config.values.data, config.values.seed, load_rest_of_chain(config.values, [stage.name])
@@ -288,11 +290,19 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     text += f", {skipped} bad ones set aside" if skipped else ""
     if not split.test:
         fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
-        return Finding("warn", text, fix)
-    if not split.validation:
+        yield Finding("warn", text, fix)
+    elif not split.validation:
         fix = "--set data.validation_ratio=0.1, or more records: nothing would choose the checkpoint"
-        return Finding("warn", text, fix)
-    return Finding("ok", text)
+        yield Finding("warn", text, fix)
+    else:
+        yield Finding("ok", text)
+    for line in (line for file in datasets for line in describe_reading(file)):
+        yield Finding("ok", line)
+    records = [record for file in datasets for record in file.records]
+    advice = advise_on_records(stage.name, split, records) if split.test else []
+    for line in [*advice, *advise_on_steps(section, stage.name, len(split.train))]:
+        problem, _, fix = line.partition("; ")
+        yield Finding("warn", f"{stage.name}: {problem}", fix or f"see {key}")
 
 
 def check_adapters(config: LoadedConfig) -> Iterator[Finding]:

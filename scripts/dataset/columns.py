@@ -117,20 +117,24 @@ def _find_layout(names: tuple[str, ...]) -> Layout | None:
         for name in names:
             if field not in own and _plain(name) == field:
                 own[field] = name
-    found = dict(own)
+    found, ambiguous = dict(own), dict[str, list[str]]()
     for field, aliases in ALIASES.items():
         group = next((group for group in (QUESTIONS, ANSWERS) if field in group), (field,))
         candidates = [name for name in names if _plain(name) in aliases and name not in found.values()]
         beside_prompt = field == "input" and "prompt" in own  # which says everything by itself
         if candidates and not beside_prompt and not any(one in own for one in group):
-            if len(candidates) > 1:
-                maps = [as_columns({name: field}) for name in candidates]
-                raise RowError(
-                    "fields", f"{' and '.join(candidates)} could both be {field}; say which: {' or '.join(maps)}"
-                )
+            ambiguous |= {field: candidates} if len(candidates) > 1 else {}
             found[field] = candidates[0]
-    name = _layout_of(own) or _layout_of(found)
-    return Layout(name, {field: found[field] for field in _fields_of(name, found)}) if name else None
+    layout = _layout_of(own) or _layout_of(found)
+    if layout is None:
+        return None
+    columns = {field: found[field] for field in _fields_of(layout, found)}
+    for field in columns.keys() & ambiguous.keys():
+        maps = " or ".join(as_columns({name: field}) for name in ambiguous[field])
+        raise RowError(
+            "fields", f"{' and '.join(ambiguous[field])} could both be {field}; say beside the path which: {maps}"
+        )
+    return Layout(layout, columns)
 
 
 def _layout_of(fields: Collection[str]) -> str | None:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from scripts.common.artifacts import sha256_json
 from scripts.common.errors import UserError, did_you_mean, not_utf8
@@ -93,8 +93,8 @@ def _unpacked(path: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str
         raise UserError(f"{path}: not a gzip file that can be read ({error}). Compress it again.") from None
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+def _open_bytes(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.errors import UserError, listing
@@ -23,11 +23,7 @@ from scripts.dataset.columns import (
     MESSAGES,
     NO_VALUE,
     PAIR,
-    REASONING_KEYS,
-    ROLES,
-    SPEAKERS,
     SYSTEM,
-    TOOL_SPEAKERS,
     USER,
     Layout,
     RowError,
@@ -39,17 +35,16 @@ from scripts.dataset.columns import (
     is_verdict,
     message_list_in,
     missing_words,
-    refuse_tools,
     refuse_unusable,
     rename,
     unused_columns,
-)
+)  # fmt: skip
 from scripts.dataset.files import BadRow, find_file, read_hub, read_rows
+from scripts.dataset.turns import Turn, merge_turns, read_text, read_turns, show_difference
 
 log = logging.getLogger(__name__)
 
 Message = dict[str, str]
-THINK, END_THINK = "<think>", "</think>"  # how the reasoning of an answer stands in its text
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,9 @@ def load_datasets(
     files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
     for file in files if data.on_bad_row == "stop" else ():
-        if len({(row.field, row.reason) for row in file.bad_rows}) == 1 and not file.records and len(file.bad_rows) > 1:
+        # What stands behind the first semicolon may quote the row.
+        kinds = {(row.field, row.reason.partition(";")[0]) for row in file.bad_rows}
+        if len(kinds) == 1 and not file.records and len(file.bad_rows) > 1:
             raise UserError(
                 f"{key}: none of the {len(file.bad_rows)} rows can be used, all for one reason\n  {file.bad_rows[0]}"
             )
@@ -217,10 +214,10 @@ def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:
     _refuse_verdict(row, layout)
     fields = layout.read(row)
     if layout.name == MESSAGES:
-        turns = _turns(fields["messages"], layout.columns["messages"], USER)
+        turns = read_turns(fields["messages"], layout.columns["messages"], USER)
     else:
         answer = next(field for field in ANSWERS if field in fields)
-        turns = [*_question(fields, layout), *_turns(fields[answer], layout.columns[answer], ASSISTANT)]
+        turns = [*_question(fields, layout), *read_turns(fields[answer], layout.columns[answer], ASSISTANT)]
         if not is_missing(fields.get("reasoning_content")):
             turns[-1] = turns[-1].thinking({"reasoning_content": fields["reasoning_content"]}, "reasoning_content")
     turns = _in_order(_merged(_with_system_column(turns, fields, layout), data), data, last=ASSISTANT)
@@ -247,7 +244,7 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
         )
     fields = layout.read(row)
     sides = {
-        name: _merged(_turns(_one_text(fields[name], layout.columns[name]), layout.columns[name], ASSISTANT), data)
+        name: _merged(read_turns(_one_text(fields[name], layout.columns[name]), layout.columns[name], ASSISTANT), data)
         for name in ("chosen", "rejected")
     }
     asked = [fields.get(name) for name in ("prompt", "instruction", "input")]
@@ -258,7 +255,8 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
         raise _missing_prompt(row, layout)
     else:
         prompt = _shared_start(*sides.values())
-    answers = [_answer_after(prompt, turns, layout.columns[name], given=given) for name, turns in sides.items()]
+        _check_shared_start(prompt, *sides.values())
+    answers = [_answer_after(prompt, turns, layout.columns[name]) for name, turns in sides.items()]
     prompt = _in_order(_merged(_with_system_column(prompt, fields, layout), data), data, last=USER)
     if answers[0].strip() == answers[1].strip():
         raise RowError("rejected", "is the same as chosen, so there is nothing to prefer")
@@ -296,15 +294,15 @@ def _question(fields: dict[str, Any], layout: Layout) -> list[Turn]:
             raise RowError(
                 more, f"stands beside {prompt}; say beside the path whether it is part of the question: {join} joins both, {leave_out} leaves it out"
             )  # fmt: skip
-        return [*history, *_turns(fields["prompt"], layout.columns["prompt"], USER)]
+        return [*history, *read_turns(fields["prompt"], layout.columns["prompt"], USER)]
     instruction = layout.columns.get("instruction", "instruction")
     if isinstance(fields.get("instruction"), str) and (listed := message_list_in(fields["instruction"], instruction)):
         fields = fields | {"instruction": listed}
     if isinstance(fields.get("instruction"), list) and not has_input:
-        return [*history, *_turns(fields["instruction"], instruction, USER)]
+        return [*history, *read_turns(fields["instruction"], instruction, USER)]
     parts = [
-        "" if fields.get("instruction") is None else _text(fields, "instruction", instruction, empty=True),
-        _text(fields, "input", layout.columns["input"], empty=True) if has_input else "",
+        "" if fields.get("instruction") is None else read_text(fields, "instruction", instruction, empty=True),
+        read_text(fields, "input", layout.columns["input"], empty=True) if has_input else "",
     ]
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
@@ -322,12 +320,12 @@ def _history(value: Any, name: str) -> list[Turn]:
         return []
     if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
         return [
-            Turn(role, _text({name: text}, name, f"{name}[{number}]"))
+            Turn(role, read_text({name: text}, name, f"{name}[{number}]"))
             for number, pair in enumerate(value)
             for role, text in zip((USER, ASSISTANT), pair, strict=True)
         ]
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return _turns(value, name, USER)
+        return read_turns(value, name, USER)
     raise RowError(name, "wanted a list of [question, answer], or of messages")
 
 
@@ -336,7 +334,7 @@ def _with_system_column(turns: list[Turn], fields: dict[str, Any], layout: Layou
     if is_missing(fields.get("system")):
         return turns
     column = layout.columns["system"]
-    text = _text(fields, "system", column)
+    text = read_text(fields, "system", column)
     if turns and turns[0].role == SYSTEM:
         if turns[0].content.strip() != text.strip():
             raise RowError(column, "differs from the system message in the conversation; keep one of them")
@@ -370,7 +368,18 @@ def _shared_start(chosen: list[Turn], rejected: list[Turn]) -> list[Turn]:
     return [left for left, _ in takewhile(lambda pair: pair[0][:2] == pair[1][:2], pairs)]
 
 
-def _answer_after(prompt: list[Turn], turns: list[Turn], name: str, *, given: bool) -> str:
+def _check_shared_start(shared: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> None:
+    number = len(shared)
+    if max(len(chosen), len(rejected)) > number + 1:
+        left, right = show_difference(chosen, number, rejected), show_difference(rejected, number, chosen)
+        raise RowError(
+            "rejected",
+            "wanted a pair that shares everything before its last answer; chosen and rejected differ from turn "
+            f"{number + 1} on: {left} and {right}",
+        )
+
+
+def _answer_after(prompt: list[Turn], turns: list[Turn], name: str) -> str:
     """Return the one answer that follows a prompt, which a side may repeat before it."""
     repeats = [turn[:2] for turn in turns[: len(prompt)]] == [turn[:2] for turn in prompt]
     rest = turns[len(prompt) :] if repeats else turns
@@ -383,26 +392,12 @@ def _answer_after(prompt: list[Turn], turns: list[Turn], name: str, *, given: bo
         number = next(
             (n for n, (own, asked) in enumerate(zip(turns, prompt, strict=False)) if own[:2] != asked[:2]), len(turns)
         )
-        own, asked = (_shown(side, number, other) for side, other in ((turns, prompt), (prompt, turns)))
+        own, asked = (show_difference(side, number, other) for side, other in ((turns, prompt), (prompt, turns)))
         reason += (
             f"; its turn {number + 1} is {own}, in the prompt {asked}. Make both the same, or take the prompt from chosen and "
             f"rejected: {as_columns({'prompt': None})}"
         )
-    elif len(turns) > 1 and not given:
-        reason += f"; what chosen and rejected share ends after turn {len(prompt)}, and this one has {len(rest)} more"
     raise RowError(name, reason)
-
-
-def _shown(turns: list[Turn], number: int, other: list[Turn]) -> str:
-    """Write a turn so that the place shows where it differs from the other side's."""
-    if number >= len(turns):
-        return "missing"
-    role, text, _ = turns[number]
-    beside = other[number].content if number < len(other) else ""
-    start = next((n for n, (a, b) in enumerate(zip(text, beside, strict=False)) if a != b), min(len(text), len(beside)))
-    start = 0 if number >= len(other) or role != other[number].role else max(0, start - 20)
-    piece = ("…" if start else "") + text[start : start + 40] + ("…" if len(text) > start + 40 else "")
-    return f"{role} {piece!r}"
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
@@ -428,108 +423,8 @@ def _group(row: dict[str, Any], data: Data) -> str | None:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column of numbers with a gap is written as 7.0
 
 
-def _text(row: dict[str, Any], field_name: str, name: str, *, empty: bool = False) -> str:
-    """Return a text of a row; `name` is what an error calls it."""
-    value = row.get(field_name)
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
-        value = _joined_parts(value, name)
-    if value is not None and value != value:
-        raise RowError(name, "is empty (NaN)")
-    if not isinstance(value, str):
-        raise RowError(name, f"found {type(value).__name__}, wanted text{_quoted(value)}")
-    if not value.strip() and not empty:
-        raise RowError(name, "is empty")
-    if value.strip() in NO_VALUE:
-        raise RowError(name, f"is the word {value.strip()}, which pandas writes for an empty cell; take such rows out")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise RowError(name, "holds half of a surrogate pair, which no tokenizer can read")
-    return value
-
-
-def _quoted(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    return f'; a number is written as text: "{value}"' if number else ""
-
-
-def _joined_parts(parts: Sequence[dict[str, Any]], name: str) -> str:
-    """Return the text of a content that comes in parts, as OpenAI's format allows."""
-    for part in parts:
-        if part["type"] not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            raise RowError(name, f"holds a part of type {part['type']!r}; only text can be trained on here")
-    return "".join(part["text"] for part in parts)
-
-
-class Turn(NamedTuple):
-    """One message of a row, and whether an answer carries loss (OpenAI's `weight`)."""
-
-    role: str
-    content: str
-    trained: bool = True
-
-    def thinking(self, message: dict[str, Any], at: str) -> Turn:
-        """Put the reasoning that a message holds apart before its content, where rendering looks for it."""
-        given = [key for key in REASONING_KEYS if not is_missing(message.get(key))]
-        if not given:
-            return self
-        if len(given) > 1 or self.content.lstrip().startswith(THINK):
-            places = [*given, "content"] if len(given) == 1 else given
-            raise RowError(at, f"holds reasoning in {' and in '.join(places)}; keep one of them")
-        reasoning = _text(message, given[0], f"{at}.{given[0]}").strip("\n")
-        return self._replace(content=f"{THINK}\n{reasoning}\n{END_THINK}\n\n{self.content}")
-
-
-def _turns(value: Any, name: str, role: str) -> list[Turn]:
-    """Read a text as one turn of `role`, or a list of messages as it is, be it as a text too."""
-    if isinstance(value, str):
-        listed = message_list_in(value, name)
-        if listed is None:
-            return [Turn(role, _text({name: value}, name, name))]
-        value = listed
-    if not isinstance(value, list) or not value:
-        wanted = "wanted text or a list of messages with role and content"
-        way = _quoted(value) if role == ASSISTANT else ""
-        raise RowError(name, f"found {type(value).__name__}, {wanted}{way}")
-    return [_turn(message, f"{name}[{number}]") for number, message in enumerate(value)]
-
-
-def _turn(message: Any, at: str) -> Turn:
-    if not isinstance(message, dict):
-        raise RowError(at, "wanted an object with role and content")
-    refuse_tools(message, at)
-    speaker, content = ("role", "content") if "role" in message else ("from", "value")
-    if speaker not in message or content not in message:
-        raise RowError(at, "wanted an object with role and content")
-    said = message[speaker]
-    role = SPEAKERS.get(said.strip().casefold()) if isinstance(said, str) else None
-    if role is None:
-        tools = "; the turns of tools cannot be trained on here" if said in TOOL_SPEAKERS else ""
-        raise RowError(f"{at}.{speaker}", f"found {said!r}, wanted one of {', '.join(ROLES)}{tools}")
-    weight = message.get("weight")
-    if not is_missing(weight) and (isinstance(weight, str) or weight not in (0, 1)):
-        raise RowError(f"{at}.weight", f"found {weight!r}, wanted 0 (not trained) or 1")
-    turn = Turn(
-        role, _text(message, content, f"{at}.{content}", empty=role == SYSTEM), is_missing(weight) or bool(weight)
-    )
-    return turn.thinking(message, at) if role == ASSISTANT else turn
-
-
 def _merged(turns: list[Turn], data: Data) -> list[Turn]:
-    """Join consecutive turns of one role where the configuration asks for it."""
-    if not data.merge_turns:
-        return turns
-    merged: list[Turn] = []
-    for turn in turns:
-        before = merged[-1] if merged else None
-        if before is None or before.role != turn.role:
-            merged.append(turn)
-            continue
-        if before.trained != turn.trained or THINK in turn.content:
-            raise RowError(
-                "messages",
-                f"has consecutive {turn.role} turns of different weight or with reasoning; join them by hand",
-            )
-        merged[-1] = before._replace(content=f"{before.content}\n\n{turn.content}")
-    return merged
+    return merge_turns(turns) if data.merge_turns else turns
 
 
 def _in_order(turns: list[Turn], data: Data, last: str) -> list[Turn]:
@@ -555,6 +450,17 @@ def takes_turns(roles: Sequence[str], last: str) -> bool:
     """Tell whether user and assistant alternate, after a system message at most, and `last` ends the conversation."""
     talk = roles[1:] if roles[:1] == ["system"] else roles
     return bool(talk) and talk[-1] == last and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(talk))
+
+
+def describe_reading(file: DatasetFile) -> list[str]:
+    """Say which columns of a file are not used, and where a word was taken for a missing value."""
+    lines = []
+    if file.unused:
+        shown = ", ".join(file.unused[:20]) + (f" and {len(file.unused) - 20} more" if len(file.unused) > 20 else "")
+        lines.append(f"{file.path}: not used: {shown}. If one belongs to the records, name it in `columns`.")
+    for column, count in file.missing_words:
+        lines.append(f"{file.path}: {column}: {count} cells hold {' or '.join(NO_VALUE)} and are taken as empty")
+    return lines
 
 
 def count_duplicates(records: Sequence[Any]) -> int:

@@ -85,7 +85,7 @@ BAD_PAIRS = [
     ({"prompt": "q", "chosen": " a", "rejected": "a\n"}, "rejected: is the same as chosen, so there is nothing to prefer"),
     ({"prompt": talk("q", "a"), "chosen": "a", "rejected": "b"}, "messages: found the turns user, assistant; wanted [system,] user, assistant, … ending with user"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: found int, wanted text or a list of messages with role and content"),
-    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "q2", "c")}, "rejected: wanted exactly one assistant turn after the prompt; what chosen and rejected share ends after turn 1, and this one has 3 more"),
+    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "q2", "c")}, "rejected: wanted a pair that shares everything before its last answer; chosen and rejected differ from turn 2 on: assistant 'a' and assistant 'b'"),
     ({"prompt": "q", "chosen": " ", "rejected": "b"}, "chosen: is empty"),
     ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: found NoneType, wanted text or a list of messages with role and content"),
 ]  # fmt: skip
@@ -151,7 +151,7 @@ ORDER = "wanted [system,] user, assistant, … ending with assistant"
 
 
 WHOLE_REASONS = [
-    ('{"instruction": 5, "output": "a"}', 'instruction: found int, wanted text; a number is written as text: "5"'),
+    ('{"instruction": 5, "output": "a"}', 'instruction: found int, wanted text; write a number in quotes: "5"'),
     ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
     ('{"instruction": "q", "output": " "}', "output: is empty"),
     ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
