@@ -299,7 +299,8 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Iterator[Fin
     for line in (line for file in datasets for line in describe_reading(file)):
         yield Finding("ok", line)
     records = [record for file in datasets for record in file.records]
-    advice = advise_on_records(stage.name, split, records) if split.test else []
+    # That there is no test side is said above.
+    advice = [line for line in advise_on_records(stage.name, split, records) if split.test or "test_ratio" not in line]
     for line in [*advice, *advise_on_steps(section, stage.name, len(split.train))]:
         problem, _, fix = line.partition("; ")
         yield Finding("warn", f"{stage.name}: {problem}", fix or f"see {key}")
