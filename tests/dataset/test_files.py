@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scripts.common.errors import UserError
-from scripts.common.schema import Data
+from scripts.common.schema import Data, WeightedDataset
 from scripts.dataset.records import (
     load_datasets,
     parse_record,
@@ -338,6 +338,17 @@ def test_hub_dataset_is_read_from_its_train_split_as_a_file_is(hub: dict[tuple[s
         ("owner/name:2", "answer 2"),
     ]
     assert [(str(bad), bad.row) for bad in file.bad_rows] == [("owner/name:3: output: is empty", rows[2])]
+
+
+def test_hub_dataset_is_read_from_the_split_and_the_configuration_that_are_named(
+    hub: dict[tuple[str, str], Any],
+) -> None:
+    hub["owner/name/de", "test_sft"] = [instruction(1)]
+    source = WeightedDataset(path="owner/name", name="de", split="test_sft")
+
+    (file,) = load_datasets([source], parse_record, PLAIN, KEY)
+
+    assert [record.answer for record in file.records] == ["answer 1"]
 
 
 def test_hub_dataset_that_cannot_be_loaded_is_reported_with_what_to_do(hub: dict[tuple[str, str], Any]) -> None:
