@@ -42,8 +42,10 @@ def advise_on_records(stage: str, split: Split, records: Sequence[Record | Prefe
     if not split.test:
         advice.append("no record is for the test, so nothing will tell whether training helped; see data.test_ratio")
     elif len(split.test) < FEWEST_TESTED:
-        total = sum(map(len, (split.train, split.validation, split.test)))
-        ratio = min(0.5, math.ceil(100 * FEWEST_TESTED / total) / 100)
+        # Near-duplicates are left out of a side that they belong to, so the ratio has to make up for them.
+        total = sum(map(len, (split.train, split.validation, split.test, split.near_duplicates)))
+        chosen = len(split.test) + sum(each.side == "test" for each in split.near_duplicates)
+        ratio = min(0.5, math.ceil(100 * FEWEST_TESTED / len(split.test) * chosen / total) / 100)
         advice.append(
             f"only {len(split.test)} records are for the test, so the report can show large gaps alone; more records, or "
             f"data.test_ratio: {ratio:g}"

@@ -64,7 +64,7 @@ def screen(
 
 
 def test_everything_in_order_is_one_screen_of_ok_and_the_next_command(screen: Screen, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "sft.jsonl", sft_rows(40))
+    write_jsonl(tmp_path / "sft.jsonl", sft_rows(140)[-200:])  # other numbers than the pairs have
     write_jsonl(tmp_path / "dpo.jsonl", dpo_rows(50))
     code, found = screen()
 
