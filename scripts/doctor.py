@@ -261,21 +261,23 @@ def check_data(config: LoadedConfig) -> Iterator[Finding]:
     """Read and split the records of each training stage as training does."""
     for stage in TRAINING_STAGES.values():
         try:
-            yield describe_records(config, stage)
+            yield from describe_records(config, stage)
         except UserError as error:
             yield failed(error)
 
 
-def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
-    """Count the records of a stage on each side of the split."""
+def describe_records(config: LoadedConfig, stage: TrainingStage) -> Iterator[Finding]:
+    """Count the records of a stage on each side of the split, and say what a run with them would warn of."""
     from scripts.common.pairs_manifest import are_made_pairs
-    from scripts.dataset.records import PARSERS, load_datasets, load_rest_of_chain, sources_of
+    from scripts.dataset.records import PARSERS, describe_reading, load_datasets, load_rest_of_chain, sources_of
     from scripts.dataset.split import IF_MOST, split_records
+    from scripts.training.advice import advise_on_records, advise_on_steps
 
     section, key = getattr(config.values, stage.name), f"{stage.name}.dataset_path"
     names = [source.path for source in sources_of(section.dataset_path)]
     if not read_here(config, stage):
-        return Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
+        yield Finding("ok", f"{key}: {some(names)}: not read here; python -m {stage.script} --dry-run does")
+        return
     datasets = load_datasets(section.dataset_path, PARSERS[stage.records], config.values.data, key)
     split = split_records(
         datasets, config.values.data, config.values.seed, load_rest_of_chain(config.values, [stage.name])
@@ -287,16 +289,24 @@ def describe_records(config: LoadedConfig, stage: TrainingStage) -> Finding:
     text += f", {skipped} bad ones set aside" if skipped else ""
     left_out = Counter(each.side for each in split.near_duplicates)
     if left_out["test"] > len(split.test) or left_out["validation"] > len(split.validation):
-        return Finding("warn", text, IF_MOST)
-    if not split.test and are_made_pairs(names):
-        return Finding("ok", f"{text}: pairs are made of training prompts, and the test asks those of sft.dataset_path")
-    if not split.test:
+        yield Finding("warn", text, IF_MOST)
+    elif not split.test and are_made_pairs(names):
+        yield Finding("ok", f"{text}: pairs are made of training prompts, and the test asks those of sft.dataset_path")
+    elif not split.test:
         fix = "--set data.test_ratio=0.2, or more records: nothing would show whether it helped"
-        return Finding("warn", text, fix)
-    if not split.validation:
+        yield Finding("warn", text, fix)
+    elif not split.validation:
         fix = "--set data.validation_ratio=0.1, or more records: nothing would choose the checkpoint"
-        return Finding("warn", text, fix)
-    return Finding("ok", text)
+        yield Finding("warn", text, fix)
+    else:
+        yield Finding("ok", text)
+    for line in (line for file in datasets for line in describe_reading(file)):
+        yield Finding("ok", line)
+    records = [record for file in datasets for record in file.records]
+    advice = advise_on_records(stage.name, split, records, tested=False)  # a missing test side is named above
+    for line in [*advice, *advise_on_steps(section, stage.name, len(split.train))]:
+        problem, _, fix = line.partition("; ")
+        yield Finding("warn", f"{stage.name}: {problem}", fix or f"see {key}")
 
 
 def read_here(config: LoadedConfig, stage: TrainingStage) -> bool:

@@ -122,6 +122,10 @@ class Data(Section):
     train_on: Literal["all", "last"] = Field(
         "all", description="Which assistant turns of a chat are trained: all of them or only the last."
     )
+    merge_turns: bool = Field(
+        False,
+        description="Join consecutive turns of one role with a blank line; false refuses such a conversation.",
+    )
     system_prompt: str | None = Field(
         None,
         description="System message for conversations that have none; null leaves it to the model's template.",
@@ -136,11 +140,24 @@ class Data(Section):
     )
 
 
+# The names under which records are read; scripts/dataset/columns.py knows other names for them.
+RecordField = Literal[
+    "instruction", "input", "output", "prompt", "completion", "messages", "chosen", "rejected", "label", "system", "history",
+    "reasoning_content",
+]  # fmt: skip
+
+
 class WeightedDataset(Section):
-    path: str = Field(description="File (jsonl, json, csv, parquet) or Hub dataset id.")
+    path: str = Field(description="File (jsonl, json, csv, xlsx, parquet) or Hub dataset id.")
     weight: float = Field(
         1.0, gt=0, le=1000, description="Times each record is seen per epoch; 0.5 takes a fixed random half."
     )
+    columns: dict[str, RecordField | None] = Field(
+        default_factory=dict,
+        description="What your own columns are to this project, as in {Frage: instruction, Antwort: output}; null leaves a column out.",
+    )
+    split: str | None = Field(None, min_length=1, description="Split of a Hub dataset; null is `train`.")
+    name: str | None = Field(None, min_length=1, description="Configuration of a Hub dataset, such as a language.")
 
 
 Datasets = Annotated[list[WeightedDataset], Field(min_length=1)]

@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple, Self
 from scripts.common.artifacts import Manifest
 from scripts.common.errors import UserError, listing
 from scripts.common.schema import Data
-from scripts.dataset.records import END_THINK, REASONING_KEYS, THINK, Message, with_system_prompt
+from scripts.dataset.columns import REASONING_KEYS
+from scripts.dataset.records import Message, with_system_prompt
+from scripts.dataset.turns import END_THINK, THINK
 
 # For base models that bring no chat template, such as gpt2. Stored with the adapter like any other template.
 BOS_FIRST = "{{ bos_token }}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,34 @@ from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.errors import UserError, listing
 from scripts.common.schema import Config, Data, WeightedDataset
 from scripts.common.stages import TRAINING_STAGES
-from scripts.dataset.files import BadRow, _hub_rows, find_file, read_rows
+from scripts.dataset.columns import (
+    ANSWERS,
+    ASSISTANT,
+    MESSAGES,
+    NO_VALUE,
+    PAIR,
+    SYSTEM,
+    USER,
+    Layout,
+    RowError,
+    as_columns,
+    as_list,
+    describe_missing_layout,
+    find_layout,
+    is_missing,
+    is_verdict,
+    message_list_in,
+    missing_words,
+    refuse_unusable,
+    rename,
+    unused_columns,
+)  # fmt: skip
+from scripts.dataset.files import BadRow, find_file, read_hub, read_rows
+from scripts.dataset.turns import Turn, merge_turns, read_text, read_turns, show_difference
 
 log = logging.getLogger(__name__)
 
 Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
-# How the reasoning of an answer stands in its text, and the keys under which data and templates hold it apart.
-THINK, END_THINK = "<think>", "</think>"
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -87,11 +107,8 @@ class DatasetFile:
     weight: float
     records: tuple[Any, ...] = field(repr=False)
     bad_rows: tuple[BadRow, ...] = field(repr=False, default=())
-
-
-class RowError(Exception):
-    def __init__(self, field_name: str, reason: str) -> None:
-        self.field_name, self.reason = field_name, reason
+    unused: tuple[str, ...] = ()  # columns and keys of messages that hold something and are not read
+    missing_words: tuple[tuple[str, int], ...] = ()  # columns in which so many words stand for a missing value
 
 
 Parser = Callable[[dict[str, Any], str, Data], Any]
@@ -107,7 +124,9 @@ def load_datasets(
     files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
     for file in files if data.on_bad_row == "stop" else ():
-        if len({(row.field, row.reason) for row in file.bad_rows}) == 1 and not file.records and len(file.bad_rows) > 1:
+        # What stands behind the first semicolon may quote the row.
+        kinds = {(row.field, row.reason.partition(";")[0]) for row in file.bad_rows}
+        if len(kinds) == 1 and not file.records and len(file.bad_rows) > 1:
             raise UserError(
                 f"{key}: none of the {len(file.bad_rows)} rows can be used, all for one reason\n  {file.bad_rows[0]}"
             )
@@ -133,85 +152,82 @@ def sources_of(dataset_path: str | Sequence[WeightedDataset]) -> list[WeightedDa
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
     path = find_file(source.path, key)
     if path is None:
-        rows, digest = _hub_rows(source.path, key)
+        rows, digest = read_hub(source.path, source.name, source.split, key)
+    elif source.name or source.split:
+        option = "name" if source.name else "split"
+        raise UserError(f"{key}: {source.path}: has `{option}`, which only a dataset of the Hub has. Remove it.")
     else:
         rows, digest = list(read_rows(path)), sha256_file(path)
+    if not rows:
+        raise UserError(f"{source.path}: the file holds no record. {key} wants at least one.")
+    _check_columns(source, rows, key)
     records, bad = [], []
-    first_format = ""
+    unused, words = Counter[str](), Counter[str]()
+    first: Layout | None = None
     for where, row in rows:
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         try:
-            row_format = format_of(row)
-            first_format = first_format or row_format
-            if row_format != first_format:
+            renamed = rename(row, source.columns, data.group_field)
+            layout = find_layout(renamed)
+            first = first or layout
+            if first and layout and layout.name != first.name:
                 raise RowError(
-                    "format", f"found {row_format}, wanted {first_format} as in the first row; keep one format per file"
+                    "format",
+                    f"found {layout.name}, wanted {first.name} as in the first row; keep one format per file",
                 )
-            records.append(parse(row, where, data))
+            records.append(parse(renamed, where, data))
         except RowError as error:
             bad.append(BadRow(where, error.field_name, error.reason, row))
-    if not rows:
-        raise UserError(f"{source.path}: the file holds no record. {key} wants at least one.")
-    return DatasetFile(source.path, digest, source.weight, tuple(records), tuple(bad))
+        else:
+            if layout:
+                unused.update(unused_columns(renamed, layout, data.group_field))
+                unused.update(name for name in row if name not in renamed and name not in source.columns)
+                words.update(missing_words(renamed, layout))
+    return DatasetFile(
+        source.path, digest, source.weight, tuple(records), tuple(bad), tuple(unused), tuple(words.items())
+    )
 
 
-FORMATS = {
-    "instruction/input/output": ("instruction", "output"),
-    "prompt/chosen/rejected": ("chosen", "rejected"),
-    "prompt/completion": ("prompt", "completion"),
-    "messages": ("messages",),
-}
-
-
-def format_of(row: dict[str, Any]) -> str:
-    """Name the format of a row by its keys; other keys are allowed and ignored."""
-    for name, keys in FORMATS.items():
-        if all(key in row for key in keys):
-            return name
-    for keys in FORMATS.values():
-        absent = [key for key in keys if key not in row]
-        near = [_nearest_name(key, row) for key in absent]
-        if all(near):
-            renamed = ", ".join(f"`{old}` to `{new}`" for old, new in zip(near, absent, strict=True))
-            raise RowError("fields", f"found {', '.join(map(str, row))}; rename {renamed}")
-    wanted = "; ".join(" + ".join(keys) for keys in FORMATS.values())
-    raise RowError("fields", f"found {', '.join(map(str, row)) or 'none'}; wanted one of: {wanted}")
-
-
-def _nearest_name(key: str, row: dict[str, Any]) -> str | None:
-    names = {str(name).strip().lower(): str(name) for name in row}
-    near = difflib.get_close_matches(key, names, cutoff=0.75)
-    return names[near[0]] if near else None
+def _check_columns(source: WeightedDataset, rows: Sequence[tuple[str, Any]], key: str) -> None:
+    """Refuse a map of columns that names a column no row has, or one field twice."""
+    names = dict.fromkeys(str(name) for _, row in rows if isinstance(row, dict) for name in row)
+    for column in source.columns:
+        if column not in names:
+            raise UserError(
+                f"{key}: {source.path}: `columns` names `{column}`, which no row has. Found: {', '.join(names) or 'none'}."
+            )
+    fields = [name for name in source.columns.values() if name]
+    twice = next((name for name in fields if fields.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{key}: {source.path}: `columns` maps two columns to `{twice}`. Wanted one of each.")
 
 
 def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:
-    """Map a row of any SFT format to a Record."""
-    row_format = format_of(row)
-    if row_format == "instruction/input/output":
-        parts = [
-            _text(row, "instruction", empty=True),
-            _text(row, "input", empty=True) if row.get("input") is not None else "",
-        ]
-        prompt = "\n\n".join(part for part in parts if part.strip())
-        if not prompt:
-            raise RowError("instruction", "instruction and input are both empty")
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, "output")}]
-    elif row_format == "prompt/completion":
-        messages = [*_turns(row["prompt"], "prompt", "user"), *_turns(row["completion"], "completion", "assistant")]
-    elif row_format == "messages":
-        messages = _turns(row["messages"], "messages", "user")
-    else:
+    """Map a row of any SFT layout to a Record."""
+    layout = _layout_of(row, pairs=False)
+    if layout.name == PAIR:
         raise RowError(
             "fields", "found preference pairs, wanted instruction records; set dpo.dataset_path to this file"
         )
-    messages = with_system_prompt(messages, data.system_prompt)
-    _check_order(messages, last="assistant")
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return Record(
-        where, tuple(messages), tuple(answers if data.train_on == "all" else answers[-1:]), group_of(row, data)
-    )
+    _refuse_verdict(row, layout)
+    fields = layout.read(row)
+    if layout.name == MESSAGES:
+        turns = read_turns(fields["messages"], layout.columns["messages"], USER)
+    else:
+        answer = next(field for field in ANSWERS if field in fields)
+        turns = [*_question(fields, layout), *read_turns(fields[answer], layout.columns[answer], ASSISTANT)]
+        if not is_missing(fields.get("reasoning_content")):
+            turns[-1] = turns[-1].thinking({"reasoning_content": fields["reasoning_content"]}, "reasoning_content")
+    turns = _in_order(_merged(_with_system_column(turns, fields, layout), data), data, last=ASSISTANT)
+    answers = [index for index, turn in enumerate(turns) if turn.role == ASSISTANT]
+    wanted = answers if data.train_on == "all" else answers[-1:]
+    trained = [index for index in wanted if turns[index].trained]
+    if not trained:
+        raise RowError("messages", "holds no answer to train: each has weight 0")
+    # What follows the last trained answer teaches nothing.
+    return Record(where, _messages(turns[: trained[-1] + 1]), tuple(trained), group_of(row, data))
 
 
 def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
@@ -220,28 +236,168 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
     Texts stand for one turn each. Without a prompt, chosen and rejected must be message lists: what they share from
     the start is the prompt, and one assistant turn must follow on each side.
     """
-    if format_of(row) != "prompt/chosen/rejected":
+    layout = _layout_of(row, pairs=True)
+    if layout.name != PAIR:
+        _refuse_verdict(row, layout)
         raise RowError(
-            "fields", f"found {format_of(row)}, wanted prompt, chosen and rejected; set sft.dataset_path to this file"
+            "fields", f"found {layout.name}, wanted prompt, chosen and rejected; set sft.dataset_path to this file"
         )
-    chosen, rejected = _turns(row["chosen"], "chosen", "assistant"), _turns(row["rejected"], "rejected", "assistant")
-    if row.get("prompt") is not None:
-        prompt = _turns(row["prompt"], "prompt", "user")
-    elif isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
-        raise RowError("prompt", "is missing; only message lists may carry it inside chosen and rejected")
+    fields = layout.read(row)
+    sides = {
+        name: _merged(read_turns(_one_text(fields[name], layout.columns[name]), layout.columns[name], ASSISTANT), data)
+        for name in ("chosen", "rejected")
+    }
+    asked = [fields.get(name) for name in ("prompt", "instruction", "input")]
+    given = any(value is not None and value == value for value in asked)
+    if given:
+        prompt = _merged(_question(fields, layout), data)
+    elif any(len(turns) == 1 for turns in sides.values()):
+        raise _missing_prompt(row, layout)
     else:
-        prompt = [left for left, right in zip(chosen[:-1], rejected[:-1], strict=False) if left == right]
-    answers = []
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
-        if len(rest) != 1 or rest[0]["role"] != "assistant":
-            raise RowError(name, "wanted exactly one assistant turn after the prompt")
-        answers.append(rest[0]["content"])
-    prompt = with_system_prompt(prompt, data.system_prompt)
-    _check_order(prompt, last="user")
+        prompt = _shared_start(*sides.values())
+        _check_shared_start(prompt, *sides.values())
+    answers = [_answer_after(prompt, turns, layout.columns[name]) for name, turns in sides.items()]
+    prompt = _in_order(_merged(_with_system_column(prompt, fields, layout), data), data, last=USER)
     if answers[0].strip() == answers[1].strip():
         raise RowError("rejected", "is the same as chosen, so there is nothing to prefer")
-    return Preference(where, tuple(prompt), answers[0], answers[1], group_of(row, data))
+    return Preference(where, _messages(prompt), answers[0], answers[1], group_of(row, data))
+
+
+def _layout_of(row: dict[str, Any], *, pairs: bool) -> Layout:
+    layout = find_layout(row)
+    if layout is None:
+        raise describe_missing_layout(row, pairs=pairs)
+    refuse_unusable(row)
+    if "reasoning_content" not in layout.columns and not is_missing(row.get("reasoning_content")):
+        raise RowError("reasoning_content", "stands beside the answers; put it into the message that it belongs to")
+    return layout
+
+
+def _refuse_verdict(row: dict[str, Any], layout: Layout) -> None:
+    if is_verdict(row, layout):
+        label = layout.columns["label"]
+        raise RowError(
+            label,
+            "says that an answer is good or bad, and here a bad one would be trained like a good one; train such rows with "
+            f"python -m scripts.train_kto, or leave the column out: {as_columns({label: None})}",
+        )
+
+
+def _question(fields: dict[str, Any], layout: Layout) -> list[Turn]:
+    """Return what is asked, with the turns before it: a prompt, or an instruction with its input."""
+    history = _history(fields.get("history"), layout.columns.get("history", ""))
+    has_input = not is_missing(fields.get("input"))
+    if "prompt" in fields:
+        if has_input:
+            prompt, more = layout.columns["prompt"], layout.columns["input"]
+            join, leave_out = as_columns({prompt: "instruction"}), as_columns({more: None})
+            raise RowError(
+                more, f"stands beside {prompt}; say beside the path whether it is part of the question: {join} joins both, {leave_out} leaves it out"
+            )  # fmt: skip
+        return [*history, *read_turns(fields["prompt"], layout.columns["prompt"], USER)]
+    instruction = layout.columns.get("instruction", "instruction")
+    if isinstance(fields.get("instruction"), str) and (listed := message_list_in(fields["instruction"], instruction)):
+        fields = fields | {"instruction": listed}
+    if isinstance(fields.get("instruction"), list) and not has_input:
+        return [*history, *read_turns(fields["instruction"], instruction, USER)]
+    parts = [
+        "" if fields.get("instruction") is None else read_text(fields, "instruction", instruction, empty=True),
+        read_text(fields, "input", layout.columns["input"], empty=True) if has_input else "",
+    ]
+    prompt = "\n\n".join(part for part in parts if part.strip())
+    if not prompt:
+        raise RowError(instruction, "instruction and input are both empty" if "input" in fields else "is empty")
+    return [*history, Turn(USER, prompt)]
+
+
+def _history(value: Any, name: str) -> list[Turn]:
+    """Return the turns before a question: pairs of question and answer, or messages."""
+    if isinstance(value, str) and not is_missing(value):
+        value = as_list(value)
+        if value is None:
+            raise RowError(name, "found text, wanted a list of [question, answer]")
+    if is_missing(value) or value == []:
+        return []
+    if isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        return [
+            Turn(role, read_text({name: text}, name, f"{name}[{number}]"))
+            for number, pair in enumerate(value)
+            for role, text in zip((USER, ASSISTANT), pair, strict=True)
+        ]
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return read_turns(value, name, USER)
+    raise RowError(name, "wanted a list of [question, answer], or of messages")
+
+
+def _with_system_column(turns: list[Turn], fields: dict[str, Any], layout: Layout) -> list[Turn]:
+    """Put the system message of a column before the turns."""
+    if is_missing(fields.get("system")):
+        return turns
+    column = layout.columns["system"]
+    text = read_text(fields, "system", column)
+    if turns and turns[0].role == SYSTEM:
+        if turns[0].content.strip() != text.strip():
+            raise RowError(column, "differs from the system message in the conversation; keep one of them")
+        return turns
+    return [Turn(SYSTEM, text), *turns]
+
+
+def _one_text(value: Any, name: str) -> Any:
+    """Return the text of a list with one text, as some preference data have each answer."""
+    listed = value
+    if isinstance(value, str) and value.lstrip()[:2] in ("['", '["'):
+        listed = as_list(value)
+    if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
+        return value
+    if len(listed) > 1:
+        raise RowError(name, f"found a list of {len(listed)} answers, wanted one; write a row for each pair")
+    return listed[0]
+
+
+def _missing_prompt(row: dict[str, Any], layout: Layout) -> RowError:
+    others = [
+        str(name) for name, value in row.items() if isinstance(value, str) and name not in layout.columns.values()
+    ]
+    hint = f"; if it is another column, say so beside the path: {as_columns({others[0]: 'prompt'})}" if others else ""
+    return RowError("prompt", f"is missing; only message lists may carry it inside chosen and rejected{hint}")
+
+
+def _shared_start(chosen: list[Turn], rejected: list[Turn]) -> list[Turn]:
+    """Return the turns that both sides begin with, as far as an answer is left on each."""
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    return [left for left, _ in takewhile(lambda pair: pair[0][:2] == pair[1][:2], pairs)]
+
+
+def _check_shared_start(shared: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> None:
+    number = len(shared)
+    if max(len(chosen), len(rejected)) > number + 1:
+        left, right = show_difference(chosen, number, rejected), show_difference(rejected, number, chosen)
+        raise RowError(
+            "rejected",
+            "wanted a pair that shares everything before its last answer; chosen and rejected differ from turn "
+            f"{number + 1} on: {left} and {right}",
+        )
+
+
+def _answer_after(prompt: list[Turn], turns: list[Turn], name: str) -> str:
+    """Return the one answer that follows a prompt, which a side may repeat before it."""
+    repeats = [turn[:2] for turn in turns[: len(prompt)]] == [turn[:2] for turn in prompt]
+    rest = turns[len(prompt) :] if repeats else turns
+    if len(rest) == 1 and rest[0].role == ASSISTANT:
+        if not rest[0].trained:
+            raise RowError(name, "has weight 0, so there is nothing to prefer")
+        return rest[0].content
+    reason = "wanted exactly one assistant turn after the prompt"
+    if len(turns) > 1 and not repeats:
+        number = next(
+            (n for n, (own, asked) in enumerate(zip(turns, prompt, strict=False)) if own[:2] != asked[:2]), len(turns)
+        )
+        own, asked = (show_difference(side, number, other) for side, other in ((turns, prompt), (prompt, turns)))
+        reason += (
+            f"; its turn {number + 1} is {own}, in the prompt {asked}. Make both the same, or take the prompt from chosen and "
+            f"rejected: {as_columns({'prompt': None})}"
+        )
+    raise RowError(name, reason)
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
@@ -267,47 +423,27 @@ def group_of(row: dict[str, Any], data: Data) -> str | None:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column of numbers with a gap is written as 7.0
 
 
-def _text(row: dict[str, Any], name: str, *, empty: bool = False) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise RowError(name, f"found {type(value).__name__}, wanted text")
-    if not value.strip() and not empty:
-        raise RowError(name, "is empty")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise RowError(name, "holds half of a surrogate pair, which no tokenizer can read")
-    return value
+def _merged(turns: list[Turn], data: Data) -> list[Turn]:
+    return merge_turns(turns) if data.merge_turns else turns
 
 
-def _turns(value: Any, name: str, role: str) -> list[Message]:
-    """Read a text as one turn of `role`, or a list of messages as it is."""
-    if isinstance(value, str):
-        return [{"role": role, "content": _text({name: value}, name)}]
-    if not isinstance(value, list) or not value:
-        raise RowError(name, f"found {type(value).__name__}, wanted text or a list of messages with role and content")
-    turns = []
-    for number, message in enumerate(value):
-        at = f"{name}[{number}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise RowError(at, "wanted an object with role and content")
-        if message["role"] not in ROLES:
-            raise RowError(f"{at}.role", f"found {message['role']!r}, wanted one of {', '.join(ROLES)}")
-        content = _text({f"{at}.content": message["content"]}, f"{at}.content", empty=message["role"] == "system")
-        if message["role"] == "assistant":
-            content = _with_reasoning(message, content, at)
-        turns.append({"role": message["role"], "content": content})
+def _in_order(turns: list[Turn], data: Data, last: str) -> list[Turn]:
+    """Return turns that take turns, with the configured system message in front where they bring none."""
+    if data.system_prompt is not None and not (turns and turns[0].role == SYSTEM):
+        turns = [Turn(SYSTEM, data.system_prompt), *turns]
+    roles = [turn.role for turn in turns]
+    if not takes_turns(roles, last):
+        twice = any(left == right for left, right in pairwise(roles))
+        raise RowError(
+            "messages",
+            f"found the turns {', '.join(roles)}; wanted [system,] user, assistant, … ending with {last}"
+            + ("; data.merge_turns: true joins consecutive turns of one role" if twice else ""),
+        )
     return turns
 
 
-def _with_reasoning(message: dict[str, Any], content: str, at: str) -> str:
-    """Put the reasoning that a message holds apart before its content, where rendering looks for it."""
-    given = [key for key in REASONING_KEYS if message.get(key)]
-    if not given:
-        return content
-    if len(given) > 1 or content.lstrip().startswith(THINK):
-        places = [*given, "content"] if len(given) == 1 else given
-        raise RowError(at, f"holds reasoning in {' and in '.join(places)}; keep one of them")
-    reasoning = _text({f"{at}.{given[0]}": message[given[0]]}, f"{at}.{given[0]}").strip("\n")
-    return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{content}"
+def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
+    return tuple({"role": turn.role, "content": turn.content} for turn in turns)
 
 
 def takes_turns(roles: Sequence[str], last: str) -> bool:
@@ -316,12 +452,15 @@ def takes_turns(roles: Sequence[str], last: str) -> bool:
     return bool(talk) and talk[-1] == last and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(talk))
 
 
-def _check_order(messages: Sequence[Message], last: str) -> None:
-    roles = [message["role"] for message in messages]
-    if not takes_turns(roles, last):
-        raise RowError(
-            "messages", f"found the turns {', '.join(roles)}; wanted [system,] user, assistant, … ending with {last}"
-        )
+def describe_reading(file: DatasetFile) -> list[str]:
+    """Say which columns of a file are not used, and where a word was taken for a missing value."""
+    lines = []
+    if file.unused:
+        shown = ", ".join(file.unused[:20]) + (f" and {len(file.unused) - 20} more" if len(file.unused) > 20 else "")
+        lines.append(f"{file.path}: not used: {shown}. If one belongs to the records, name it in `columns`.")
+    for column, count in file.missing_words:
+        lines.append(f"{file.path}: {column}: {count} cells hold {' or '.join(NO_VALUE)} and are taken as empty")
+    return lines
 
 
 def count_duplicates(records: Sequence[Any]) -> int:

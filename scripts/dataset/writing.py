@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from scripts.dataset.files import delimiter_of
+from scripts.dataset.files import names_of, read_head
 
 Row: TypeAlias = dict[str, Any]
 Write: TypeAlias = Callable[[Row], Any]
@@ -52,14 +52,16 @@ def _json(path: Path, source: Path) -> Iterator[Write]:
 
 def _csv(path: Path, source: Path) -> Iterator[Write]:
     with source.open(encoding="utf-8-sig", newline="\n") as file:
-        delimiter = delimiter_of(file)
-        header = next(csv.reader(file, delimiter=delimiter), [])
+        head = read_head(file)
+        header = next(csv.reader(file, delimiter=head.delimiter), [])
     with source.open("rb") as bytes_of:
         encoding = "utf-8-sig" if bytes_of.read(3) == BOM_UTF8 else "utf-8"
     with path.open("w", encoding=encoding, newline="") as file:
-        writer = csv.DictWriter(file, header, delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        yield writer.writerow
+        file.write(head.preamble)
+        csv.writer(file, delimiter=head.delimiter, lineterminator="\n").writerow(
+            header
+        )  # with columns that have no name
+        yield csv.DictWriter(file, names_of(header, source), delimiter=head.delimiter, lineterminator="\n").writerow
 
 
 def _text(path: Path, source: Path) -> Iterator[Write]:

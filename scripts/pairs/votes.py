@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scripts.common.artifacts import sha256_json
 from scripts.common.errors import UserError, did_you_mean, listing
 from scripts.common.schema import Config
+from scripts.dataset.columns import RowError
 from scripts.dataset.files import BadRow, read_rows
-from scripts.dataset.records import Message, Preference, RowError, group_of, takes_turns
+from scripts.dataset.records import Message, Preference, group_of, takes_turns
 from scripts.dataset.split import side_of
 from scripts.pairs.choosing import Candidate, Labelled, Option
 

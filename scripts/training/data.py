@@ -10,7 +10,7 @@ from typing import Any
 
 from scripts.common.artifacts import DatasetFacts
 from scripts.common.deid_report import check_deid_report
-from scripts.common.distributed import is_main_process
+from scripts.common.distributed import is_main_process, world_size
 from scripts.common.errors import UserError, listing
 from scripts.common.pairs_manifest import are_made_pairs
 from scripts.common.paths import portable_path
@@ -21,13 +21,14 @@ from scripts.dataset.records import (
     Parser,
     Preference,
     Record,
-    count_duplicates,
+    describe_reading,
     load_datasets,
     load_rest_of_chain,
     write_rejects,
 )
 from scripts.dataset.rendering import render_and_check
 from scripts.dataset.split import Side, Split, describe_near_duplicates, shared_answers, split_records
+from scripts.training.advice import advise_on_records, advise_on_run
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -89,11 +90,15 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
         log.warning("%s", describe_near_duplicates(split.near_duplicates, kept))
     if not run.dry and is_main_process() and (rejected := write_rejects(run.run_dir / "rejects.jsonl", files)):
         log.warning("%d bad rows set aside in %s", rejected, run.run_dir / "rejects.jsonl")
-    if duplicates := count_duplicates(records):
-        log.warning("%d records repeat an earlier one word for word and weigh that much more", duplicates)
+    for file in files:
+        for line in describe_reading(file):
+            log.info("%s", line)
+    made = not split.validation and not split.test and are_made_pairs(file.path for file in files)
+    for advice in advise_on_records(run.stage, split, records, tested=not made):
+        log.warning("%s", advice)
     if shared := shared_answers(split):
         log.warning("%d of %d validation answers also occur in training", shared, len(split.validation))
-    if not split.validation and not split.test and are_made_pairs(file.path for file in files):
+    if made:
         log.info(
             "the pairs were made of training prompts, so none is held out: the last checkpoint is kept, and the comparison "
             "asks the test prompts of sft.dataset_path"
@@ -101,8 +106,6 @@ def read_data(run: Run, parse: Parser, deid_report: str | None) -> TrainingData:
         return TrainingData(files, split)
     if not split.validation:
         log.warning("no record is for validation, so the last checkpoint is kept; see data.validation_ratio")
-    if not split.test:
-        log.warning("no record is for the test, so nothing will tell whether training helped; see data.test_ratio")
     return TrainingData(files, split)
 
 
@@ -125,6 +128,8 @@ def render_rows(
     train, validation = ([row for _, row in side if len(row.input_ids) <= limit] for side in sides)
     if not train:
         raise UserError(f"{run.stage}.max_length: no training record fits into {limit} tokens. {fix}.")
+    for advice in advise_on_run(run.values, run.stage, train, world_size()):
+        log.warning("%s", advice)
     counts = Counter(token for row in train for token in set(start.chat.added_tokens_in(row.in_one_row().labels)))
     if counts:
         named = ", ".join(f"{token} in {count}" for token, count in counts.most_common(10))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scripts.common.errors import UserError
-from scripts.common.schema import Data
+from scripts.common.schema import Data, WeightedDataset
 from scripts.dataset.records import (
     load_datasets,
     parse_record,
@@ -141,11 +141,8 @@ def test_csv_with_an_open_quote_is_refused(tmp_path: Path) -> None:
         ("a.csv", b"output,instruction,output\na,q,b\n", ":1: the column `output` stands twice. Rename or remove one."),
         ("a.csv", b'instruction,output\nq,"never closed\n', ":2: not valid CSV (unexpected end of data)."),
         ("a.csv", b"instruction,output\rq,a\r", ":1: not valid CSV (a bare carriage return ends a line; save the file with line ends of today, \\n or \\r\\n)."),
-        ("a.txt", b"hello", ": found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet."),
-        *(
-            (f"a{ending}", b"sheet", f": found the ending `{ending}`, wanted one of .jsonl, .json, .csv, .parquet. Save the sheet as `CSV UTF-8`.")
-            for ending in (".xlsx", ".XLSX", ".xls", ".ods", ".tsv")
-        ),
+        ("a.txt", b"hello", ": found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet, .xlsx, .xlsm, .xls, .ods."),
+        ("a.tsv", b"sheet", ": found the ending `.tsv`, wanted one of .jsonl, .json, .csv, .parquet, .xlsx, .xlsm, .xls, .ods. Save the sheet as `CSV UTF-8`."),
     ],
 )  # fmt: skip
 def test_unusable_file_is_reported_in_these_words(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -319,9 +316,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
 
     tables: dict[tuple[str, str], Any] = {}
 
-    def load_dataset(name: str, *, split: str) -> Any:
+    def load_dataset(name: str, configuration: str | None, *, split: str) -> Any:
         try:
-            return datasets.Dataset.from_list(tables[name, split])
+            return datasets.Dataset.from_list(tables["/".join(filter(None, (name, configuration))), split])
         except KeyError:
             raise ConnectionError("no route to host") from None
 
@@ -343,12 +340,23 @@ def test_hub_dataset_is_read_from_its_train_split_as_a_file_is(hub: dict[tuple[s
     assert [(str(bad), bad.row) for bad in file.bad_rows] == [("owner/name:3: output: is empty", rows[2])]
 
 
+def test_hub_dataset_is_read_from_the_split_and_the_configuration_that_are_named(
+    hub: dict[tuple[str, str], Any],
+) -> None:
+    hub["owner/name/de", "test_sft"] = [instruction(1)]
+    source = WeightedDataset(path="owner/name", name="de", split="test_sft")
+
+    (file,) = load_datasets([source], parse_record, PLAIN, KEY)
+
+    assert [record.answer for record in file.records] == ["answer 1"]
+
+
 def test_hub_dataset_that_cannot_be_loaded_is_reported_with_what_to_do(hub: dict[tuple[str, str], Any]) -> None:
     hub["owner/name", "test"] = [instruction(1)]
 
     assert refusal(Path("owner/name")) == (
-        f"{KEY}: cannot load the Hub dataset owner/name (ConnectionError). "
-        "Is the name right and the Hub reachable? Without a network, use a local file."
+        f"{KEY}: cannot load the Hub dataset owner/name, split train (ConnectionError: no route to host). "
+        "Are path, name and split right and the Hub reachable? Without a network, use a local file."
     )
 
 

@@ -80,12 +80,12 @@ BAD_PAIRS = [
     ({"chosen": "a", "rejected": talk("q", "b")}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
     ({"chosen": talk("q", "a"), "rejected": "b"}, "prompt: is missing; only message lists may carry it inside chosen and rejected"),
     ({"prompt": "q", "chosen": talk("q", "a", "q2", "b"), "rejected": "b"}, "chosen: wanted exactly one assistant turn after the prompt"),
-    ({"prompt": "q", "chosen": "a", "rejected": talk("other", "b")}, "rejected: wanted exactly one assistant turn after the prompt"),
+    ({"prompt": "q", "chosen": "a", "rejected": talk("other", "b")}, "rejected: wanted exactly one assistant turn after the prompt; its turn 1 is user 'other', in the prompt user 'q'. Make both the same, or take the prompt from chosen and rejected: columns: {prompt: null}"),
     ({"prompt": "q", "chosen": talk("a"), "rejected": "b"}, "chosen: wanted exactly one assistant turn after the prompt"),
     ({"prompt": "q", "chosen": " a", "rejected": "a\n"}, "rejected: is the same as chosen, so there is nothing to prefer"),
     ({"prompt": talk("q", "a"), "chosen": "a", "rejected": "b"}, "messages: found the turns user, assistant; wanted [system,] user, assistant, … ending with user"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: found int, wanted text or a list of messages with role and content"),
-    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "q2", "c")}, "rejected: wanted exactly one assistant turn after the prompt"),
+    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "q2", "c")}, "rejected: wanted a pair that shares everything before its last answer; chosen and rejected differ from turn 2 on: assistant 'a' and assistant 'b'"),
     ({"prompt": "q", "chosen": " ", "rejected": "b"}, "chosen: is empty"),
     ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: found NoneType, wanted text or a list of messages with role and content"),
 ]  # fmt: skip
@@ -110,7 +110,7 @@ BAD_ROWS = [
     ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
     ('{"instruction": "q", "input": 3, "output": "a"}', "input: found int, wanted text"),
     ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair"),
-    ('{"question": "q", "answer": "a"}', "fields: found question, answer; wanted one of: instruction + output"),
+    ('{"ask": "q", "tell": "a"}', "fields: found ask, tell; say beside the path which column is which, such as columns: {ask: instruction, tell: output}"),
     ("{}", "fields: found none; wanted one of"),
     ('{"instruction": "q", "output"', "json: not valid JSON"),
     ("[1]", "json: found list, wanted an object"),
@@ -120,7 +120,7 @@ BAD_ROWS = [
     ('{"messages": []}', "messages: found list, wanted text or a list of messages"),
     ('{"messages": 3}', "messages: found int, wanted text or a list of messages"),
     ('{"messages": ["a"]}', "messages[0]: wanted an object with role and content"),
-    ('{"messages": [{"role": "human", "content": "a"}]}', "messages[0].role: found 'human', wanted one of system, user"),
+    ('{"messages": [{"role": "narrator", "content": "a"}]}', "messages[0].role: found 'narrator', wanted one of system, user"),
     ('{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role: found ['user'], wanted one of"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "messages: found the turns user; wanted"),
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "messages: found the turns assistant; wanted"),
@@ -144,19 +144,19 @@ def test_bad_row_is_reported_with_file_line_field_and_reason(tmp_path: Path, lin
     assert fix == "Fix them, or set data.on_bad_row: skip to set them aside."
 
 
-WANTED = "wanted one of: instruction + output; chosen + rejected; prompt + completion; messages"
+WANTED = "wanted one of: instruction + output; chosen + rejected; prompt + completion; messages; other names are mapped with columns: {name: field}"
 
 
 ORDER = "wanted [system,] user, assistant, … ending with assistant"
 
 
 WHOLE_REASONS = [
-    ('{"instruction": 5, "output": "a"}', "instruction: found int, wanted text"),
+    ('{"instruction": 5, "output": "a"}', 'instruction: found int, wanted text; write a number in quotes: "5"'),
     ('{"instruction": "", "input": " ", "output": "a"}', "instruction: instruction and input are both empty"),
     ('{"instruction": "q", "output": " "}', "output: is empty"),
     ('{"instruction": "q", "output": "\\ud800"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
     ('{"instruction": "q", "output": "\\udfff"}', "output: holds half of a surrogate pair, which no tokenizer can read"),
-    ('{"question": "q", "answer": "a"}', f"fields: found question, answer; {WANTED}"),
+    ('{"output": "a"}', f"fields: found output; {WANTED}"),
     ("{}", f"fields: found none; {WANTED}"),
     ("[1]", "json: found list, wanted an object {…}; a list of records is read from a file that ends in .json"),
     ("[", "json: not valid JSON (Expecting value: line 2 column 1 (char 2)); one object per line"),
@@ -167,12 +167,11 @@ WHOLE_REASONS = [
     ('{"messages": [{"role": "user"}]}', "messages[0]: wanted an object with role and content"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]}', "messages[1].role: found 'x', wanted one of system, user, assistant"),
     ('{"messages": [{"role": "user", "content": ""}]}', "messages[0].content: is empty"),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', f"messages: found the turns user, user; {ORDER}"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', f"messages: found the turns user, user; {ORDER}; data.merge_turns: true joins consecutive turns of one role"),
     ('{"prompt": 1, "completion": "a"}', "prompt: found int, wanted text or a list of messages with role and content"),
     ('{"prompt": "q", "completion": " "}', "completion: is empty"),
-    ('{"Instruction": "q", " output": "a"}', "fields: found Instruction,  output; rename `Instruction` to `instruction`, ` output` to `output`"),
-    ('{"instruction": "q", "outputs": "a"}', "fields: found instruction, outputs; rename `outputs` to `output`"),
-    ('{"images": [], "text": "a"}', f"fields: found images, text; {WANTED}"),
+    ('{"instruction": "q", "outputs": "a"}', "fields: found instruction, outputs; rename `outputs` to `output`, or write beside the path columns: {outputs: output}"),
+    ('{"images": [], "text": "a"}', "fields: found images, text: one text with question and answer in it; only the answer is trained, so put them apart, into two columns such as instruction and output; other names are mapped beside the path: columns: {question: instruction, answer: output}"),
     ('"text"', "json: found str, wanted an object {…}"),
     ('{"instruction": "q", "output": "a", "output": "b"}', "json: not valid JSON (`output` is written twice); one object per line"),
     ('{"instruction": "q", "output": "a"},', "json: not valid JSON (Extra data: line 1 column 36 (char 35)); one object per line, without a comma at its end"),
@@ -243,10 +242,10 @@ def test_file_whose_rows_all_fail_for_one_reason_is_reported_once(tmp_path: Path
 
 
 def test_rows_that_fail_for_several_reasons_are_reported_one_by_one(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}, {"instruction": "q", "output": 1}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": ""}, {"instruction": "q", "output": []}])
 
     assert refusal(path) == (
-        f"2 of 2 rows cannot be used\n  {path}:1: output: is empty\n  {path}:2: output: found int, wanted text\n"
+        f"2 of 2 rows cannot be used\n  {path}:1: output: is empty\n  {path}:2: output: found list, wanted text or a list of messages with role and content\n"
         "Fix them, or set data.on_bad_row: skip to set them aside."
     )
 

@@ -64,6 +64,8 @@ def screen(
 
 
 def test_everything_in_order_is_one_screen_of_ok_and_the_next_command(screen: Screen, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sft.jsonl", sft_rows(140)[-200:])  # other numbers than the pairs have
+    write_jsonl(tmp_path / "dpo.jsonl", dpo_rows(50))
     code, found = screen()
 
     assert code == 0
@@ -383,7 +385,21 @@ def test_data_is_read_as_training_reads_it(screen: Screen, override: str, line: 
 
     assert found["data"][0].startswith(line)
     assert code == line.startswith("bad")
-    assert len(found["data"]) == 2, "the other stage's data are read all the same"
+    read = [line for line in found["data"] if line.split()[1].endswith(".dataset_path:")]
+    assert len(read) == 2, "the other stage's data are read all the same"
+
+
+def test_data_that_will_make_a_poor_run_are_named_with_the_key_to_change(screen: Screen, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sft.jsonl", [{**row, "id": n} for n, row in enumerate([*sft_rows(), *sft_rows(1)])])
+
+    code, found = screen()
+
+    assert code == 0
+    said = " || ".join(line for line in found["data"] if "sft" in line)
+    assert "ok sft.jsonl: not used: id." in said
+    assert "warn sft: 5 records repeat an earlier one word for word" in said
+    assert "data.test_ratio: 0." in said
+    assert "optimizer steps, which hardly change a model | fix: raise sft.num_train_epochs" in said
 
 
 def finished(folder: Path, fingerprint: str, stage: str = "sft") -> Path:

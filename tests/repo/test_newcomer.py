@@ -90,11 +90,9 @@ UNREADABLE = {
     "list.jsonl": (b'[{"instruction": "q", "output": "a"}]\n', ["a list of records is read from a file that ends in .json"]),
     "comma.jsonl": (b'{"instruction": "q", "output": "a"},\n', ["without a comma at its end"]),
     "lines.json": (b'{"a": 1}\n{"a": 2}\n', ["lines.json:2", "one object per line is .jsonl"]),
-    "sheet.xlsx": (b"PK", ["found the ending `.xlsx`", "Save the sheet as `CSV UTF-8`"]),
+    "sheet.xlsx": (b"PK", ["sheet.xlsx: not a workbook that can be read"]),
     "unquoted.csv": (b"instruction,output\nSay hi,Hello, friend\nSay ho,Ho\n", ["unquoted.csv:2", 'put "quotes" around']),
     "typo.csv": (b"instrution,output\nq,a\nr,b\n", ["none of the 2 rows", "typo.csv:2", "rename `instrution` to `instruction`"]),
-    "upper.csv": (b"Instruction,Output\nq,a\n", ["rename `Instruction` to `instruction`, `Output` to `output`"]),
-    "spaces.csv": (b"instruction, output\nq, a\n", ["rename ` output` to `output`"]),
 }  # fmt: skip
 
 

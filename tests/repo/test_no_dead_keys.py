@@ -111,6 +111,7 @@ PROOFS = {
     "data.group_field": "dataset/test_split.py::test_a_group_stays_on_one_side_in_every_file_and_with_any_prompt",
     "data.on_bad_row": SFT + "test_bad_rows_are_written_to_the_run_folder_when_skipped",
     "data.train_on": "dataset/test_records.py::test_train_on_decides_which_answers_carry_the_loss",
+    "data.merge_turns": "dataset/test_columns.py::test_consecutive_turns_are_joined_on_request",
     "data.system_prompt": "dataset/test_records.py::test_system_prompt_goes_only_before_conversations_that_bring_none",
     "data.chat_template_kwargs": "training/test_start.py::test_an_argument_that_the_template_does_not_know_is_refused",
     "data.template_date": "training/test_start.py::test_a_configured_day_is_taken_and_must_be_the_parents",
@@ -224,6 +225,9 @@ PROOFS = {
     "Check.name": COMPARE + "test_every_check_has_its_row_by_name",
     "WeightedDataset.path": SFT + "test_weights_of_datasets_reach_training",
     "WeightedDataset.weight": SFT + "test_weights_of_datasets_reach_training",
+    "WeightedDataset.columns": "dataset/test_columns.py::test_each_source_has_its_own_map_of_columns",
+    "WeightedDataset.split": "dataset/test_files.py::test_hub_dataset_is_read_from_the_split_and_the_configuration_that_are_named",
+    "WeightedDataset.name": "dataset/test_files.py::test_hub_dataset_is_read_from_the_split_and_the_configuration_that_are_named",
 }
 
 WITH_SETTINGS = {  # a test that gives the script both --config and --set, and fails without either
