@@ -130,7 +130,7 @@ def _speakers(text: str, language: str) -> Iterator[Span]:
 
 
 def _nicks(text: str) -> Iterator[Span]:
-    """Yield who writes in a chat that shows each writer as <nick>, whatever the nick is."""
+    """Yield who writes in a chat that shows each writer as <nick>, be it a name or not."""
     matches = list(_NICK.finditer(text))
     if len(matches) > 1 and "</" not in text:
         for match in matches:

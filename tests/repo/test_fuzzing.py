@@ -41,7 +41,8 @@ from scripts.dataset.records import (
 from scripts.dataset.split import cluster_of, split_records
 from serve.fastapi_server import refuse_invalid
 from serve.metrics import Metrics
-from serve.schemas import ChatRequest, CompareRequest, CompletionRequest, GenerateRequest, ScoreRequest, VoteRequest
+from serve.openai_schemas import ChatRequest, CompletionRequest
+from serve.schemas import CompareRequest, GenerateRequest, ScoreRequest, VoteRequest
 from tests.conftest import ROOT
 
 FEW = int(os.environ.get("FUZZ_CASES", "60"))

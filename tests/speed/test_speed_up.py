@@ -22,12 +22,10 @@ print("IMPORTED", sorted(name for name in sys.modules if name.startswith("script
 """
 
 CHANGED_LIBRARIES = """
-from peft.tuners.lora import Linear
+from transformers.models.llama.modeling_llama import LlamaMLP
 from trl.trainer import utils
-from transformers.integrations import sdpa_attention
-own = Linear.forward
-Linear.forward = lambda self, x, mask=None, *args, **kwargs: own(self, x, *args, **kwargs)
-del sdpa_attention.sdpa_attention_forward
+own = LlamaMLP.forward
+LlamaMLP.forward = lambda self, x: own(self, x) * 1.001
 function = utils._ChunkedLogProbFunction
 class Changed(function):
     @staticmethod
@@ -63,8 +61,8 @@ def test_libraries_that_changed_make_training_slower_and_the_log_says_so(tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert "scripts.speed.speed_up" in done.stdout
     for said in (
-        "takes self, x, mask, args, kwargs instead of self, x, args, kwargs; training with PEFT's own, slower layers",
-        "cannot import name 'sdpa_attention_forward'",
+        "this model computes otherwise than its family (hidden states 0.00",
+        "computing with the model's own, slower forward pass",
         "TRL's LM head gives other numbers (0.001 apart); training with TRL's own, slower head",
     ):
         assert said in done.stderr
