@@ -1,4 +1,4 @@
-"""Watch answers to held-out prompts while DPO trains, and say when they degenerate."""
+"""Watch answers to held-out prompts while preferences are trained, and say when they degenerate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.model.adapter import switched_to
 from scripts.model.generation import Health, generate_answers, health
 from scripts.model.scoring import mean_kl
 from scripts.model.shape import ModelShape
-from scripts.training.dpo import PreferenceTrainer
+from scripts.training.reference import FrozenReference
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ CHOSEN_FALL_NATS = 0.5  # per token of the chosen answers
 class DegenerationWatch(TrainerCallback):
     """Answer fixed held-out prompts at each evaluation and compare with how the run started."""
 
-    def __init__(self, trainer: PreferenceTrainer, tracker: Any, pairs: Sequence[RenderedPair], stop: bool) -> None:
+    def __init__(self, trainer: FrozenReference, tracker: Any, pairs: Sequence[RenderedPair], stop: bool) -> None:
         self.trainer, self.tracker, self.stop = trainer, tracker, stop
         self.pairs = list(pairs[:WATCHED_PROMPTS])
         positions = ModelShape.of(trainer.model.config).positions
@@ -70,13 +70,9 @@ class DegenerationWatch(TrainerCallback):
         signs = [sign for sign in self._signs(now, chosen - self.start_chosen) if sign not in self.warned]
         if signs:
             self.warned.update(signs)
-            log.warning(
-                "step %d: answers degenerate: %s. Lower dpo.learning_rate, raise beta or sft_weight.",
-                state.global_step,
-                "; ".join(signs),
-            )
+            log.warning("step %d: answers degenerate: %s. %s", state.global_step, "; ".join(signs), self.trainer.remedy)
             if self.stop:
-                log.warning("stopping here (dpo.stop_on_degeneration)")
+                log.warning("stopping here (%s.stop_on_degeneration)", self.trainer.stage)
                 control.should_training_stop = True
 
     def _signs(self, now: Health, drift: float) -> list[str]:
