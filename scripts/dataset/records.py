@@ -15,7 +15,7 @@ from typing import Any
 from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.errors import UserError, listing
 from scripts.common.schema import Config, Data, WeightedDataset
-from scripts.common.stages import TRAINING_STAGES
+from scripts.common.stages import DPO, KTO, SFT, TRAINING_STAGES
 from scripts.dataset.files import BadRow, _hub_rows, find_file, read_rows
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,12 @@ ROLES = ("system", "user", "assistant")
 # How the reasoning of an answer stands in its text, and the keys under which data and templates hold it apart.
 THINK, END_THINK = "<think>", "</think>"
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# A thumb as files and tables write it; True and False are 1 and 0 here.
+THUMBS: dict[object, bool] = {
+    1: True, 0: False, "1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False, "up": True, "down": False,
+}  # fmt: skip
+LABELLED = "prompt, completion and label"
+USE_KTO = f"Set {KTO.name}.dataset_path to this file and run `python -m {KTO.script}`"
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,13 @@ class Record:
     def answer(self) -> str:
         """Return the last answer."""
         return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback(Record):
+    """One conversation whose last answer got a thumb up or down."""
+
+    liked: bool
 
 
 @dataclass(frozen=True)
@@ -98,12 +111,14 @@ Parser = Callable[[dict[str, Any], str, Data], Any]
 
 
 def load_datasets(
-    dataset_path: str | Sequence[WeightedDataset], parse: Parser, data: Data, key: str
+    dataset_path: str | Sequence[WeightedDataset] | None, parse: Parser, data: Data, key: str
 ) -> list[DatasetFile]:
     """Read and check every row of one or several sources.
 
     Raises: UserError with file, line, field and reason of all bad rows, unless `data.on_bad_row` is `skip`.
     """
+    if dataset_path is None:
+        raise UserError(f"{key}: missing; it has no default, so write down a file, or --set {key}=FILE.")
     files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
     for file in files if data.on_bad_row == "stop" else ():
@@ -125,9 +140,9 @@ def load_datasets(
     return files
 
 
-def sources_of(dataset_path: str | Sequence[WeightedDataset]) -> list[WeightedDataset]:
+def sources_of(dataset_path: str | Sequence[WeightedDataset] | None) -> list[WeightedDataset]:
     """Return what a `dataset_path` names as a list in any case."""
-    return [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path)
+    return [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path or ())
 
 
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
@@ -199,6 +214,11 @@ def parse_record(row: dict[str, Any], where: str, data: Data) -> Record:
             raise RowError("instruction", "instruction and input are both empty")
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, "output")}]
     elif row_format == "prompt/completion":
+        if thumb_of(row) is not None:
+            raise RowError(
+                "label", f"found {row['label']!r}: a thumb up or down, which SFT would ignore. {USE_KTO}; "
+                "or rename the field, if it says something else",
+            )  # fmt: skip
         messages = [*_turns(row["prompt"], "prompt", "user"), *_turns(row["completion"], "completion", "assistant")]
     elif row_format == "messages":
         messages = _turns(row["messages"], "messages", "user")
@@ -219,6 +239,10 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
     the start is the prompt, and one assistant turn must follow on each side.
     """
     if format_of(row) != "prompt/chosen/rejected":
+        if thumb_of(row) is not None:
+            raise RowError(
+                "label", f"found single answers with a thumb up or down, wanted chosen and rejected. {USE_KTO}"
+            )
         raise RowError(
             "fields", f"found {format_of(row)}, wanted prompt, chosen and rejected; set sft.dataset_path to this file"
         )
@@ -242,6 +266,35 @@ def parse_preference(row: dict[str, Any], where: str, data: Data) -> Preference:
     return Preference(where, tuple(prompt), answers[0], answers[1], _group(row, data))
 
 
+def thumb_of(row: dict[str, Any]) -> bool | None:
+    """Return what the label of an answer says; None where there is none or it is no thumb."""
+    label = row.get("label") if {"prompt", "completion"} <= row.keys() else None
+    if not isinstance(label, str | bool | int | float):
+        return None
+    return THUMBS.get(label.strip().casefold() if isinstance(label, str) else label)
+
+
+def parse_feedback(row: dict[str, Any], where: str, data: Data) -> Feedback:
+    """Map a row of prompt, completion and label to a Feedback."""
+    row_format = format_of(row)
+    if row_format != "prompt/completion":
+        stage = DPO if row_format == "prompt/chosen/rejected" else SFT
+        raise RowError("fields", f"found {row_format}, wanted {LABELLED}; set {stage.name}.dataset_path to this file")
+    if row.get("label") is None:
+        name = None if "label" in row else _nearest_name("label", row)
+        fix = f"rename `{name}` to `label`" if name else f"set {SFT.name}.dataset_path to this file, if all are good"
+        raise RowError("label", f"is missing, wanted {LABELLED}; {fix}")
+    liked = thumb_of(row)
+    if liked is None:
+        raise RowError("label", f"found {row['label']!r}, wanted true or false; 1 and 0, up and down are read, too")
+    prompt, answer = _turns(row["prompt"], "prompt", "user"), _turns(row["completion"], "completion", "assistant")
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise RowError("completion", "wanted exactly one assistant turn after the prompt")
+    prompt = with_system_prompt(prompt, data.system_prompt)
+    _check_order(prompt, last="user")
+    return Feedback(where, (*prompt, *answer), (len(prompt),), _group(row, data), liked=liked)
+
+
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
     """Put the configured system message in front of a conversation that has none."""
     if system_prompt is None or (messages and messages[0]["role"] == "system"):
@@ -258,7 +311,9 @@ def _group(row: dict[str, Any], data: Data) -> str | None:
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         raise RowError(name, "is empty or missing, but data.group_field names it")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(name, f"found {type(value).__name__}, wanted text or a number, because data.group_field names it")
+        raise RowError(
+            name, f"found {type(value).__name__}, wanted text or a number, because data.group_field names it"
+        )
     text = " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
     return re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column of numbers with a gap is written as 7.0
 
@@ -344,7 +399,11 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
 
 
 # By the kind of record that a training stage names in scripts.common.stages.
-PARSERS: dict[str, Parser] = {"conversations": parse_record, "preferences": parse_preference}
+PARSERS: dict[str, Parser] = {
+    "conversations": parse_record,
+    "preferences": parse_preference,
+    "feedback": parse_feedback,
+}
 
 
 def load_rest_of_chain(config: Config, read: Collection[str]) -> list[DatasetFile]:

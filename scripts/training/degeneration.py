@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from scripts.dataset.rendering import Rendered, RenderedPair
+from scripts.dataset.rendering import Rendered, RenderedFeedback, RenderedPair
 from scripts.model.adapter import switched_to
 from scripts.model.generation import Health, generate_answers, health
 from scripts.model.scoring import mean_kl
@@ -27,13 +27,16 @@ CHOSEN_FALL_NATS = 0.5  # per token of the chosen answers
 class DegenerationWatch(TrainerCallback):
     """Answer fixed held-out prompts at each evaluation and compare with how the run started."""
 
-    def __init__(self, trainer: FrozenReference, tracker: Any, pairs: Sequence[RenderedPair], stop: bool) -> None:
+    def __init__(
+        self, trainer: FrozenReference, tracker: Any, pairs: Sequence[RenderedPair | RenderedFeedback], stop: bool
+    ) -> None:
         self.trainer, self.tracker, self.stop = trainer, tracker, stop
         self.pairs = list(pairs[:WATCHED_PROMPTS])
         positions = ModelShape.of(trainer.model.config).positions
         longest = max((len(pair.prompt_ids) for pair in self.pairs), default=0)
         self.tokens = max(1, min(WATCHED_TOKENS, positions - longest)) if positions else WATCHED_TOKENS
-        self.chosen_tokens = sum(len(pair.chosen_ids) for pair in pairs) / max(len(pairs), 1)
+        chosen = [len(pair.chosen_ids) for pair in pairs if pair.chosen_ids]
+        self.chosen_tokens = sum(chosen) / max(len(chosen), 1)
         self.start: Health | None = None
         self.start_chosen: float | None = None
         self.last: dict[str, float] = {}

@@ -14,10 +14,7 @@ from torch.nn import functional
 from trl import DPOTrainer
 
 from scripts.dataset.rendering import RenderedPair
-from scripts.model.adapter import adapter_kept
-from scripts.training.dropout import switch_off_dropout
 from scripts.training.reference import Evaluated, FrozenReference, Starting
-from scripts.training.reference_logps import KeptLogps
 
 if TYPE_CHECKING:
     from scripts.speed.speed_up import SharedPrompts
@@ -46,26 +43,7 @@ class PreferenceTrainer(FrozenReference, DPOTrainer):
     loss_at_start = ("ln 2", math.log(2))
     remedy = "Lower dpo.learning_rate, raise beta or sft_weight."
 
-    def __init__(
-        self,
-        *args: Any,
-        group_by_length: bool,
-        base_is_reference: bool,
-        kept_logps: KeptLogps,
-        fast_path: bool,
-        **kwargs: Any,
-    ) -> None:
-        """Take, beside TRL's arguments, whether the reference is the bare base instead of a copy of the starting adapter."""
-        self.group_by_length, self.base_is_reference, self.fast_path = group_by_length, base_is_reference, fast_path
-        self.kept_logps = kept_logps
-        self.control: Any
-        self.prompts: SharedPrompts | None = None
-        with adapter_kept(kwargs["model"]):
-            super().__init__(*args, **kwargs)
-        if self.args.disable_dropout:
-            switch_off_dropout(self.model)
-        self._choose_reference()
-        self.precompute_ref_logps = True  # TRL's loss reads columns in any case; `with_reference` adds what they lack
+    prompts: SharedPrompts | None = None
 
     def row_length(self, row: dict[str, Any]) -> int:
         """Return the tokens of a pair: of one row with both answers, or of the longer of two rows."""

@@ -16,9 +16,10 @@ from scripts.common.distributed import all_gather, all_reduce_sum, equal_batches
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.run import Run
-from scripts.model.adapter import add_lora, load_adapter, save_initialisation, whole_weights
+from scripts.model.adapter import adapter_kept, add_lora, load_adapter, save_initialisation, whole_weights
 from scripts.model.base import load_base
 from scripts.training.batching import GroupedByLength
+from scripts.training.dropout import switch_off_dropout
 from scripts.training.reference_logps import LOGPS_ARGUMENTS, LOGPS_FOLDER, KeptLogps, Logps
 from scripts.training.start import Start
 
@@ -90,9 +91,6 @@ class FrozenReference(GroupedByLength):
     loss_at_start: ClassVar[tuple[str, float]]  # where policy and reference are the same model
     stage: ClassVar[str]
     remedy: ClassVar[str]  # against answers that degenerate
-    base_is_reference: bool
-    fast_path: bool
-    kept_logps: KeptLogps
     sped_up = False
     add_callback: Any
     args: Any
@@ -101,6 +99,25 @@ class FrozenReference(GroupedByLength):
     data_collator: Any
     model: Any
     processing_class: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        group_by_length: bool,
+        base_is_reference: bool,
+        kept_logps: KeptLogps,
+        fast_path: bool,
+        **kwargs: Any,
+    ) -> None:
+        """Take, beside TRL's arguments, whether the reference is the bare base instead of a copy of the starting adapter."""
+        self.group_by_length, self.base_is_reference, self.fast_path = group_by_length, base_is_reference, fast_path
+        self.kept_logps = kept_logps
+        with adapter_kept(kwargs["model"]):
+            super().__init__(*args, **kwargs)
+        if self.args.disable_dropout:
+            switch_off_dropout(self.model)
+        self._choose_reference()
+        self.precompute_ref_logps = True  # TRL's loss reads columns in any case; `with_reference` adds what they lack
 
     def starting(self, row: dict[str, Any]) -> Starting:
         """Compute reward and loss of one row without a gradient; the model is in evaluation mode."""
@@ -204,7 +221,9 @@ def prove_start(trainer: Any) -> dict[str, float]:
     Raises: UserError when they differ.
     """
     sides = [side for side in (trainer.train_dataset, trainer.eval_dataset) if side]
-    rows = [side[index] for side in sides for index in sorted({0, len(side) - 1})]  # the shortest and the longest
+    rows = [
+        side[index] for side in sides for index in sorted({0, len(side) - 1})
+    ]  # of a sorted side the shortest and the longest
     used = start_of(trainer, rows)
     asked_now = used
     if trainer.reference_columns[0] in rows[0]:
