@@ -8,8 +8,17 @@ import json
 import pytest
 
 from scripts.common.artifacts import read_manifest
-from scripts.common.schema import Config, Training
-from scripts.common.stages import ADAPTER_STAGES, DPO, MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage
+from scripts.common.schema import Config, Kto, Training
+from scripts.common.stages import (
+    ADAPTER_STAGES,
+    DPO,
+    KTO,
+    MODEL_STAGES,
+    SFT,
+    TRAINING_STAGES,
+    TrainingStage,
+    planned_stages,
+)
 from scripts.common.trl_arguments import SCHEMA_FILE
 from tests.conftest import ROOT
 
@@ -17,10 +26,15 @@ every_stage = pytest.mark.parametrize("stage", TRAINING_STAGES.values(), ids=TRA
 
 
 def test_stages_are_known_by_their_names() -> None:
-    assert {"sft": SFT, "dpo": DPO} == TRAINING_STAGES
+    assert {"sft": SFT, "dpo": DPO, "kto": KTO} == TRAINING_STAGES
     assert all(stage.name == name for name, stage in TRAINING_STAGES.items())
-    assert ADAPTER_STAGES == ("sft", "dpo")
-    assert MODEL_STAGES == ("sft", "dpo", "merged")
+    assert ADAPTER_STAGES == ("sft", "dpo", "kto")
+    assert MODEL_STAGES == ("sft", "dpo", "kto", "merged")
+
+
+def test_a_stage_is_planned_where_the_configuration_names_its_data() -> None:
+    assert planned_stages(Config()) == [SFT, DPO]
+    assert planned_stages(Config(kto=Kto(dataset_path="thumbs.jsonl"))) == [SFT, DPO, KTO]
 
 
 @every_stage
