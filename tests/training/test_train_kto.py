@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from eval import compare
 from eval.report import read_report
-from scripts import train_kto, train_sft
+from scripts import export_lora, train_kto, train_sft
 from scripts.common.artifacts import read_manifest, sha256_file
 from scripts.common.config import load_config
 from scripts.common.errors import UserError
+from scripts.common.machine import choose_machine
 from scripts.common.question import plan_sha256
 from scripts.common.schema import Kto
 from scripts.dataset.rendering import RenderedFeedback
@@ -24,6 +25,7 @@ from scripts.training.kto import balance, in_batches
 from scripts.training.reference import prove_start
 from tests.conftest import write_jsonl
 from tests.support.chain import kto_rows, manifest, start_stage, wait_for, write_kto_chain
+from tests.support.serving import assert_vllm_loads
 from tests.support.training import build_trainer
 
 
@@ -409,6 +411,43 @@ def test_bad_records_are_named_by_line(chain: Path, tmp_path: Path, capsys: pyte
     message = capsys.readouterr().err
     assert f"{path}:6: label: found 5, wanted true or false" in message
     assert f"{path}:7: completion: is empty" in message
+
+
+# --- the other stages take its adapter
+
+
+def test_its_adapter_is_what_vllm_loads_and_our_server_names_it_kto(chain: Path) -> None:
+    from serve.adapters import load_models
+
+    adapter = chain / "out/kto_adapter"
+    assert_vllm_loads(adapter, chain / "model")
+    config = load_config(chain / "config.yaml", [f"serve.adapter_path={adapter}"])
+    models = load_models(config.values, choose_machine(config.values))
+    assert models.default == "kto"
+    assert "kto" in models.served
+
+
+def test_its_adapter_becomes_a_file_for_ollama(chain: Path, tmp_path: Path) -> None:
+    flags = [
+        "--adapter",
+        str(chain / "out/kto_adapter"),
+        "--format",
+        "gguf",
+        "--set",
+        f"export.gguf_dir={tmp_path}/gguf",
+    ]
+    assert export_lora.main(["--config", str(chain / "config.yaml"), *flags]) == 0
+
+    assert (tmp_path / "gguf/Modelfile").read_text(encoding="utf-8").startswith("FROM ./model-f16.gguf")
+    assert "fine-tuned with KTO and merged" in (tmp_path / "gguf/README.md").read_text(encoding="utf-8")
+
+
+def test_lm_eval_measures_it_on_records_of_sft_and_kto(chain: Path) -> None:
+    from eval.lmeval.candidates import find_candidates, unseen_by
+
+    candidates = find_candidates([str(chain / "out/kto_adapter")])
+    assert [each.label for each in candidates] == ["kto"]
+    assert unseen_by(candidates, load_config(chain / "config.yaml")) == ["sft", "kto"]
 
 
 # --- an arm of the comparison
