@@ -49,7 +49,7 @@ def load_policy(run: Run, machine: Machine, start: Start) -> Any:
 def choose_reference(
     run: Run, machine: Machine, start: Start, policy: Any, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what a trainer is told of its reference: whether that is the bare base, and where its logps are kept."""
+    """Return what a trainer needs to know of its reference: whether that is the bare base, and where its logps are kept."""
     values, section = run.values, getattr(run.values, run.stage)
     moved_by = values.lora.init if section.init_from is None and values.lora.init in ("pissa", "olora") else None
     # These move a part of the base into the adapter: only together with the starting adapter is what stays the base.

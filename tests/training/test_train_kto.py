@@ -170,7 +170,7 @@ def test_gradient_of_a_batch_is_plain_trls(chain: Path, tmp_path: Path, monkeypa
         assert torch.allclose(ours[name], gradient, atol=1e-6, rtol=1e-4), name
 
 
-def test_first_loss_is_a_half_for_every_record_whatever_its_label_and_weight(chain: Path, tmp_path: Path) -> None:
+def test_first_loss_is_a_half_for_every_record_of_either_label_and_any_weight(chain: Path, tmp_path: Path) -> None:
     """Equal models have reward 0 and KL 0, so equation 7 gives 1 - sigmoid(0) for a thumb up as for one down."""
     trainer = build(chain, tmp_path, "kto.desirable_weight=3", "kto.undesirable_weight=2")
     rows = [next(row for row in trainer.train_dataset if row["label"] == label) for label in (True, False)]
@@ -259,7 +259,7 @@ def test_training_makes_liked_answers_likelier_than_others(chain: Path, tmp_path
 
 
 def test_held_out_figures_are_means_over_the_records_they_are_about(chain: Path, tmp_path: Path) -> None:
-    """Whatever the batches: TRL's mean over batches would count a batch with one thumb down as much as one with four."""
+    """In batches of any size: TRL's mean over batches would count a batch with one thumb down as much as one with four."""
     found = []
     for size in (1, 3):
         trainer = build(chain, tmp_path, f'kto.trainer={{"per_device_eval_batch_size": {size}}}', "data.validation_ratio=0.3", "kto.init_from=null")  # fmt: skip
