@@ -15,7 +15,7 @@ from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
 from scripts.common.lineage import Side, ancestors, check_split
 from scripts.common.schema import check_arm_name
-from scripts.common.stages import BASE, MODEL_STAGES, SFT, TRAINING_STAGES
+from scripts.common.stages import BASE, MODEL_STAGES, SFT, TRAINING_STAGES, planned_stages
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def find_arms(config: LoadedConfig, side: Side = "test") -> list[Arm]:
             folder = getattr(config.values, stage.name).output_dir
             if Path(folder).is_dir():
                 arms.append(_find_arm(stage.name, [folder], config, side, f"{stage.name}.output_dir", (stage.name,)))
-            else:
+            elif stage in planned_stages(config.values):
                 log.warning("%s: no adapter there, so %s is left out of the comparison", folder, stage.name)
         if not arms:
             raise UserError(

@@ -14,9 +14,9 @@ from scripts.common.errors import UserError, listing
 from scripts.common.lineage import Side
 from scripts.common.paths import portable_path
 from scripts.common.schema import Data
-from scripts.common.stages import TRAINING_STAGES
+from scripts.common.stages import TRAINING_STAGES, planned_stages
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
-from scripts.dataset.records import PARSERS, Message, Preference, Record, load_datasets, load_rest_of_chain
+from scripts.dataset.records import PARSERS, Feedback, Message, Preference, Record, load_datasets, load_rest_of_chain
 from scripts.dataset.rendering import render_and_check
 from scripts.dataset.split import IF_MOST, NearDuplicate, cluster_of, describe_near_duplicates, sort_by_side
 
@@ -79,16 +79,18 @@ def read_held_out(config: LoadedConfig, stages: Collection[str], side: Side = "t
     """
     values = config.values
     data = values.data.model_copy(update={"system_prompt": None})
+    asked = [stage for stage in TRAINING_STAGES.values() if stage.name in stages]
     files = {
         stage.name: load_datasets(
             getattr(values, stage.name).dataset_path, PARSERS[stage.records], data, f"{stage.name}.dataset_path"
         )
-        for stage in TRAINING_STAGES.values()
-        if stage.name in stages
+        for stage in [stage for stage in asked if stage in planned_stages(values)] or asked
     }
     several = [file for of_stage in files.values() for file in of_stage]
     split = sort_by_side(several, data, load_rest_of_chain(values, stages))
     records = split.test if side == "test" else split.validation
+    # An answer that was not liked is no target.
+    records = tuple(record for record in records if not isinstance(record, Feedback) or record.liked)
     near = tuple(each for each in split.near_duplicates if each.side == side)
     earlier = {stage.continues for stage in TRAINING_STAGES.values() if stage.name in stages and stage.continues}
     if not records and not near and earlier - set(stages):  # pairs of make_pairs are made of training prompts only

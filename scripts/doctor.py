@@ -32,7 +32,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 # Only what needs no package stands here. The rest is imported where it is used: a missing package is one of the findings.
 from scripts.common.errors import UserError, did_you_mean, entry_point
 from scripts.common.paths import ROOT, resolve
-from scripts.common.stages import MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage
+from scripts.common.stages import MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage, planned_stages
 
 if TYPE_CHECKING:
     from scripts.common.config import LoadedConfig
@@ -142,7 +142,7 @@ def check_memory(config: LoadedConfig) -> Iterator[Finding]:
     if folder is None:
         yield Finding("ok", f"{free}; what a run takes is known once the base model is here")
         return
-    most = {name: largest_estimate(config, stage, folder) for name, stage in TRAINING_STAGES.items()}
+    most = {stage.name: largest_estimate(config, stage, folder) for stage in planned_stages(config.values)}
     name = max(most, key=lambda stage: most[stage])
     text = f"{free}; training takes {most[name]:.1f} at most ({name}, batches full of {name}.max_length)"
     script = TRAINING_STAGES[name].script
@@ -215,7 +215,7 @@ def describe_open_choices(config: LoadedConfig) -> Iterator[Finding]:
     """Name what a training stage would refuse because the configuration leaves it open."""
     from scripts.common.config import check_decided
 
-    for stage in TRAINING_STAGES.values():
+    for stage in planned_stages(config.values):
         try:
             check_decided(config, stage.name)
         except UserError as error:
@@ -259,7 +259,7 @@ def check_model(config: LoadedConfig) -> Iterator[Finding]:
 
 def check_data(config: LoadedConfig) -> Iterator[Finding]:
     """Read and split the records of each training stage as training does."""
-    for stage in TRAINING_STAGES.values():
+    for stage in planned_stages(config.values):
         try:
             yield from describe_records(config, stage)
         except UserError as error:
@@ -355,9 +355,10 @@ def check_adapters(config: LoadedConfig) -> Iterator[Finding]:
 def adapters_of(config: LoadedConfig) -> tuple[dict[str, str], set[str]]:
     """Return the folders of adapters that a configuration names, each with its first key, and those that stages write."""
     values = config.values
-    written = {f"{name}.output_dir": getattr(values, name).output_dir for name in TRAINING_STAGES}
+    planned = planned_stages(values)
+    written = {f"{stage.name}.output_dir": getattr(values, stage.name).output_dir for stage in planned}
     keys: dict[str, str | None] = dict(written)
-    keys |= {f"{name}.init_from": getattr(values, name).init_from for name, s in TRAINING_STAGES.items() if s.continues}
+    keys |= {f"{stage.name}.init_from": getattr(values, stage.name).init_from for stage in planned if stage.continues}
     keys["serve.adapter_path"] = values.serve.adapter_path
     keys |= {f"serve.adapters.{name}": path for name, path in values.serve.adapters.items()}
     named: dict[str, str] = {}

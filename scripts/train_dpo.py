@@ -19,7 +19,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.common.config import check_decided, load_config
-from scripts.common.errors import UserError, entry_point
+from scripts.common.errors import entry_point
 from scripts.common.machine import Machine, seed_everything
 from scripts.common.run import Run, open_run
 from scripts.dataset.records import parse_preference
@@ -52,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = find_start(run, data.records, config.values.dpo.init_from, resume=arguments.resume)
         train, validation = render_rows(run, start, data.split)
 
-        from scripts.training.dpo import check_trainable_names, length_bias, prove_start, reference_unchanged
+        from scripts.training.dpo import length_bias
 
         bias = length_bias(train)
         if run.dry:
             return show_dry_run(run, machine, start, data.files, train)
 
         from scripts.training.degeneration import DegenerationWatch
+        from scripts.training.reference import check_trainable_names, prove_start, reference_unchanged
         from scripts.training.resume import is_finished
         from scripts.training.session import training_session
 
@@ -74,27 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 session.train(trainer)
             session.save(trainer, facts | watch.facts)
     return 0
-
-
-def load_policy(run: Run, machine: Machine, start: Start) -> Any:
-    """Load the base with the adapter that trains; the reference will share the base's weights."""
-    from scripts.model.adapter import add_lora, load_adapter, save_initialisation
-    from scripts.model.base import load_base
-
-    values = run.values
-    base = load_base(start.base_folder, values, machine)
-    if values.dpo.init_from is None:
-        policy = add_lora(base, values.lora, values.base_model_id)
-        save_initialisation(policy, run.run_dir)
-        policy.peft_config["default"].init_lora_weights = True  # TRL's copy must not move a part of the base again
-        return policy
-    # TRL expects the name "default", and trains nothing unless the adapter is loaded as trainable.
-    policy = load_adapter(base, values.dpo.init_from, trainable=True, name="default")
-    if not any(bool(value.any()) for name, value in policy.named_parameters() if "lora_B" in name):
-        raise UserError(
-            f"{values.dpo.init_from}: its adapter is untrained (all B matrices are zero). Run train_sft first."
-        )
-    return policy
 
 
 def build_trainer(
@@ -113,7 +93,7 @@ def build_trainer(
         settle_trainer,
         trainer_arguments,
     )
-    from scripts.training.reference_logps import LOGPS_ARGUMENTS, LOGPS_FOLDER, KeptLogps
+    from scripts.training.reference import choose_reference, load_policy
 
     values, dpo = run.values, run.values.dpo
     plan = plan_training(values, run.section, start.base_folder, machine, train)
@@ -131,16 +111,6 @@ def build_trainer(
     mixed = dpo.sft_weight > 0
     by_length = [sorted(side, key=lambda pair: len(pair.input_ids)) for side in (train, validation)]
     train_set, validation_set = (Dataset.from_list([vars(pair) for pair in side]) for side in by_length)
-    moved_by = values.lora.init if dpo.init_from is None and values.lora.init in ("pissa", "olora") else None
-    # These move a part of the base into the adapter: only together with the starting adapter is what stays the base.
-    base_is_reference = dpo.reference == "base" and not moved_by
-    adapter = policy.peft_config["default"]
-    basis = {
-        "base": start.fingerprint, "quantization": values.quantization.model_dump(), "device": machine.device,
-        "dtype": str(machine.dtype), "fast_path": values.performance.fast_path, "moved_by": moved_by,
-        "adapter": not base_is_reference and [adapter.lora_alpha, adapter.use_rslora, adapter.use_dora],
-        "arguments": {name: arguments[name] for name in LOGPS_ARGUMENTS if name in arguments},
-    }  # fmt: skip
     with blamed_on_trainer_block(run):
         trainer = PreferenceTrainer(
             model=policy,
@@ -156,8 +126,7 @@ def build_trainer(
             eval_dataset=validation_set if validation else None,
             processing_class=start.tokenizer,
             group_by_length=values.performance.group_by_length,
-            base_is_reference=base_is_reference,
-            kept_logps=KeptLogps(Path(dpo.output_dir).parent / LOGPS_FOLDER, basis),
+            **choose_reference(run, machine, start, policy, arguments),
             fast_path=values.performance.fast_path,
         )
         settle_trainer(trainer, plan.steps)

@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.common.artifacts import PlanFacts, sha256_json
 from scripts.common.schema import Check, Config
-from scripts.common.stages import BASE, TRAINING_STAGES
+from scripts.common.stages import BASE, TRAINING_STAGES, planned_stages
 
 ALL_RULES, PREFERENCE, REWARD = "all_rules", "preference_accuracy", "reward_accuracy"
 LOSS, CHECKS_PASSED = "held_out_loss", "checks_passed"
@@ -20,6 +20,11 @@ PRIMARY = (ALL_RULES, PREFERENCE)  # the default, as far as they are measured: S
 def arm_names(values: Config) -> list[str]:
     """Return the arms that a configuration names, the base first."""
     return [BASE, *(values.eval.models or TRAINING_STAGES)]
+
+
+def planned_arms(values: Config) -> list[str]:
+    """Return the arms that a comparison will have once every stage of the configuration was run."""
+    return [BASE, *(values.eval.models or [stage.name for stage in planned_stages(values)])]
 
 
 def default_question(arms: Sequence[str]) -> list[str]:
@@ -40,7 +45,7 @@ def check_names(checks: Sequence[Check]) -> list[str]:
 def plan_of(values: Config, question: Sequence[str] | None = None) -> dict[str, Any]:
     """Return everything that decides what the verdict will be about; the rules are part of it, as they are a measure."""
     plan = values.eval.plan
-    asked = question or plan.question or default_question(arm_names(values))
+    asked = question or plan.question or default_question(planned_arms(values))
     return {
         "question": list(asked),
         "measures": plan.measures,

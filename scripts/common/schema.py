@@ -164,9 +164,9 @@ Datasets = Annotated[list[WeightedDataset], Field(min_length=1)]
 
 
 class Training(Section):
-    """What SFT and DPO have in common."""
+    """What the training stages have in common."""
 
-    dataset_path: str | Datasets
+    dataset_path: str | Datasets | None
     output_dir: OutputFolder
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training records.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of the adapter.")
@@ -262,6 +262,44 @@ class Study(Section):
     ) = Field(
         3,
         description="Seeds to train under: how many, counted from `seed`, or a list such as [1, 2, 7]. The split stays as it is.",
+    )
+
+
+Balance = Literal["auto"] | Annotated[float, Field(gt=0)]
+
+
+class Kto(Training):
+    dataset_path: str | Datasets | None = Field(
+        None,
+        description="Answers with a thumb up or down: a file, a Hub dataset id, or a weighted list; null leaves KTO out of this chain.",
+    )
+    output_dir: OutputFolder = Field("outputs/kto_adapter", description="Folder of the finished adapter.")
+    num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training records.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of the adapter.")
+    per_device_train_batch_size: Annotated[int, Field(gt=1, lt=2**31)] = Field(
+        8,
+        description="Records per forward pass and device, at least 2: KTO estimates how far the policy has moved from prompts with the answers of other records of the batch.",
+    )
+    init_from: str | None = Field(
+        "outputs/sft_adapter", description="Adapter that KTO continues to train; null starts a fresh one on the base."
+    )
+    reference: Literal["sft", "base"] = Field(
+        "sft", description="Frozen reference model: a copy of the adapter that training starts from, or the bare base."
+    )
+    beta: float = Field(
+        0.1, gt=0, description="Strength of the pull towards the reference model; 0.1 is what the paper trains with."
+    )
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto", description="TRL's loss for single answers; apo_zero_unpaired does without the KL term."
+    )
+    desirable_weight: Balance = Field(
+        "auto", description="Weight of the loss on thumbs up; `auto` makes the rarer label weigh as much in sum."
+    )
+    undesirable_weight: Balance = Field(
+        "auto", description="Weight of the loss on thumbs down; `auto` makes the rarer label weigh as much in sum."
+    )
+    stop_on_degeneration: bool = Field(
+        False, description="End training when answers to held-out prompts degenerate (repetition, length, missing end)."
     )
 
 
@@ -379,7 +417,7 @@ class Eval(Section):
     checks: list[Check] = Field(default_factory=list, description="Rules that answers are checked against.")
     models: Models | None = Field(
         None,
-        description="What is compared with the base, in this order: `name: folder` of an adapter or merged model, or a list of folders that differ in their seed; null takes sft and dpo.",
+        description="What is compared with the base, in this order: `name: folder` of an adapter or merged model, or a list of folders that differ in their seed; null takes sft, dpo and kto where they are there.",
     )
     plan: Plan = Plan()
     margins: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -557,6 +595,7 @@ class Config(Section):
     pairs: Pairs = Pairs()
     dpo: Dpo = Dpo()
     study: Study = Study()
+    kto: Kto = Kto()
     performance: Performance = Performance()
     eval: Eval = Eval()
     lmeval: LmEval = LmEval()

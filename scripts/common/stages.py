@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-RecordKind = Literal["conversations", "preferences"]
+if TYPE_CHECKING:
+    from scripts.common.schema import Config
+
+RecordKind = Literal["conversations", "preferences", "feedback"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,16 @@ DPO = TrainingStage(
     "dpo", "DPO", "scripts.train_dpo", "preferences", "DPOConfig", continues="sft", next_command="eval.compare"
 )
 
-TRAINING_STAGES = {stage.name: stage for stage in (SFT, DPO)}  # in the order in which they are run
+KTO = TrainingStage(
+    "kto", "KTO", "scripts.train_kto", "feedback", "KTOConfig", continues="sft", next_command="eval.compare"
+)
+
+TRAINING_STAGES = {stage.name: stage for stage in (SFT, DPO, KTO)}  # in the order in which they are run
 ADAPTER_STAGES = tuple(TRAINING_STAGES)  # manifests of adapters
 BASE = "base"  # the model without an adapter, beside those that are named after their stage
 MODEL_STAGES = (*ADAPTER_STAGES, "merged")  # manifests of folders that can be served and evaluated
+
+
+def planned_stages(values: Config) -> list[TrainingStage]:
+    """Return the stages for which a configuration names data."""
+    return [stage for name, stage in TRAINING_STAGES.items() if getattr(values, name).dataset_path is not None]

@@ -53,6 +53,10 @@ PROSE_FIELDS = frozenset(
     | {alias for field, aliases in ALIASES.items() if field not in ("label", "messages") for alias in aliases}
     | {"content", "value", "text", "thinking", "reasoning"}
 )
+# A thumb as files and tables write it; True and False are 1 and 0 here.
+THUMBS: dict[object, bool] = {
+    1: True, 0: False, "1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False, "up": True, "down": False,
+}  # fmt: skip
 # What speakers are called in messages, and our name for each.
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = (SYSTEM, USER, ASSISTANT)
@@ -271,15 +275,22 @@ def _is_structure(value: Any) -> bool:
     return bool(value) and isinstance(value, list | dict)
 
 
+def thumb_of(label: Any) -> bool | None:
+    """Return what a label says of an answer; None where it is no thumb."""
+    if not isinstance(label, str | bool | int | float):
+        return None
+    return THUMBS.get(label.strip().casefold() if isinstance(label, str) else label)
+
+
 def is_verdict(row: Row, layout: Layout) -> bool:
     """Tell whether `label` says that an answer is good or bad, as KTO's data do.
 
     0 and 1 may be classes of any kind; they count beside a prompt or messages only, as KTO's layouts have them.
     """
     value = row.get(layout.columns.get("label", ""))
-    if isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.strip().casefold(), value.strip())
-    return isinstance(value, bool) or (layout.name in (PROMPT, MESSAGES) and value in (0, 1, "0", "1", "0.0", "1.0"))
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip().casefold() in ("true", "false")):
+        return True
+    return layout.name in (PROMPT, MESSAGES) and thumb_of(value) is not None
 
 
 def as_list(text: str) -> Any:

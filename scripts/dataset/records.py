@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.errors import UserError, listing
 from scripts.common.schema import Config, Data, WeightedDataset
-from scripts.common.stages import TRAINING_STAGES
+from scripts.common.stages import DPO, KTO, SFT, TRAINING_STAGES
 from scripts.dataset.columns import (
     ANSWERS,
     ASSISTANT,
     MESSAGES,
     NO_VALUE,
     PAIR,
+    PROMPT,
     SYSTEM,
     USER,
     Layout,
@@ -37,6 +39,7 @@ from scripts.dataset.columns import (
     missing_words,
     refuse_unusable,
     rename,
+    thumb_of,
     unused_columns,
 )  # fmt: skip
 from scripts.dataset.files import BadRow, find_file, read_hub, read_rows
@@ -45,6 +48,7 @@ from scripts.dataset.turns import Turn, merge_turns, read_text, read_turns, show
 log = logging.getLogger(__name__)
 
 Message = dict[str, str]
+LABELLED = "prompt, completion and label"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ class Record:
     def answer(self) -> str:
         """Return the last answer."""
         return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback(Record):
+    """One conversation whose last answer got a thumb up or down."""
+
+    liked: bool
 
 
 @dataclass(frozen=True)
@@ -115,12 +126,14 @@ Parser = Callable[[dict[str, Any], str, Data], Any]
 
 
 def load_datasets(
-    dataset_path: str | Sequence[WeightedDataset], parse: Parser, data: Data, key: str
+    dataset_path: str | Sequence[WeightedDataset] | None, parse: Parser, data: Data, key: str
 ) -> list[DatasetFile]:
     """Read and check every row of one or several sources.
 
     Raises: UserError with file, line, field and reason of all bad rows, unless `data.on_bad_row` is `skip`.
     """
+    if dataset_path is None:
+        raise UserError(f"{key}: missing; it has no default, so write down a file, or --set {key}=FILE.")
     files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
     for file in files if data.on_bad_row == "stop" else ():
@@ -144,9 +157,9 @@ def load_datasets(
     return files
 
 
-def sources_of(dataset_path: str | Sequence[WeightedDataset]) -> list[WeightedDataset]:
+def sources_of(dataset_path: str | Sequence[WeightedDataset] | None) -> list[WeightedDataset]:
     """Return what a `dataset_path` names as a list in any case."""
-    return [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path)
+    return [WeightedDataset(path=dataset_path)] if isinstance(dataset_path, str) else list(dataset_path or ())
 
 
 def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> DatasetFile:
@@ -278,8 +291,8 @@ def _refuse_verdict(row: dict[str, Any], layout: Layout) -> None:
         label = layout.columns["label"]
         raise RowError(
             label,
-            "says that an answer is good or bad, and here a bad one would be trained like a good one; train such rows with "
-            f"python -m scripts.train_kto, or leave the column out: {as_columns({label: None})}",
+            "says that an answer is good or bad, and here a bad one would be trained like a good one; set "
+            f"{KTO.name}.dataset_path to this file and run python -m {KTO.script}, or leave the column out: {as_columns({label: None})}",
         )
 
 
@@ -400,6 +413,28 @@ def _answer_after(prompt: list[Turn], turns: list[Turn], name: str) -> str:
     raise RowError(name, reason)
 
 
+def parse_feedback(row: dict[str, Any], where: str, data: Data) -> Feedback:
+    """Map a row of prompt, completion and label to a Feedback."""
+    layout = _layout_of(row, pairs=False)
+    if layout.name != PROMPT:
+        stage = DPO if layout.name == PAIR else SFT
+        raise RowError("fields", f"found {layout.name}, wanted {LABELLED}; set {stage.name}.dataset_path to this file")
+    fields, label = layout.read(row), layout.columns.get("label", "label")
+    if is_missing(fields.get("label")):
+        name = None if "label" in fields else next(iter(get_close_matches("label", map(str, row))), None)
+        fix = f"rename `{name}` to `label`" if name else f"set {SFT.name}.dataset_path to this file, if all are good"
+        raise RowError(label, f"is missing, wanted {LABELLED}; {fix}")
+    liked = thumb_of(fields["label"])
+    if liked is None:
+        raise RowError(label, f"found {fields['label']!r}, wanted true or false; 1 and 0, up and down are read, too")
+    answer = _merged(read_turns(fields["completion"], layout.columns["completion"], ASSISTANT), data)
+    if len(answer) != 1 or answer[0].role != ASSISTANT:
+        raise RowError(layout.columns["completion"], "wanted exactly one assistant turn after the prompt")
+    prompt = _merged(_question(fields, layout), data)
+    prompt = _in_order(_with_system_column(prompt, fields, layout), data, last=USER)
+    return Feedback(where, _messages([*prompt, *answer]), (len(prompt),), group_of(row, data), liked=liked)
+
+
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
     """Put the configured system message in front of a conversation that has none."""
     if system_prompt is None or (messages and messages[0]["role"] == "system"):
@@ -487,7 +522,11 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
 
 
 # By the kind of record that a training stage names in scripts.common.stages.
-PARSERS: dict[str, Parser] = {"conversations": parse_record, "preferences": parse_preference}
+PARSERS: dict[str, Parser] = {
+    "conversations": parse_record,
+    "preferences": parse_preference,
+    "feedback": parse_feedback,
+}
 
 
 def load_rest_of_chain(config: Config, read: Collection[str]) -> list[DatasetFile]:

@@ -9,7 +9,7 @@ from itertools import groupby, zip_longest
 from typing import Any, ClassVar, Self, overload
 
 from scripts.dataset.chat_format import ChatFormat, UnfitRow, Written, stop_token_ids
-from scripts.dataset.records import Message, Preference, Record
+from scripts.dataset.records import Feedback, Message, Preference, Record
 
 IGNORED = -100
 
@@ -40,6 +40,26 @@ class Rendered:
         pairs = zip(self.input_ids, self.labels, strict=True)
         grouped = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
         return [(trained, [token for token, _ in run]) for trained, run in grouped]
+
+
+@dataclass(frozen=True)
+class RenderedFeedback(Rendered):
+    """Token ids of a conversation whose last answer was liked or not; that answer alone carries labels."""
+
+    liked: bool
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return [label for label in self.labels if label != IGNORED]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.input_ids[: -self.trained_tokens]
+
+    @property
+    def chosen_ids(self) -> list[int]:
+        """Return the answer if it was liked."""
+        return self.answer_ids if self.liked else []
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,8 @@ def render_and_check(chat: ChatFormat, record: Record | Preference) -> list[Rend
         return [pair]
     rows = render_record(chat, record)
     check_rendered(chat, record, rows)
+    if isinstance(record, Feedback):
+        rows = [RenderedFeedback(row.input_ids, row.labels, record.liked) for row in rows]
     return rows
 
 

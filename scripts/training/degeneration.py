@@ -1,4 +1,4 @@
-"""Watch answers to held-out prompts while DPO trains, and say when they degenerate."""
+"""Watch answers to held-out prompts while preferences are trained, and say when they degenerate."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from scripts.dataset.rendering import Rendered, RenderedPair
+from scripts.dataset.rendering import Rendered, RenderedFeedback, RenderedPair
 from scripts.model.adapter import switched_to
 from scripts.model.generation import Health, generate_answers, health
 from scripts.model.scoring import mean_kl
 from scripts.model.shape import ModelShape
-from scripts.training.dpo import PreferenceTrainer
+from scripts.training.reference import FrozenReference
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ CHOSEN_FALL_NATS = 0.5  # per token of the chosen answers
 class DegenerationWatch(TrainerCallback):
     """Answer fixed held-out prompts at each evaluation and compare with how the run started."""
 
-    def __init__(self, trainer: PreferenceTrainer, tracker: Any, pairs: Sequence[RenderedPair], stop: bool) -> None:
+    def __init__(
+        self, trainer: FrozenReference, tracker: Any, pairs: Sequence[RenderedPair | RenderedFeedback], stop: bool
+    ) -> None:
         self.trainer, self.tracker, self.stop = trainer, tracker, stop
         self.pairs = list(pairs[:WATCHED_PROMPTS])
         if stop and not pairs:
@@ -37,7 +39,8 @@ class DegenerationWatch(TrainerCallback):
         positions = ModelShape.of(trainer.model.config).positions
         longest = max((len(pair.prompt_ids) for pair in self.pairs), default=0)
         self.tokens = max(1, min(WATCHED_TOKENS, positions - longest)) if positions else WATCHED_TOKENS
-        self.chosen_tokens = sum(len(pair.chosen_ids) for pair in pairs) / max(len(pairs), 1)
+        chosen = [len(pair.chosen_ids) for pair in pairs if pair.chosen_ids]
+        self.chosen_tokens = sum(chosen) / max(len(chosen), 1)
         self.start: Health | None = None
         self.start_chosen: float | None = None
         self.last: dict[str, float] = {}
@@ -74,13 +77,9 @@ class DegenerationWatch(TrainerCallback):
         signs = [sign for sign in self._signs(now, chosen - self.start_chosen) if sign not in self.warned]
         if signs:
             self.warned.update(signs)
-            log.warning(
-                "step %d: answers degenerate: %s. Lower dpo.learning_rate, raise beta or sft_weight.",
-                state.global_step,
-                "; ".join(signs),
-            )
+            log.warning("step %d: answers degenerate: %s. %s", state.global_step, "; ".join(signs), self.trainer.remedy)
             if self.stop:
-                log.warning("stopping here (dpo.stop_on_degeneration)")
+                log.warning("stopping here (%s.stop_on_degeneration)", self.trainer.stage)
                 control.should_training_stop = True
 
     def _signs(self, now: Health, drift: float) -> list[str]:

@@ -8,8 +8,17 @@ import json
 import pytest
 
 from scripts.common.artifacts import read_manifest
-from scripts.common.schema import Config, Training
-from scripts.common.stages import ADAPTER_STAGES, DPO, MODEL_STAGES, SFT, TRAINING_STAGES, TrainingStage
+from scripts.common.schema import Config, Kto, Training
+from scripts.common.stages import (
+    ADAPTER_STAGES,
+    DPO,
+    KTO,
+    MODEL_STAGES,
+    SFT,
+    TRAINING_STAGES,
+    TrainingStage,
+    planned_stages,
+)
 from scripts.common.trl_arguments import SCHEMA_FILE
 from tests.conftest import ROOT
 
@@ -17,10 +26,15 @@ every_stage = pytest.mark.parametrize("stage", TRAINING_STAGES.values(), ids=TRA
 
 
 def test_stages_are_known_by_their_names() -> None:
-    assert {"sft": SFT, "dpo": DPO} == TRAINING_STAGES
+    assert {"sft": SFT, "dpo": DPO, "kto": KTO} == TRAINING_STAGES
     assert all(stage.name == name for name, stage in TRAINING_STAGES.items())
-    assert ADAPTER_STAGES == ("sft", "dpo")
-    assert MODEL_STAGES == ("sft", "dpo", "merged")
+    assert ADAPTER_STAGES == ("sft", "dpo", "kto")
+    assert MODEL_STAGES == ("sft", "dpo", "kto", "merged")
+
+
+def test_a_stage_is_planned_where_the_configuration_names_its_data() -> None:
+    assert planned_stages(Config()) == [SFT, DPO]
+    assert planned_stages(Config(kto=Kto(dataset_path="thumbs.jsonl"))) == [SFT, DPO, KTO]
 
 
 @every_stage
@@ -63,7 +77,7 @@ def test_missing_adapter_names_the_scripts_in_the_order_in_which_they_run() -> N
     with pytest.raises(Exception, match="no such folder") as caught:
         read_manifest(ROOT / "no-such-adapter")
 
-    scripts = [f"python -m {stage.script}" for stage in TRAINING_STAGES.values()]
+    scripts = [f"python -m {stage.script}" for stage in planned_stages(Config())]
     places = [str(caught.value).find(script) for script in scripts]
     assert -1 not in places
     assert places == sorted(places)

@@ -14,6 +14,7 @@ from scripts.common.schema import Data, WeightedDataset
 from scripts.dataset.records import (
     count_duplicates,
     load_datasets,
+    parse_feedback,
     parse_preference,
     parse_record,
     write_rejects,
@@ -72,6 +73,72 @@ def test_system_prompt_goes_before_a_pair_that_brings_none() -> None:
     row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 
     assert parse_preference(row, "here:1", Data(system_prompt="Be brief.")).prompt == (SYSTEM, *talk("q"))
+
+
+# --- thumbs
+
+
+@pytest.mark.parametrize(
+    ("label", "liked"),
+    [
+        *((label, True) for label in (True, 1, 1.0, "true", "True", "TRUE", "1", " up", "Up")),
+        *((label, False) for label in (False, 0, 0.0, "false", "False", "0", "down", "DOWN ")),
+    ],
+)
+def test_a_thumb_is_read_as_files_and_tables_write_it(label: object, liked: bool) -> None:
+    feedback = parse_feedback({"prompt": "q", "completion": "a", "label": label}, "here:1", PLAIN)
+
+    assert (feedback.liked, list(feedback.messages), feedback.trained) == (liked, talk("q", "a"), (1,))
+    assert feedback.answer == "a"
+
+
+def test_a_rated_conversation_trains_its_last_answer_only() -> None:
+    row = {"prompt": talk("q", "a", "q2"), "completion": talk("x", "b")[1:], "label": False}
+    feedback = parse_feedback(row, "here:1", Data(system_prompt="Be brief."))
+
+    assert list(feedback.messages) == [SYSTEM, *talk("q", "a", "q2", "b")]
+    assert feedback.answers == ("b",)
+
+
+RATED = {"prompt": "q", "completion": "a"}
+BAD_THUMBS = [
+    *(({**RATED, "label": label}, f"label: found {label!r}, wanted true or false") for label in (2, -1, 0.5, "good", [True])),
+    *(({**RATED, "label": label}, "label: is missing, wanted prompt, completion and label") for label in (None, "")),
+    (RATED, "label: is missing, wanted prompt, completion and label; set sft.dataset_path to this file, if all are good"),
+    ({**RATED, "lable": True}, "label: is missing, wanted prompt, completion and label; rename `lable` to `label`"),
+    ({**RATED, "label": True, "completion": talk("q", "a")}, "completion: wanted exactly one assistant turn"),
+    ({**RATED, "label": True, "prompt": talk("q", "a")}, "messages: found the turns user, assistant"),
+    ({**RATED, "label": True, "completion": " "}, "completion: is empty"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "fields: found prompt/chosen/rejected, wanted prompt, completion and label; set dpo.dataset_path"),
+    (instruction(1), "fields: found instruction/input/output, wanted prompt, completion and label; set sft.dataset_path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_THUMBS)
+def test_bad_thumb_is_reported_with_its_field_and_reason(tmp_path: Path, row: dict, said: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+
+    with pytest.raises(UserError) as caught:
+        load_datasets(str(path), parse_feedback, PLAIN, "kto.dataset_path")
+
+    assert f"{path}:1: {said}" in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [True, False, 0, "1", "down"])
+@pytest.mark.parametrize("parse", [parse_record, parse_preference])
+def test_thumbs_given_to_another_stage_name_the_stage_that_learns_from_them(tmp_path: Path, parse, label) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{**RATED, "label": label}])
+
+    with pytest.raises(UserError) as caught:
+        load_datasets(str(path), parse, PLAIN, "x.dataset_path")
+
+    assert f"{path}:1: label: " in str(caught.value)
+    assert "set kto.dataset_path to this file and run python -m scripts.train_kto" in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["billing", 7, None])
+def test_a_label_that_is_no_thumb_is_no_matter_to_sft(label: object) -> None:
+    assert parse_record({**RATED, "label": label}, "here:1", PLAIN).answer == "a"
 
 
 BAD_PAIRS = [

@@ -23,7 +23,7 @@ from typing import Any
 
 LIBRARIES = [
     "torch", "transformers", "transformers.models.llama.modeling_llama", "trl", "peft", "datasets", "mlflow",
-    "scripts.training.session", "scripts.training.dpo", "eval.measuring", "eval.metrics", "eval.verdict", "scripts.export.parity",
+    "scripts.training.session", "scripts.training.dpo", "scripts.training.reference", "eval.measuring", "eval.metrics", "eval.verdict", "scripts.export.parity",
 ]  # fmt: skip
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
 DAY = 86_400

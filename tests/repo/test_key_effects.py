@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
-from scripts import get_demo_model, train_dpo, train_sft
+from scripts import get_demo_model, train_dpo, train_kto, train_sft
 from scripts.common.config import load_config
 from scripts.common.machine import choose_machine
 from scripts.common.schema import Config, Performance, Quantization
@@ -21,7 +21,7 @@ from scripts.model.memory import estimate_memory
 from scripts.training.callbacks import training_callbacks
 from scripts.training.plan import plan_training
 from scripts.training.start import find_start
-from tests.support.chain import write_chain
+from tests.support.chain import write_chain, write_kto_chain
 from tests.support.exporting import save_adapter
 from tests.support.training import build_trainer, run_of
 
@@ -30,7 +30,7 @@ from tests.support.training import build_trainer, run_of
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with config, data, a base and an SFT adapter."""
     made = tmp_path_factory.mktemp("keys")
-    write_chain(made)
+    write_kto_chain(made)
     save_adapter(made / "model", made / "out/sft_adapter")
     return made
 
@@ -48,7 +48,7 @@ SHARED: list[tuple[str, Callable, object]] = [
     ('trainer={"weight_decay": 0.5}', lambda trainer: trainer.args.weight_decay, 0.5),
 ]
 EFFECTS = [
-    *((name, f"{name}.{setting}", seen, wanted) for name in ("sft", "dpo") for setting, seen, wanted in SHARED),
+    *((name, f"{name}.{setting}", seen, wanted) for name in ("sft", "dpo", "kto") for setting, seen, wanted in SHARED),
     ("sft", "seed=9", lambda trainer: trainer.args.seed, 9),
     ("sft", "performance.group_by_length=false", lambda trainer: trainer.group_by_length, False),
     ("sft", "performance.gradient_checkpointing=true", lambda trainer: trainer.args.activation_checkpointing, True),
@@ -59,6 +59,11 @@ EFFECTS = [
     ("dpo", "dpo.loss_type=ipo", lambda trainer: trainer.loss_types, ["ipo"]),
     ("dpo", "dpo.sft_weight=0.5", lambda trainer: trainer.loss_weights, [1.0, 0.5]),
     ("dpo", "dpo.reference=base", lambda trainer: trainer.reference_adapter, None),
+    ("kto", "kto.beta=0.7", lambda trainer: trainer.beta, 0.7),
+    ("kto", "kto.loss_type=apo_zero_unpaired", lambda trainer: trainer.loss_type, "apo_zero_unpaired"),
+    ("kto", "kto.reference=base", lambda trainer: trainer.reference_adapter, None),
+    ("kto", "kto.desirable_weight=1.5", lambda trainer: trainer.desirable_weight, 1.5),
+    ("kto", "kto.undesirable_weight=2.5", lambda trainer: trainer.undesirable_weight, 2.5),
 ]
 
 
@@ -67,7 +72,7 @@ def test_key_reaches_the_trainer(folder: Path, tmp_path: Path, name: str, overri
     assert seen(build_trainer(name, folder / "config.yaml", tmp_path, [override])) == wanted
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
 def test_early_stopping_is_on_only_when_asked_for(folder: Path, name: str) -> None:
     arguments = SimpleNamespace(load_best_model_at_end=True, save_total_limit=None)
     found = []
@@ -166,7 +171,7 @@ def test_revision_chooses_among_cached_ones(tiny_llama: Path, tmp_path: Path, mo
 # --- flags
 
 
-@pytest.mark.parametrize("script", [train_sft, train_dpo], ids=["sft", "dpo"])
+@pytest.mark.parametrize("script", [train_sft, train_dpo, train_kto], ids=["sft", "dpo", "kto"])
 def test_data_without_a_report_is_refused_when_asked(folder: Path, tmp_path: Path, capsys, script) -> None:
     common = ["--config", str(folder / "config.yaml"), "--dry-run"]
     assert script.main(common) == 0

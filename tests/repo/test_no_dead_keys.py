@@ -83,7 +83,7 @@ def flags() -> set[str]:
 # --- where each one's effect is shown
 
 EFFECTS = "repo/test_key_effects.py::test_key_reaches_the_trainer"
-SFT, DPO = "training/test_train_sft.py::", "training/test_train_dpo.py::"
+SFT, DPO, KTO = (f"training/test_train_{stage}.py::" for stage in ("sft", "dpo", "kto"))
 SCRUB, DEID = "deid/test_scrubbing.py::", "deid/test_deid_presidio.py::"
 JUDGE, LMEVAL, COMPARE = "eval/test_judge.py::", "eval/test_run_lmeval.py::", "eval/test_compare.py::"
 STUDY = "studies/test_study.py::"
@@ -125,7 +125,7 @@ PROOFS = {
     "dpo.early_stopping_patience": "repo/test_key_effects.py::test_early_stopping_is_on_only_when_asked_for",
     **{
         f"{name}.{key}": EFFECTS
-        for name in ("sft", "dpo")
+        for name in ("sft", "dpo", "kto")
         for key in (
             "num_train_epochs",
             "learning_rate",
@@ -149,6 +149,13 @@ PROOFS = {
     "pairs.balance_length": PAIRS + "test_lengths_are_balanced_unless_that_is_not_wanted",
     "study.output_dir": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "study.seeds": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
+    "kto.dataset_path": KTO + "test_bad_records_are_named_by_line",
+    "kto.output_dir": KTO + "test_a_run_that_degenerates_ends_early_when_asked",
+    "kto.max_length": KTO + "test_refuses",
+    "kto.early_stopping_patience": "repo/test_key_effects.py::test_early_stopping_is_on_only_when_asked_for",
+    "kto.init_from": KTO + "test_refuses",
+    **{f"kto.{key}": EFFECTS for key in ("reference", "beta", "loss_type", "desirable_weight", "undesirable_weight")},
+    "kto.stop_on_degeneration": KTO + "test_a_run_that_degenerates_ends_early_when_asked",
     "performance.device": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.dtype": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.threads": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
@@ -232,6 +239,7 @@ PROOFS = {
 
 WITH_SETTINGS = {  # a test that gives the script both --config and --set, and fails without either
     "scripts.train_sft": SFT + "test_weights_of_datasets_reach_training",
+    "scripts.train_kto": KTO + "test_a_run_that_degenerates_ends_early_when_asked",
     "scripts.train_dpo": DPO + "test_a_run_that_degenerates_ends_early_when_asked",
     "scripts.make_pairs": PAIRS + "test_settings_reach_the_samples",
     "scripts.export_lora": EXPORT + "test_folders_of_the_configuration_are_used",
@@ -257,6 +265,9 @@ FLAG_PROOFS = {
     "scripts.make_pairs --out": PAIRS + "test_a_killed_run_resumes_at_whole_batches_byte_for_byte",
     **{f"scripts.study {flag}": STUDY + "test_flags_decide_seeds_and_variants" for flag in ("--seeds", "--vary", "--yes")},
     "scripts.study --dry-run": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
+    "scripts.train_kto --resume": KTO + "test_resuming_a_finished_run_does_nothing",
+    "scripts.train_kto --dry-run": KTO + "test_dry_run_trains_nothing",
+    "scripts.train_kto --require-deid-report": "repo/test_key_effects.py::test_data_without_a_report_is_refused_when_asked",
     "scripts.export_lora --base_model": EXPORT + "test_adapter_of_another_base",
     "scripts.export_lora --adapter": EXPORT + "test_folders_of_the_configuration_are_used",
     "scripts.export_lora --out_dir": EXPORT + "test_merged_model_given_as_adapter",

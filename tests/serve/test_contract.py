@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.model.adapter import linear_layers
 from tests.conftest import run_python
-from tests.support.serving import running_server, save_adapter
+from tests.support.serving import assert_vllm_loads, running_server, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,7 @@ def url(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     adapter = save_adapter(folder / "sft", tiny_llama)
     config = folder / "config.yaml"
     serve = {
-        "adapter_path": str(adapter), "max_context_tokens": 256, "default_max_new_tokens": 8,
+        "adapter_path": str(adapter), "adapters": {"liked": str(save_adapter(folder / "kto", tiny_llama, "kto", seed=2))}, "max_context_tokens": 256, "default_max_new_tokens": 8,
         "votes_path": str(folder / "votes.jsonl"), "deadline_seconds": 20,
     }  # fmt: skip
     tree = {"base_model_id": str(tiny_llama), "performance": {"threads": 1, "dtype": "fp32"}, "serve": serve}
@@ -71,22 +69,5 @@ def test_openai_clients_work_with_any_server_of_the_contract(url):
 
 def test_adapters_are_what_vllm_loads(tiny_llama, tmp_path):
     """vllm serve BASE --enable-lora --lora-modules sft=DIR --max-lora-rank R wants plain LoRA in safetensors."""
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
     adapter = save_adapter(tmp_path / "sft", tiny_llama, r=16)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
-    assert config["bias"] == "none"
-    assert not config["use_dora"]
-    assert not config["modules_to_save"]
-    assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512), "vLLM's steps of --max-lora-rank"
-    layers = set(linear_layers(AutoModelForCausalLM.from_pretrained(tiny_llama)))
-    assert set(config["target_modules"]) <= layers
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            assert name.startswith("base_model.model.model.layers.")
-            assert name.endswith((".lora_A.weight", ".lora_B.weight"))
-            assert config["r"] in tensors.get_slice(name).get_shape()
-    assert not list(adapter.glob("*.bin"))
-    assert (adapter / "tokenizer.json").is_file()
+    assert_vllm_loads(adapter, tiny_llama)

@@ -38,6 +38,34 @@ def dpo_rows(count: int = 8) -> list[dict]:
     ]
 
 
+def kto_rows(count: int = 8) -> list[dict]:
+    """Return short answers, of which two in three are liked."""
+    return [
+        {
+            "prompt": f"rate {colour} {number}",
+            "completion": f"{colour} it is, {number}" if (number + place) % 3 else f"not {colour}, {number}",
+            "label": bool((number + place) % 3),
+        }
+        for number in range(count)
+        for place, colour in enumerate(COLOURS)
+    ]
+
+
+def write_kto_chain(folder: Path, **changes: dict) -> Path:
+    """Write a chain with KTO in it."""
+    write_jsonl(folder / "kto.jsonl", kto_rows())
+    kto = {
+        "dataset_path": str(folder / "kto.jsonl"),
+        "output_dir": str(folder / "out/kto_adapter"),
+        "init_from": str(folder / "out/sft_adapter"),
+        "max_length": 200,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "trainer": {"max_steps": 6},
+    }
+    return write_chain(folder, kto=kto, **changes)
+
+
 def write_chain(folder: Path, **changes: dict) -> Path:
     """Save a tiny model, its data and a configuration whose outputs lie in the folder."""
     if not (folder / "model").is_dir():

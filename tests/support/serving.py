@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -22,6 +23,7 @@ from scripts.common.artifacts import Parent, read_manifest, write_manifest
 from scripts.common.schema import Lora
 from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.rendering import render_completion, render_prompt
+from scripts.model.adapter import linear_layers
 from scripts.model.base import load_tokenizer
 from tests.conftest import ROOT, save_tiny_model, tiny_tokenizer
 
@@ -37,6 +39,28 @@ def save_adapter(
 ) -> Path:
     """Save an adapter with random weights: a fresh LoRA has B = 0, which would hide every mix-up."""
     return save_random_adapter(folder, base, stage, Lora(**{"r": 4, "alpha": 8, **lora}), seed, scale, parent)
+
+
+def assert_vllm_loads(adapter: Path, base: Path) -> None:
+    """Hold an adapter against what vLLM's LoRA loader asks for."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["bias"] == "none"
+    assert not config["use_dora"]
+    assert not config["modules_to_save"]
+    assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512), "vLLM's steps of --max-lora-rank"
+    layers = set(linear_layers(AutoModelForCausalLM.from_pretrained(base)))
+    assert set(config["target_modules"]) <= layers
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            assert name.startswith("base_model.model.model.layers.")
+            assert name.endswith((".lora_A.weight", ".lora_B.weight"))
+            assert config["r"] in tensors.get_slice(name).get_shape()
+    assert not list(adapter.glob("*.bin"))
+    assert (adapter / "tokenizer.json").is_file()
 
 
 def save_nested_model(folder: Path, **shape_changes: int) -> Path:

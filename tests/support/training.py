@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import train_dpo, train_sft
+from scripts import train_dpo, train_kto, train_sft
 from scripts.common.config import LoadedConfig, load_config
 from scripts.common.machine import choose_machine
 from scripts.common.run import Run
 from scripts.common.schema import Config
 from scripts.common.signals import StopSignal
-from scripts.dataset.records import parse_preference, parse_record
+from scripts.common.stages import TRAINING_STAGES
+from scripts.dataset.records import PARSERS
 from scripts.training.data import read_data, render_rows
+from scripts.training.kto import balance
 from scripts.training.start import find_start
 
 
@@ -28,12 +30,10 @@ def build_trainer(stage: str, config: Path, run_dir: Path, overrides: Sequence[s
     run_dir.mkdir(parents=True, exist_ok=True)
     run = run_of(stage, load_config(config, overrides), run_dir)
     machine = choose_machine(run.values)
-    if stage == "sft":
-        data = read_data(run, parse_record, None)
-        start = find_start(run, data.records)
-        rows = render_rows(run, start, data.split)
-        return train_sft.build_trainer(run, machine, start, *rows)
-    data = read_data(run, parse_preference, None)
-    start = find_start(run, data.records, run.values.dpo.init_from)
-    pairs = render_rows(run, start, data.split)
-    return train_dpo.build_trainer(run, machine, start, *pairs)
+    data = read_data(run, PARSERS[TRAINING_STAGES[stage].records], None)
+    start = find_start(run, data.records, getattr(run.section, "init_from", None))
+    rows = render_rows(run, start, data.split)
+    if stage == "kto":
+        return train_kto.build_trainer(run, machine, start, *rows, balance(run.values.kto, rows[0]))
+    build = train_sft.build_trainer if stage == "sft" else train_dpo.build_trainer
+    return build(run, machine, start, *rows)

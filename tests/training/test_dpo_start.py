@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from scripts import train_dpo, train_sft
 from scripts.common.errors import UserError
-from scripts.training.dpo import REFERENCE_COLUMNS, prove_start
+from scripts.training.dpo import PreferenceTrainer
+from scripts.training.reference import prove_start
 from tests.conftest import save_tiny_model, write_jsonl
 from tests.support.chain import dpo_rows, manifest, write_chain
 from tests.support.exporting import save_adapter
@@ -37,7 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def columns(trainer) -> list[list[float]]:
     """Return what the reference said beforehand."""
-    return [list(side[name]) for side in (trainer.train_dataset, trainer.eval_dataset) for name in REFERENCE_COLUMNS]
+    return [
+        list(side[name])
+        for side in (trainer.train_dataset, trainer.eval_dataset)
+        for name in PreferenceTrainer.reference_columns
+    ]
 
 
 def plain_logps(model, pair: dict) -> list[float]:
@@ -85,11 +90,11 @@ def test_what_changes_the_numbers_changes_what_they_are_kept_under(folder: Path,
 
 def test_numbers_are_kept_only_once_they_are_proven(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """A start that is refused leaves nothing behind that a later run would take up."""
-    import scripts.training.dpo
+    import scripts.training.reference
 
     setting = ["--set", f"dpo.output_dir={tmp_path}/out/dpo"]
     with monkeypatch.context() as patched:
-        patched.setattr(scripts.training.dpo, "TOLERANCE", {torch.float32: -1.0})
+        patched.setattr(scripts.training.reference, "TOLERANCE", {torch.float32: -1.0})
         assert train_dpo.main(["--config", str(folder / "config.yaml"), *setting]) == 2
     assert not (tmp_path / "out/.reference_logps").exists()
 
@@ -118,7 +123,7 @@ def test_reference_that_is_asked_in_training_gives_the_same_loss(folder: Path, t
     for beforehand in (True, False):
         block = f"dpo.trainer={json.dumps({'precompute_ref_log_probs': beforehand, 'ld_alpha': 0.3})}"
         trainer = build_trainer("dpo", folder / "config.yaml", tmp_path, [f"dpo.output_dir={tmp_path}/d", block])
-        assert (REFERENCE_COLUMNS[0] in trainer.train_dataset.column_names) == beforehand
+        assert (PreferenceTrainer.reference_columns[0] in trainer.train_dataset.column_names) == beforehand
         generator = torch.Generator().manual_seed(1)
         for name, value in trainer.model.named_parameters():
             if ".default." in name:
@@ -153,7 +158,9 @@ def test_reference_of_a_fresh_adapter_is_the_plain_base(folder: Path, tmp_path: 
     base = load(folder / "model")
 
     for row in (trainer.train_dataset[index] for index in (0, 7, 20)):
-        assert [row[name] for name in REFERENCE_COLUMNS] == pytest.approx(plain_logps(base, row), abs=2e-3)
+        assert [row[name] for name in PreferenceTrainer.reference_columns] == pytest.approx(
+            plain_logps(base, row), abs=2e-3
+        )
     facts = prove_start(trainer)
     assert facts["step0_margin"] < 1e-4
     assert facts["step0_loss"] == pytest.approx(math.log(2), abs=1e-4)
