@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 from scripts.common.machine import empty_heap
+
+
+def has_adapters(layer: Any) -> bool:
+    """Tell whether PEFT has put adapters beside a layer; PEFT itself, which loads for seconds, is not asked."""
+    return hasattr(layer, "lora_A")
 
 
 def with_room(rows: int, columns: int, room: int, like: torch.Tensor) -> torch.Tensor:
@@ -32,7 +35,7 @@ def _widened(x: torch.Tensor, room: int) -> torch.Tensor:
 def adapt_in_input_dtype(model: Any) -> None:
     """Let adapters work in their base's dtype, also where PEFT computes them; the weights that the optimizer moves stay fp32."""
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if has_adapters(module):
             module.cast_input_dtype_enabled = False
             for linears in (module.lora_A, module.lora_B):
                 for linear in linears.values():
@@ -88,7 +91,7 @@ class Product:
     @property
     def left_to_chance(self) -> bool:
         """Return whether an adapter's dropout is on."""
-        loras = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
+        loras = [layer for layer in self.layers if has_adapters(layer)]
         return any(_drops(dropout) for layer in loras for dropout in layer.lora_dropout.values())
 
     @torch.inference_mode(False)  # what is made in inference mode could not be changed outside it
@@ -110,9 +113,11 @@ class Product:
 
     def _plain_adapters(self) -> list[tuple[int, str]] | None:
         """Name the one adapter of each layer that has one at work; None where PEFT does more than multiply."""
+        from peft.tuners.lora import Linear as LoraLinear
+
         adapters = []
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, LoraLayer):
+            if has_adapters(layer):
                 if type(layer) is not LoraLinear or layer.merged:
                     return None
                 names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_A]
@@ -138,7 +143,7 @@ class Product:
 
     def _move_bases(self, rank: int) -> torch.Tensor:
         """Move the base weights into a matrix that has room for the largest adapter, and return it."""
-        loras = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
+        loras = [layer for layer in self.layers if has_adapters(layer)]
         rank = max(rank, sum(max(len(linear.weight) for linear in layer.lora_A.values()) for layer in loras))
         storage: torch.Tensor = self.bases[0].weight.new_empty(self.outputs + rank, self.inputs + rank)
         row = 0

@@ -61,7 +61,7 @@ def save_adapter(
             chat_template_sha256=template_sha256(tokenizer),
             datasets=datasets,
             split=SplitFacts(
-                seed=0, validation_ratio=0.0, test_ratio=1.0, key_version=SPLIT_KEY_VERSION
+                seed=0, validation_ratio=0.49, test_ratio=0.5, key_version=SPLIT_KEY_VERSION
             ),  # it was trained on nothing
             config=config,
             mlflow=RunFacts(run_id=None),
