@@ -33,7 +33,15 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 import httpx
 import psutil
 
-from scripts.common.artifacts import BaseModelFacts, Manifest, Parent, RunFacts, SplitFacts, write_manifest
+from scripts.common.artifacts import (
+    SPLIT_KEY_VERSION,
+    BaseModelFacts,
+    Manifest,
+    Parent,
+    RunFacts,
+    SplitFacts,
+    write_manifest,
+)
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.paths import ROOT
@@ -118,7 +126,9 @@ def save_random_adapter(
         chat_template_sha256=template_sha256(tokenizer),
         parent=parent,
         datasets=[],
-        split=SplitFacts(seed=0, validation_ratio=0.0, test_ratio=1.0),  # it was trained on nothing
+        split=SplitFacts(
+            seed=0, validation_ratio=0.49, test_ratio=0.5, key_version=SPLIT_KEY_VERSION
+        ),  # trained on nothing
         config={"dpo": {"beta": 0.2}},
         mlflow=RunFacts(run_id=None),
         metrics={},

@@ -254,7 +254,13 @@ def test_manifest_of_the_first_release_is_read_as_it_was_written(tmp_path: Path,
     content, now = json.loads(written), manifest.model_dump(mode="json", by_alias=True)
     for before, after in zip(content.pop("datasets"), now.pop("datasets"), strict=True):
         assert after == dict.fromkeys(after) | before, "what it lacks is null"
-    lacking = {"chat_template_kwargs": {}, "template_date": None, "system_prompt": None, "thinking": False}
+    lacking = {
+        "chat_template_kwargs": {},
+        "template_date": None,
+        "system_prompt": None,
+        "thinking": False,
+        "plan": None,
+    }
     old = content.pop("split")
     assert now.pop("split") == {
         "seed": old["seed"], "validation_ratio": old["ratio"], "test_ratio": 0.0, "key_version": 0, "group_field": None

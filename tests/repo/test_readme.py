@@ -45,7 +45,9 @@ COMMANDS = sorted(
 )
 LAUNCHED = [command for command in COMMANDS if re.match("torchrun |accelerate launch ", command)]
 PYTHON = [f"python {command[command.index('-m scripts') :]}" for command in LAUNCHED] + [
-    command for command in COMMANDS if re.match(r"(\w+=\S+ )*python (-m (scripts|eval)\.|scripts/|eval/)", command)
+    command
+    for command in COMMANDS
+    if re.match(r"(\w+=\S+ )*python (-m (scripts|eval|serve)\.|scripts/|eval/)", command)
 ]
 TESTS = [command for command in COMMANDS if re.match(r"(python -m )?pytest ", command)]
 CODE = blocks("python")
@@ -123,12 +125,19 @@ def test_other_programs_take_the_arguments_given(command: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("curl|Invoke-RestMethod", c)])
 def test_requests_are_answered_by_a_route_that_takes_them(command: str) -> None:
+    from serve import openai_schemas, schemas
     from serve.fastapi_server import app
-    from serve.schemas import GenerateRequest
 
     (path,) = re.findall(r"localhost:8000(\S+)", command)
-    assert "post" in app.openapi()["paths"][path]
-    GenerateRequest.model_validate_json(re.findall(r"'(\{.*\})'", command)[0])
+    method = next(iter(re.findall(r"-X (\w+)", command)), "POST").lower()
+    (route,) = (
+        methods[method]
+        for template, methods in app.openapi()["paths"].items()
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path) and method in methods
+    )
+    for body in re.findall(r"'(\{.*\})'", command):
+        model = route["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        (getattr(schemas, model, None) or getattr(openai_schemas, model)).model_validate_json(body)
 
 
 @pytest.mark.parametrize("route", sorted(set(re.findall(r"`(/[\w/]+)`", READMES["serve/README.md"])) - {"/v1"}))
@@ -252,7 +261,7 @@ def test_code_shown_uses_names_that_exist(code: str) -> None:
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*.py"))
     read, _ = names_in(code)
     known = set(dir(builtins)).union(*(names_in(block)[1] for block in CODE))
-    libraries = {"torch", "functional", "Any", "Counter", "Sequence", "Path", "json"}
+    libraries = {"torch", "functional", "Any", "Counter", "Sequence", "Path", "json", "OpenAI"}
     unknown = read - known - libraries
     assert {name for name in unknown if not re.search(rf"\b(def|class) {name}\b|^{name} = ", sources, re.M)} == set()
 
