@@ -256,8 +256,11 @@ class Engine:
         for client, jobs in list(self.waiting.items()):
             for job in [job for job in jobs if job.cancelled or now - job.arrival > self.queue_timeout_seconds]:
                 jobs.remove(job)
-                late = ServingError(503, "queue_timeout", "waited too long for a free slot", retry_after=5)
-                self._end(job, None if job.cancelled else late, "cancelled")
+                if job.cancelled:
+                    self._end(job, None, "cancelled")
+                else:
+                    late = ServingError(503, "queue_timeout", "waited too long for a free slot", retry_after=5)
+                    self._end(job, late)
             if not jobs:
                 del self.waiting[client]
         for job in list(self._running()):

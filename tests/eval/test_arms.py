@@ -214,7 +214,7 @@ def test_a_changed_line_of_the_items_is_named(report: tuple[Path, Report], tmp_p
         (["a={sft_0}", "b={other_split}"], "eval.models.b: {out}/other_split: was trained with another split (seed 5"),
         (["a={sft_0}", "b={two_sides}"], "eval.models.b: {out}/two_sides: was trained by an earlier version, whose split"),
         (["a={sft_0},{sft_1}", "b={seed_7}"], "a and b have no seed in common (a has 0, 1 and b has 7)"),
-        (["a={comparison}"], "found a folder of stage `comparison`, wanted sft or dpo or merged"),
+        (["a={comparison}"], "found a folder of stage `comparison`, wanted sft or dpo or kto or merged"),
     ],
 )  # fmt: skip
 def test_refuses(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture, models: list[str], said: str) -> None:

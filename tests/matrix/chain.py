@@ -72,6 +72,7 @@ class Family:
         self.config = write_chain(
             folder,
             lora={"r": 4, "alpha": 8},
+            data={"validation_ratio": 0.4, "test_ratio": 0.1},
             sft={"learning_rate": 5e-2, "trainer": STEPS},
             dpo={"init_from": str(folder / "first"), "beta": 0.3, "trainer": STEPS},
             eval={"max_new_tokens": NEW_TOKENS},

@@ -77,7 +77,7 @@ def resume(family: Family) -> None:
 def decoding(family: Family) -> None:
     """Hold the comparison's answers and losses against the argmax and the cross-entropy of one sequence at a time."""
     adapters = {"base": None, "sft": family.trained}
-    family.run(compare)
+    family.run(compare, "--side", "validation")  # whose rows the trainer holds
     folder = family.folder / "out/comparison"
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

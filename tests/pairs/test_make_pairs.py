@@ -449,7 +449,7 @@ def test_dpo_trains_on_the_pairs_and_is_compared_on_the_test_prompts_of_sft(
     only_dpo = ["--models", "dpo=out/dpo"]
     assert compare.main([*common, *set_(eval__output_dir="out/comparison"), *only_dpo]) == 0
     report = read_report(Path("out/comparison"))
-    (records,) = [
+    records, *_ = [
         finding
         for finding in check_data(load_config(made / "config.yaml", ["dpo.dataset_path=pairs.jsonl"]))
         if "dpo." in finding.text

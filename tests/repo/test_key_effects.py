@@ -35,11 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def last_layer(trainer):
-    """Return the last decoder layer, which has a forward of its own where it is compiled."""
-    return trainer.model.get_base_model().model.layers[-1]
-
-
 SHARED: list[tuple[str, Callable, object]] = [
     ("num_train_epochs=7", lambda trainer: trainer.args.num_train_epochs, 7),
     ("learning_rate=0.125", lambda trainer: trainer.args.learning_rate, 0.125),
@@ -52,7 +47,6 @@ EFFECTS = [
     ("sft", "seed=9", lambda trainer: trainer.args.seed, 9),
     ("sft", "performance.group_by_length=false", lambda trainer: trainer.group_by_length, False),
     ("sft", "performance.gradient_checkpointing=true", lambda trainer: trainer.args.activation_checkpointing, True),
-    ("sft", "performance.compile=true", lambda trainer: "forward" in vars(last_layer(trainer)), True),
     ("sft", "lora.init=gaussian", lambda trainer: trainer.model.peft_config["default"].init_lora_weights, "gaussian"),
     ("dpo", "performance.fast_path=false", lambda trainer: trainer.fast_path, False),
     ("dpo", "dpo.beta=0.7", lambda trainer: trainer.beta, 0.7),
@@ -104,9 +98,7 @@ def test_gradient_checkpointing_is_as_asked_for(tiny_llama: Path, tmp_path: Path
     assert plan_training(config, config.sft, tiny_llama, choose_machine(config), [row]).checkpointing is wanted
 
 
-def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are_kept(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are_kept(tiny_llama: Path) -> None:
     config = Config(performance=Performance(gradient_checkpointing=False, device="cpu"))
     machine = choose_machine(config)
     pair, row = RenderedPair([1] * 100, [2] * 80, [3] * 60), Rendered.of([1] * 100, [2] * 140)
@@ -114,19 +106,6 @@ def test_plan_counts_a_pair_as_one_row_and_attention_weights_only_where_they_are
     batch = {"per_device_train_batch_size": config.dpo.per_device_train_batch_size}
     same = config.model_copy(update={"sft": config.sft.model_copy(update=batch)})
     assert dpo == plan_training(same, same.sft, tiny_llama, machine, [row]).estimate
-
-    changed = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8")) | {
-        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 200,
-    }  # fmt: skip
-    (tmp_path / "windowed").mkdir()
-    (tmp_path / "windowed/config.json").write_text(json.dumps(changed), encoding="utf-8")
-    apart, joined = (
-        plan_training(
-            config, config.dpo, tmp_path / "windowed", machine, [RenderedPair([1] * 100, [2] * each, [3] * each)]
-        )
-        for each in (60, 40)
-    )
-    assert apart.estimate.activations > 1.5 * joined.estimate.activations, "320 tokens in two rows, 180 in one"
 
     shape = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8"))
     size = {"sequences": 4, "longest": 240, "answer_tokens": 140, "bytes_per_value": 4, "cpu": True, "checkpointing": False, "compiled": True}  # fmt: skip

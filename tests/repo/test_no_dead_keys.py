@@ -161,7 +161,7 @@ PROOFS = {
     "performance.threads": "repo/test_key_effects.py::test_machine_is_the_one_asked_for",
     "performance.gradient_checkpointing": EFFECTS,
     "performance.fast_path": EFFECTS,
-    "performance.compile": EFFECTS,
+    "performance.compile": "speed/test_compiling.py::test_every_layer_but_the_first_is_compiled",
     "performance.group_by_length": EFFECTS,
     "eval.output_dir": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",
     "eval.max_new_tokens": COMPARE + "test_without_a_dpo_adapter_base_and_sft_are_compared",

@@ -377,7 +377,7 @@ def test_nothing_held_out_trains_and_says_so(sft_config, capsys) -> None:
     assert main(["--config", str(sft_config()), "--set", "data.validation_ratio=0"]) == 0
 
     seen = output_of(capsys)
-    assert "no record is held out" in seen
+    assert "no record is for validation" in seen
     assert "nothing was held out" in seen
     assert read_manifest("outputs/sft_adapter").metrics["held_out_loss"] is None
 
@@ -438,7 +438,7 @@ def test_weights_of_datasets_reach_training(sft_config, tmp_path: Path) -> None:
     assert main(["--config", str(config), *(part for item in overrides for part in ("--set", item))]) == 0
 
     (dataset,) = read_manifest("outputs/sft_adapter").datasets
-    assert dataset.train == 2 * (40 - dataset.validation)
+    assert dataset.train == 2 * (40 - dataset.validation - dataset.test)
     client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     kept = {item.path for item in client.list_artifacts(run.info.run_id)}
