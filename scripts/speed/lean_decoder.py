@@ -236,7 +236,8 @@ class Cache:
         layers, _, had_rows, groups, had_tokens, size = self.states.shape
         if rows > had_rows or tokens > had_tokens:
             tokens = max(had_tokens, -(-tokens // CACHE_STEP) * CACHE_STEP)
-            states = self.states.new_empty(layers, 2, max(rows, had_rows), groups, tokens, size)
+            # Zeros: what a shorter row does not have yet gets the weight 0, and 0 times what lay in memory may be no number.
+            states = self.states.new_zeros(layers, 2, max(rows, had_rows), groups, tokens, size)
             states[:, :, :had_rows, :, :had_tokens] = self.states
             self.states = states
 
