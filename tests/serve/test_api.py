@@ -18,7 +18,7 @@ from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.records import parse_preference
 from scripts.dataset.rendering import render_completion, render_prompt
 from scripts.model.base import load_tokenizer
-from tests.support.serving import Running, running_server, save_adapter
+from tests.support.serving import Running, running_server, save_adapter, wait_for
 
 PROMPT = "Name three fruits."
 
@@ -227,6 +227,7 @@ def test_votes_become_preference_records(server, config):
 
 def test_one_log_line_per_request_without_its_text(server):
     answer = server.post("/v1/generate", {"prompt": "a secret phrase", "max_new_tokens": 3})
+    assert wait_for(lambda: answer.headers["x-request-id"] in server.log_text()), "it is written after the answer"
     text = server.log_text()
     [line] = [json.loads(line) for line in text.splitlines() if answer.headers["x-request-id"] in line]
     assert line["route"] == "/v1/generate"

@@ -18,7 +18,7 @@ import torch
 
 from scripts.common.errors import UserError
 from tests.conftest import ROOT, run_python, save_tiny_model
-from tests.support.serving import Running, free_port, running_server, save_adapter, save_merged_model
+from tests.support.serving import Running, free_port, running_server, save_adapter, save_merged_model, wait_for
 
 LONG = {
     "prompt": "Tell me a long story.",
@@ -61,16 +61,6 @@ def write_server_config(long_llama: Path, tmp_path_factory: pytest.TempPathFacto
 def server(write_server_config: Callable[..., Path]) -> Iterator[Running]:
     with running_server(write_server_config()) as running:
         yield running
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    """Return whether the condition became true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def running(server: Running) -> float:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,16 @@ from scripts.dataset.rendering import render_completion, render_prompt
 from scripts.model.adapter import linear_layers
 from scripts.model.base import load_tokenizer
 from tests.conftest import ROOT, save_tiny_model, tiny_tokenizer
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5) -> bool:
+    """Return whether the condition became true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def save_adapter(
