@@ -321,10 +321,10 @@ def test_safe_fields_are_the_ones_configured():
 
 def test_rampart_is_asked_for_by_its_key():
     """Installed or not: `on` is never taken for `auto` or `off`."""
-    french = {"language": "fr", "entities": ["EMAIL_ADDRESS"]}
+    polish = {"language": "pl", "entities": ["EMAIL_ADDRESS"]}
     with pytest.raises(UserError, match=r"deid\.rampart: found on"):
-        load_rampart(Deid(rampart="on", **french))
-    assert load_rampart(Deid(rampart="off", **french)) is None
+        load_rampart(Deid(rampart="on", **polish))
+    assert load_rampart(Deid(rampart="off", **polish)) is None
 
 
 def test_allow_list_deny_list_and_own_recognizers(tmp_path):

@@ -25,7 +25,7 @@ CHANGED_LIBRARIES = """
 from transformers.models.llama.modeling_llama import LlamaMLP
 from trl.trainer import utils
 own = LlamaMLP.forward
-LlamaMLP.forward = lambda self, x: own(self, x) * 1.001
+LlamaMLP.forward = lambda self, x: own(self, x) * 3
 function = utils._ChunkedLogProbFunction
 class Changed(function):
     @staticmethod
@@ -61,7 +61,7 @@ def test_libraries_that_changed_make_training_slower_and_the_log_says_so(tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert "scripts.speed.speed_up" in done.stdout
     for said in (
-        "this model computes otherwise than its family (hidden states 0.00",
+        "this model computes otherwise than its family (hidden states ",
         "computing with the model's own, slower forward pass",
         "TRL's LM head gives other numbers (0.001 apart); training with TRL's own, slower head",
     ):
