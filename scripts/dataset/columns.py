@@ -47,12 +47,6 @@ MEDIA_KEYS = ("images", "image", "videos", "audios")
 MESSAGE_KEYS = ("role", "content", "from", "value", "weight", *REASONING_KEYS)
 # Texts that stand for a missing value: what pandas writes for it into a file of texts.
 NO_VALUE = ("nan", "<NA>")
-# Fields that hold prose, under every name that is read; de-identification searches them without the field's name.
-PROSE_FIELDS = frozenset(
-    {field for field in FIELDS if field not in ("label", "messages", "history")}
-    | {alias for field, aliases in ALIASES.items() if field not in ("label", "messages") for alias in aliases}
-    | {"content", "value", "text", "thinking", "reasoning"}
-)
 # A thumb as files and tables write it; True and False are 1 and 0 here.
 THUMBS: dict[object, bool] = {
     1: True, 0: False, "1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False, "up": True, "down": False,
@@ -189,7 +183,7 @@ def describe_missing_layout(row: Row, *, pairs: bool) -> RowError:
             f"{as_columns({'question': 'instruction', 'answer': 'output'})}",
         )
     if len(rest) >= len(open_fields) > 0:
-        near = {field: _nearest(field, rest) for field in open_fields}
+        near = {field: nearest_column(field, rest) for field in open_fields}
         if all(near.values()):
             renamed = ", ".join(f"`{name}` to `{field}`" for field, name in near.items())
             columns = as_columns({str(name): field for field, name in near.items()})
@@ -207,7 +201,8 @@ def _may_be_turns(value: Any) -> bool:
     return isinstance(value, str) or listed
 
 
-def _nearest(field: str, names: Iterable[str]) -> str | None:
+def nearest_column(field: str, names: Iterable[str]) -> str | None:
+    """Return the column that is probably a field of ours, misspelt."""
     import difflib
 
     plain = {_plain(name): name for name in names}

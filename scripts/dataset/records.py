@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from scripts.dataset.columns import (
     is_verdict,
     message_list_in,
     missing_words,
+    nearest_column,
     refuse_unusable,
     rename,
     thumb_of,
@@ -421,7 +421,7 @@ def parse_feedback(row: dict[str, Any], where: str, data: Data) -> Feedback:
         raise RowError("fields", f"found {layout.name}, wanted {LABELLED}; set {stage.name}.dataset_path to this file")
     fields, label = layout.read(row), layout.columns.get("label", "label")
     if is_missing(fields.get("label")):
-        name = None if "label" in fields else next(iter(get_close_matches("label", map(str, row))), None)
+        name = None if "label" in fields else nearest_column("label", map(str, row))
         fix = f"rename `{name}` to `label`" if name else f"set {SFT.name}.dataset_path to this file, if all are good"
         raise RowError(label, f"is missing, wanted {LABELLED}; {fix}")
     liked = thumb_of(fields["label"])
