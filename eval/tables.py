@@ -21,6 +21,7 @@ from scripts.dataset.split import cluster_of
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
+    from eval.metrics import Metric
 
 ITEMS = "items.jsonl"
 NOT_BINARY = (LOSS, CHECKS_PASSED)
@@ -50,6 +51,20 @@ class Table:
     seeds: Mapping[str, tuple[int | None, ...]]
     values: Mapping[str, NDArray[np.float64]]
     weights: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of_metric(cls, metric: Metric, **measured: Any) -> Table:
+        """Lay out under a metric's name and words what was measured of it: the fields from `binary` on."""
+        return cls(
+            name=metric.name,
+            title=metric.title,
+            phrase=metric.phrase,
+            unit=metric.unit,
+            better=metric.better,
+            group=metric.group,
+            noun=metric.items,
+            **measured,
+        )
 
 
 def build_tables(
@@ -206,24 +221,17 @@ def read_tables(folder: Path, report: Any) -> list[Table]:  # a Report, which is
     missing = [metric.name for metric in report.metrics if metric.name not in rows]
     if missing:
         raise UserError(f"{path}: lacks the items of {', '.join(missing)}. Compare again.")
-    return [
-        Table(
-            name=metric.name,
-            title=metric.title,
-            phrase=metric.phrase,
-            unit=metric.unit,
-            better=metric.better,
-            group=metric.group,
-            noun=metric.items,
-            binary=metric.name not in NOT_BINARY,
-            items=tuple(row["item"] for row in rows[metric.name]),
-            clusters=tuple(row["cluster"] for row in rows[metric.name]),
-            seeds={arm: seeds[arm] for arm in rows[metric.name][0]["values"]},
-            values={
-                arm: np.array([row["values"][arm] for row in rows[metric.name]], float).T
-                for arm in rows[metric.name][0]["values"]
-            },
-            weights=np.array([row["weight"] for row in rows[metric.name]], float) if metric.name == LOSS else None,
-        )
-        for metric in report.metrics
-    ]
+    return [_table_of(metric, rows[metric.name], seeds) for metric in report.metrics]
+
+
+def _table_of(metric: Metric, rows: Sequence[Mapping[str, Any]], seeds: Mapping[str, tuple[int | None, ...]]) -> Table:
+    arms = rows[0]["values"]
+    return Table.of_metric(
+        metric,
+        binary=metric.name not in NOT_BINARY,
+        items=tuple(row["item"] for row in rows),
+        clusters=tuple(row["cluster"] for row in rows),
+        seeds={arm: seeds[arm] for arm in arms},
+        values={arm: np.array([row["values"][arm] for row in rows], float).T for arm in arms},
+        weights=np.array([row["weight"] for row in rows], float) if metric.name == LOSS else None,
+    )

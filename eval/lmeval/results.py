@@ -238,14 +238,8 @@ def _describe(name: str, group: list[Entry], apart: str) -> tuple[Metric, list[F
 def _table(metric: Metric, columns: dict[str, list[float]], weights: Any) -> Table:
     """Lay out models measured once each; every item stands alone."""
     items = tuple(str(number) for number in range(metric.n))
-    return Table(
-        name=metric.name,
-        title=metric.title,
-        phrase=metric.phrase,
-        unit=metric.unit,
-        better=metric.better,
-        group=metric.group,
-        noun=metric.items,
+    return Table.of_metric(
+        metric,
         binary=weights is None and all(value in (0, 1) for column in columns.values() for value in column),
         items=items,
         clusters=items,
