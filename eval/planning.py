@@ -15,7 +15,7 @@ from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
 from scripts.common.question import LOSS, PREFERENCE, REWARD, arm_names
 from scripts.common.schema import Config
-from scripts.common.stages import BASE, TRAINING_STAGES
+from scripts.common.stages import BASE, planned_stages
 from scripts.dataset.files import find_file
 from scripts.dataset.records import sources_of
 from scripts.dataset.split import cluster_of
@@ -102,14 +102,14 @@ def log_smallest_gaps(lines: Sequence[str]) -> None:
 def stages_with_data(values: Config) -> list[str]:
     """Return the stages whose datasets are here or on the Hub: pairs are often collected after SFT."""
     found = []
-    for name in TRAINING_STAGES:
-        key = f"{name}.dataset_path"
+    for stage in planned_stages(values):
+        key = f"{stage.name}.dataset_path"
         try:
-            for source in sources_of(getattr(values, name).dataset_path):
+            for source in sources_of(getattr(values, stage.name).dataset_path):
                 find_file(source.path, key)
         except UserError:
             continue
-        found.append(name)
+        found.append(stage.name)
     return found
 
 

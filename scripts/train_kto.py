@@ -143,9 +143,11 @@ def build_trainer(
 
 def show_dry_run(run: Run, machine: Machine, start: Start, files: Sequence[Any], train: list[RenderedFeedback]) -> int:
     """Show what a run would do, and a record of each label as it would be trained."""
+    from eval.planning import show_smallest_gaps
     from scripts.training.plan import show_plan
 
     show_plan(run, machine, start.base_folder, files, train)
+    show_smallest_gaps(run.config)
     for row in (next(row for row in train if row.liked), next(row for row in train if not row.liked)):
         prompt, answer = map(start.tokenizer.decode, (row.prompt_ids, row.answer_ids))
         log.info("--- a training record\n%s\n--- thumb %s >>>%s<<<", prompt, "up" if row.liked else "down", answer)
