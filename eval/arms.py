@@ -13,7 +13,7 @@ from typing import Any
 from scripts.common.artifacts import Manifest, read_manifest
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
-from scripts.common.lineage import Side, ancestors, check_split
+from scripts.common.lineage import HeldOutSide, ancestors, check_split
 from scripts.common.schema import check_arm_name
 from scripts.common.stages import BASE, MODEL_STAGES, SFT, TRAINING_STAGES, planned_stages
 
@@ -91,7 +91,7 @@ def add_arm_arguments(models: Sequence[str]) -> list[str]:
     return [f"eval.models={json.dumps(found)}"] if found else []
 
 
-def find_arms(config: LoadedConfig, side: Side = "test") -> list[Arm]:
+def find_arms(config: LoadedConfig, side: HeldOutSide = "test") -> list[Arm]:
     """Return what `eval.models` names, or else each adapter of this configuration that is there, in the order of training.
 
     Raises: UserError when there is none, or one is not finished, or may have been trained on this side of the split, or
@@ -126,7 +126,7 @@ def _find_arm(
     name: str,
     folders: Sequence[str],
     config: LoadedConfig,
-    side: Side,
+    side: HeldOutSide,
     key: str,
     stages: tuple[str, ...] = MODEL_STAGES,
 ) -> Arm:

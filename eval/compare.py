@@ -38,7 +38,7 @@ from eval.looks import Looks, side_of
 from scripts.common.artifacts import Manifest, RunFacts
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
-from scripts.common.lineage import Side
+from scripts.common.lineage import HeldOutSide
 from scripts.common.machine import peak_memory_gib
 from scripts.common.run import Run, open_run
 from scripts.common.schema import Config
@@ -64,7 +64,7 @@ class Comparison:
     held_out: HeldOut
     prepared: Prepared
     question: Question
-    side: Side
+    side: HeldOutSide
     notes: list[str]
 
 
@@ -133,7 +133,7 @@ def newest(arms: Sequence[Arm]) -> Manifest:
     return arms[-1].members[0].manifest
 
 
-def prepare(config: LoadedConfig, arms: list[Arm], side: Side = TEST, notes: Sequence[str] = ()) -> Comparison:
+def prepare(config: LoadedConfig, arms: list[Arm], side: HeldOutSide = TEST, notes: Sequence[str] = ()) -> Comparison:
     """Find the base, read what is held out, turn it into token ids, and say what of the lineage is not as it should be."""
     from eval.lineage_notes import describe_arms
     from eval.measuring import Prepared

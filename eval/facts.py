@@ -9,8 +9,7 @@ from statistics import mean
 from eval.arms import Arm
 from eval.measuring import ORIGINS, Measured, Prepared
 from eval.metrics import Estimate, Metric
-from eval.report import Arm as Column
-from eval.report import Sample
+from eval.report import Column, Sample
 from eval.statistics import wilson
 from eval.verdict import Question
 from scripts.common.paths import portable_path

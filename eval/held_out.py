@@ -11,7 +11,7 @@ from pathlib import Path
 from scripts.common.artifacts import Manifest, sha256_json
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
-from scripts.common.lineage import Side
+from scripts.common.lineage import HeldOutSide
 from scripts.common.paths import portable_path
 from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES, planned_stages
@@ -46,7 +46,7 @@ class HeldOut:
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     near_duplicates: tuple[NearDuplicate, ...] = ()  # left out, because a model may have learnt their like
     settings: Data | None = None  # of the configuration that reads them
-    side: Side = "test"
+    side: HeldOutSide = "test"
 
     def describe_left_out(self) -> list[str]:
         """Say which near-duplicates are left out, if any."""
@@ -71,7 +71,7 @@ class HeldOut:
         return [question for key, question in found.items() if key in drawn]
 
 
-def read_held_out(config: LoadedConfig, stages: Collection[str], side: Side = "test") -> HeldOut:
+def read_held_out(config: LoadedConfig, stages: Collection[str], side: HeldOutSide = "test") -> HeldOut:
     """Read one side of the datasets that these stages train on, without near-duplicates of what any stage learns from.
 
     Without the configured system message: each model reads the one that it was trained with.

@@ -61,7 +61,7 @@ class Judgement(BaseModel):
     rows: list[dict[str, Any]]
 
 
-class Arm(BaseModel):
+class Column(BaseModel):
     """One column of the report: the base, or what one procedure made under one or several seeds."""
 
     kind: Literal["base", "adapter", "merged"]
@@ -81,7 +81,7 @@ class Report(BaseModel):
     title: str
     verdict: Verdict | None = None
     models: list[str]
-    arms: dict[str, Arm] = {}
+    arms: dict[str, Column] = {}
     side: Literal["test", "validation"] = "test"
     question: Question | None = None
     looks: int | None = None  # how often a report was made of this side of these data

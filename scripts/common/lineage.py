@@ -30,10 +30,10 @@ def ancestors(manifest: Manifest) -> Iterator[tuple[Path, Manifest]]:
         manifest = found
 
 
-Side = Literal["validation", "test"]
+HeldOutSide = Literal["validation", "test"]
 
 
-def keeps_apart(split: SplitFacts, data: Data, sides: Collection[Side]) -> bool:
+def keeps_apart(split: SplitFacts, data: Data, sides: Collection[HeldOutSide]) -> bool:
     """Tell whether a model of this split has not trained on what the configuration has on these sides.
 
     A side that is larger than the configuration asks for holds all of it: sides grow at one end only.
@@ -47,7 +47,12 @@ def keeps_apart(split: SplitFacts, data: Data, sides: Collection[Side]) -> bool:
 
 
 def check_split(
-    folder: str | Path, manifest: Manifest, data: Data, key: str | None = None, *, sides: tuple[Side, ...] = ("test",)
+    folder: str | Path,
+    manifest: Manifest,
+    data: Data,
+    key: str | None = None,
+    *,
+    sides: tuple[HeldOutSide, ...] = ("test",),
 ) -> None:
     """Refuse a model that may know the prompts of these sides, because it or what it continues had another split.
 

@@ -10,7 +10,7 @@ import pytest
 
 from eval import verify
 from eval.metrics import build_metrics
-from eval.report import Arm, Report, Sample, read_report, write_report
+from eval.report import Column, Report, Sample, read_report, write_report
 from eval.tables import write_items
 from eval.verdict import Question, decide
 from scripts.common.artifacts import write_manifest
@@ -33,11 +33,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     question = Question(a="dpo", b="sft", measures=["all_rules", "preference_accuracy"])
     metrics = build_metrics(tables, question)
     verdict, notes = decide(metrics, question)
-    adapters = {name: Arm(kind="adapter", stage=name, seeds=[0, 1, 2]) for name in ("sft", "dpo")}
+    adapters = {name: Column(kind="adapter", stage=name, seeds=[0, 1, 2]) for name in ("sft", "dpo")}
     answers = {"base": "no", "sft": "It is 7.", "dpo": "It is 8."}
     report = Report(
         created="2026-11-28T00:00:00+00:00", title="base · sft · dpo", verdict=verdict, models=list(rows), metrics=metrics,
-        arms={"base": Arm(kind="base", stands=True), **adapters}, question=question, notes=[*notes, "By hand, 3 times."],
+        arms={"base": Column(kind="base", stands=True), **adapters}, question=question, notes=[*notes, "By hand, 3 times."],
         samples=[Sample(source="d:1", prompt="p", reference="r", answers=answers, checks={}, changed=0.25)],
     )  # fmt: skip
     write_report(folder, report)
