@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
@@ -74,6 +74,19 @@ class Metric(BaseModel):
     differences: list[Difference]
     primary: bool = False  # the primary question rests on it
     by_seed: dict[str, list[float]] = {}  # each arm's value for each of its seeds
+
+    def table(self, **measured: Any) -> Table:
+        """Lay out under this name and these words what was measured: the fields of a Table from `binary` on."""
+        return Table(
+            name=self.name,
+            title=self.title,
+            phrase=self.phrase,
+            unit=self.unit,
+            better=self.better,
+            group=self.group,
+            noun=self.items,
+            **measured,
+        )
 
 
 class Spread(BaseModel):

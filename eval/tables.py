@@ -21,7 +21,6 @@ from scripts.dataset.split import cluster_of
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
-    from eval.metrics import Metric
 
 ITEMS = "items.jsonl"
 NOT_BINARY = (LOSS, CHECKS_PASSED)
@@ -51,20 +50,6 @@ class Table:
     seeds: Mapping[str, tuple[int | None, ...]]
     values: Mapping[str, NDArray[np.float64]]
     weights: NDArray[np.float64] | None = None
-
-    @classmethod
-    def of_metric(cls, metric: Metric, **measured: Any) -> Table:
-        """Lay out under a metric's name and words what was measured of it: the fields from `binary` on."""
-        return cls(
-            name=metric.name,
-            title=metric.title,
-            phrase=metric.phrase,
-            unit=metric.unit,
-            better=metric.better,
-            group=metric.group,
-            noun=metric.items,
-            **measured,
-        )
 
 
 def build_tables(
@@ -224,10 +209,9 @@ def read_tables(folder: Path, report: Any) -> list[Table]:  # a Report, which is
     return [_table_of(metric, rows[metric.name], seeds) for metric in report.metrics]
 
 
-def _table_of(metric: Metric, rows: Sequence[Mapping[str, Any]], seeds: Mapping[str, tuple[int | None, ...]]) -> Table:
+def _table_of(metric: Any, rows: Sequence[Mapping[str, Any]], seeds: Mapping[str, tuple[int | None, ...]]) -> Table:
     arms = rows[0]["values"]
-    return Table.of_metric(
-        metric,
+    table: Table = metric.table(
         binary=metric.name not in NOT_BINARY,
         items=tuple(row["item"] for row in rows),
         clusters=tuple(row["cluster"] for row in rows),
@@ -235,3 +219,4 @@ def _table_of(metric: Metric, rows: Sequence[Mapping[str, Any]], seeds: Mapping[
         values={arm: np.array([row["values"][arm] for row in rows], float).T for arm in arms},
         weights=np.array([row["weight"] for row in rows], float) if metric.name == LOSS else None,
     )
+    return table

@@ -238,8 +238,7 @@ def _describe(name: str, group: list[Entry], apart: str) -> tuple[Metric, list[F
 def _table(metric: Metric, columns: dict[str, list[float]], weights: Any) -> Table:
     """Lay out models measured once each; every item stands alone."""
     items = tuple(str(number) for number in range(metric.n))
-    return Table.of_metric(
-        metric,
+    return metric.table(
         binary=weights is None and all(value in (0, 1) for column in columns.values() for value in column),
         items=items,
         clusters=items,

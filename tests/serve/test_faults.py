@@ -171,7 +171,8 @@ def read_streams(server: Running, count: int, **fields: object) -> tuple[list[th
 
 def test_sigterm_lets_streams_finish(write_server_config):
     with running_server(write_server_config("drain", max_concurrent=16, drain_seconds=60)) as server:
-        threads, texts = read_streams(server, 16, max_new_tokens=150)
+        # Long enough that the first stream still runs when the last has begun, also on a busy machine.
+        threads, texts = read_streams(server, 16, max_new_tokens=500)
         assert wait_for(lambda: running(server) == 16)
         server.process.send_signal(signal.SIGTERM)
         for thread in threads:
