@@ -117,7 +117,7 @@ class Inference:
 
     def smallest_gap(self, alpha: float = SIGNIFICANT) -> float | None:
         """Return the smallest true difference that would be shown in four of five such comparisons."""
-        return visible_gap(self.se, self.df, alpha) if self.se else None
+        return visible_gap(self._cautious_se, self.df, alpha) if self.se else None
 
     def needed_items(self, alpha: float = SIGNIFICANT) -> int | None:
         """Return how many items, more than there are, would show a difference of the size seen in four of five cases.
@@ -128,8 +128,15 @@ class Inference:
         wanted = (self.value / visible_gap(1.0, self.df, alpha)) ** 2 - fixed
         if not self.se or wanted <= 0:
             return None
-        more = max((self.se**2 - fixed) / wanted, (1 - math.log2(alpha)) / max(self.differing, 1))
+        more = max((self._cautious_se**2 - fixed) / wanted, (1 - math.log2(alpha)) / max(self.differing, 1))
         return max(self.items + 1, math.ceil(self.items * more))
+
+    @property
+    def _cautious_se(self) -> float:
+        """Return the standard error; of binary outcomes that of the test, which does not trust the scatter of a few."""
+        if not self.binary:
+            return self.se
+        return max(self.se, math.sqrt(max(self.size - self.value**2, 0.0) / self._independent_items))
 
     @property
     def _independent_items(self) -> float:

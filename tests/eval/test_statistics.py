@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
-from eval.statistics import crossed, degrees_of_freedom, holm, mcnemar_exact, tango, wilson
+from eval.statistics import crossed, degrees_of_freedom, holm, mcnemar_exact, tango, visible_gap, wilson
 
 Z = 1.959963984540054
 
@@ -231,6 +231,16 @@ def test_the_smallest_gap_is_found_in_four_of_five_cases() -> None:
     assert gap is not None
     found = sum(crossed(generator.normal(gap, 1, (1, 100))).p_value <= 0.05 for _ in range(400))
     assert 0.72 <= found / 400 <= 0.88
+
+
+def test_where_few_items_differ_the_smallest_gap_trusts_their_scatter_no_more_than_the_p_value_does() -> None:
+    values = np.zeros((5, 47))
+    values[:, 0], values[:3, 1] = 1, 1
+    values[:2, 2] = -1
+    few = crossed(values, binary=True)
+    error = abs(few.value) / -float(special.stdtrit(few.df, few.p_value / 2))  # the one that gives this p-value
+    gap = few.smallest_gap()
+    assert gap is not None and gap / visible_gap(1, few.df, 0.05) == pytest.approx(error, rel=0.02)
 
 
 @pytest.mark.parametrize(
