@@ -240,7 +240,8 @@ def test_where_few_items_differ_the_smallest_gap_trusts_their_scatter_no_more_th
     few = crossed(values, binary=True)
     error = abs(few.value) / -float(special.stdtrit(few.df, few.p_value / 2))  # the one that gives this p-value
     gap = few.smallest_gap()
-    assert gap is not None and gap / visible_gap(1, few.df, 0.05) == pytest.approx(error, rel=0.02)
+    assert gap is not None
+    assert gap / visible_gap(1, few.df, 0.05) == pytest.approx(error, rel=0.02)
 
 
 @pytest.mark.parametrize(
