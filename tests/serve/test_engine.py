@@ -7,6 +7,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
 from serve import engine as engine_module
 from serve.adapters import Models, load_models
+from serve.cache import choose_forward
 from serve.engine import Engine
 from serve.errors import ServingError
 from serve.jobs import Job
@@ -61,12 +63,14 @@ def models_of(base: Path, adapters: dict[str, Path], write_config, adapter_path:
     return load_models(config, choose_machine(config))
 
 
-def new_engine(models: Models, **changes) -> Engine:
-    settings = {
+def new_engine(models: Models, *, lean: bool = True, **changes) -> Engine:
+    settings: dict[str, Any] = {
         "slots": 3, "context": 128, "queue": 50, "queue_per_client": 50, "deadline_seconds": 60.0,
-        "queue_timeout_seconds": 60.0,
+        "queue_timeout_seconds": 60.0, "memory_tokens": 10_000, "kept_tokens": 0,
     }  # fmt: skip
-    return Engine(models, Metrics(), **{**settings, **changes})
+    settings |= changes
+    forward = choose_forward(models, settings["slots"], settings["context"], lean)
+    return Engine(models, Metrics(), forward, **settings)
 
 
 async def run_jobs(engine: Engine, jobs: list[Job]) -> list[str | ServingError]:
