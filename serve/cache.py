@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
@@ -21,12 +20,14 @@ log = logging.getLogger(__name__)
 # Memory grows by at least so many tokens, and by an eighth of what is used: so it is copied rarely.
 GROW_TOKENS = 64
 
+Forward = TypeVar("Forward", bound="CachedForward")
+
 # How far logits may differ with the cache, relative to their size. A wrong mask or position changes them altogether.
 # In 16 bits another order of summation changes them by some hundredths, and may choose other experts; in 8 bits the
 # rounding of a row depends on its neighbours.
 LARGEST_DIFFERENCE_32_BITS, LARGEST_DIFFERENCE = 0.001, 0.3
 # Text and windows of the proof. Masks take their windows from these keys; which layer gets which mask, from others.
-PROOF_TOKENS, PROOF_NEW_TOKENS, PROOF_WINDOW = 32, 4, 5
+PROVEN_ROWS, PROOF_TOKENS, PROOF_NEW_TOKENS, PROOF_WINDOW = 2, 32, 4, 5
 WINDOW_KEYS = ("sliding_window", "attention_chunk_size")
 
 
@@ -204,11 +205,7 @@ class LibraryForward:
 
     def __init__(self, models: Models, slots: int, context: int) -> None:
         self.models, self.cache = models, SlotCache(slots, context, models.network.device)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Return what one token of one row takes; known once something was read."""
-        return self.cache.bytes_per_token
+        self.bytes_per_token = 0  # known once something was read
 
     @property
     def nbytes(self) -> int:
@@ -270,6 +267,7 @@ class LibraryForward:
             )  # fmt: skip
         finally:
             torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+        self.bytes_per_token = self.cache.bytes_per_token
         logits: torch.Tensor = output.logits
         return logits
 
@@ -308,36 +306,34 @@ def choose_forward(models: Models, slots: int, context: int, lean: bool) -> Cach
 
     Raises: UserError when not even that one computes with a cache what it computes without.
     """
+    rows = max(slots, PROVEN_ROWS)
     if lean:
         from serve.lean_forward import LeanForward  # nothing of scripts/speed is imported where it is not wanted
 
-    if lean and LeanForward.takes(models):
-        try:
-            prove_cache(models, partial(LeanForward, models), context)
-            return LeanForward(models, slots)
-        except UserError as error:
-            log.warning("performance.fast_path: the library's slower forward pass is used: %s", error)
-    prove_cache(models, lambda few: LibraryForward(models, few, context), context)
-    return LibraryForward(models, slots, context)
+        if LeanForward.takes(models):
+            try:
+                return prove_cache(models, LeanForward(models, rows), context)
+            except UserError as error:
+                log.warning("performance.fast_path: the library's slower forward pass is used: %s", error)
+    return prove_cache(models, LibraryForward(models, rows, context), context)
 
 
 @torch.inference_mode()
-def prove_cache(models: Models, make: Callable[[int], CachedForward], context: int) -> int:
+def prove_cache(models: Models, forward: Forward, context: int) -> Forward:
     """Compare two rows of two adapters, read in pieces and continued, with one plain forward pass of each row.
 
     An architecture may keep more than keys and values, ignore the masks or the positions, or take them in another form.
     Windows are longer than any text that could be read at every start, so both sides get short ones: a window's length
-    is a number that enters a mask, and nothing else depends on it. `make` makes a forward pass of so many slots.
-    Returns: the bytes that one token takes in the cache.
+    is a number that enters a mask, and nothing else depends on it.
+    Returns: what was proven, with nothing in its slots.
     Raises: UserError when the logits differ, or when the network cannot be run with the cache at all.
     """
-    names = (list(models.served) * 2)[-2:]
+    names = (list(models.served) * PROVEN_ROWS)[-PROVEN_ROWS:]
     length = max(2, min(PROOF_TOKENS, context - PROOF_NEW_TOKENS))
     longer = (proof_prompt(models) * length)[:length]
     prompts = [longer, longer[length // 3 :]]
     with _short_windows(models.network.config.get_text_config(decoder=True)):
         try:
-            forward = make(len(prompts))
             tokens, logits = _continue_together(forward, names, prompts)
         except Exception as error:  # each architecture fails in its own way
             if is_out_of_memory(error):
@@ -350,7 +346,9 @@ def prove_cache(models: Models, make: Callable[[int], CachedForward], context: i
     if not difference <= (LARGEST_DIFFERENCE_32_BITS if exact else LARGEST_DIFFERENCE):
         reason = f"with the server's key-value cache its logits differ by {100 * difference:.3g} % of their size"
         raise cannot_serve(models.network, models.source, reason)
-    return forward.bytes_per_token
+    for slot in reversed(range(PROVEN_ROWS)):
+        forward.release(slot)
+    return forward
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class LeanForward:
     def bytes_per_token(self) -> int:
         """Return what one token of one row takes."""
         layers, groups, size = self.shape
-        return 2 * layers * groups * size * self.embeddings.element_size()
+        return int(2 * layers * groups * size * self.embeddings.element_size())
 
     @property
     def nbytes(self) -> int:

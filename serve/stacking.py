@@ -101,6 +101,7 @@ class StackedLinears(nn.Module):
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all layers in one tensor, (…, out)."""
         product = nn.functional.linear(x, self.weight, self.bias)
+        y: torch.Tensor
         y, hidden = (
             (self.base(x), product)
             if self.base is not None

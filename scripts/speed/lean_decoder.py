@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -221,6 +221,13 @@ def attend_padded(
     return found.transpose(1, 2)[real].flatten(1)  # pieces follow one another as their tokens do
 
 
+class KeysAndValues(Protocol):
+    """What layers attend to beside the tokens that are read."""
+
+    def attention(self, number: int, packed: Packed, window: int | None) -> Attention:
+        """Return how a layer attends."""
+
+
 class Cache:
     """Keys and values of rows that are continued; a row has a place of its own, and the places grow by need.
 
@@ -325,7 +332,7 @@ class LeanDecoder:
             for product in layer.products:
                 product.renew()
 
-    def hidden(self, packed: Packed, cache: Cache | None = None) -> torch.Tensor:
+    def hidden(self, packed: Packed, cache: KeysAndValues | None = None) -> torch.Tensor:
         """Return the last hidden states of packed rows (N, C), which continue those of the cache where one is given."""
         x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
         turns = self._turns(x, packed.positions)
