@@ -68,15 +68,14 @@ class RowCache:
             layer, start, stop = states[number], self.starts[index], self.ends[index]
             layer[:, :, start:stop] = new[:, :, begin:end]
             since = max(0, start + 1 - window) if window is not None else 0
-            keys, values = layer[:, None, :, since:stop]
+            keys, values = layer[:, :, since:stop]
             queries = q[:, begin * shared : end * shared]
             if end - begin == 1:  # the heads that share keys stand beside each other, as queries of one head
-                attended = functional.scaled_dot_product_attention(queries[None], keys, values, scale=1.0)
-                found.append(attended.view(1, -1))
+                weights = torch.bmm(queries, keys.transpose(1, 2)).softmax(-1)
+                found.append(torch.bmm(weights, values).view(1, -1))
             else:
                 heads = queries.view(groups, end - begin, shared, size).transpose(1, 2).flatten(0, 1)[None]
-                if shared > 1:
-                    keys, values = (each.repeat_interleave(shared, 1) for each in (keys, values))
+                keys, values = (each.repeat_interleave(shared, 0)[None] for each in (keys, values))
                 attended = functional.scaled_dot_product_attention(
                     heads, keys, values, self._mask(index, since, window, q), scale=1.0
                 )
