@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.http_clients import CLIENTS, Body, Client, Reply
-from tests.support.serving import Running, running_server, save_adapter
+from tests.support.serving import Running, running_server, save_adapter, wait_for
 
 ROUTES = {"generate": "/v1/generate", "chat": "/v1/chat/completions", "completions": "/v1/completions"}
 LIMIT = 128
@@ -50,7 +50,8 @@ def still_works(steady: httpx.Client) -> Iterator[None]:
     answer = steady.post("/v1/generate", json=GOOD)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] <= 4
-    assert re.search(r"^serve_num_requests_running 0", steady.get("/metrics").text, re.MULTILINE)
+    # The gauge is set at the end of the step that gave the answer.
+    assert wait_for(lambda: "\nserve_num_requests_running 0.0\n" in steady.get("/metrics").text)
 
 
 @pytest.fixture(params=CLIENTS)
@@ -202,7 +203,7 @@ def test_openai_routes_refuse_a_bad_field_with_400(server, client, route, fields
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        ({}, "missing"), ({"prompt": None}, "invalid_value"), ({"prompt": 5}, "invalid_value"),
+        ({}, "missing"), ({"prompt": None}, "missing"), ({"prompt": 5}, "invalid_value"),
         ({"prompt": ""}, "empty_prompt"), ({"prompt": []}, "invalid_value"), ({"prompt": "\ud800"}, "invalid_unicode"),
         ({"prompt": ["a", "\udfff"]}, "invalid_unicode"), ({"prompt": "word " * LIMIT}, "context_length_exceeded"),
         ({"prompt": "x" * 200_000}, "context_length_exceeded"), ({"prompt": "a", "best_of": 4}, "invalid_value"),
@@ -339,7 +340,7 @@ HEAD = b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicat
 
 def test_an_endless_chunked_body_is_cut_off(server):
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    answer = exchange(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 100)
+    answer = exchange(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 100, seconds=3)
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"connection: close" in answer.lower()
 
@@ -350,11 +351,6 @@ def test_two_framings_at_once_get_one_refusal_and_no_second_answer(server):
     answer = exchange(server, HEAD + framing + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), seconds=2)
     assert answer.count(b"HTTP/1.1 ") == 1
     assert answer.startswith(b"HTTP/1.1 4")
-
-
-def test_a_slow_body_times_out(server):
-    answer = exchange(server, HEAD + b'Content-Length: 30\r\n\r\n{"pro', seconds=20)
-    assert answer.startswith(b"HTTP/1.1 408")
 
 
 def test_pipelined_requests_are_answered_in_order(server):
