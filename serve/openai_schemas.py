@@ -98,7 +98,6 @@ class OpenAIFields(ClientBody, SamplingFields):
     # Other servers' own, which their clients send with the defaults.
     ignore_eos: Any = refused(False)
     use_beam_search: Any = refused(False)
-    skip_special_tokens: Any = refused(True)
     length_penalty: Any = refused(1)
 
     @model_validator(mode="before")

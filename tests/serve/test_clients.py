@@ -67,7 +67,7 @@ HARMLESS = [
     {"seed": -1}, {"seed": None}, {"reasoning_effort": None}, {"prediction": None}, {"top_logprobs": None},
     {"stream_options": None}, {"some_field_of_next_year": None}, {"some_list_of_next_year": []}, {"top_k": -1}, {"top_k": 0},
     {"chat_template_kwargs": {}}, {"prompt_cache_retention": "24h"}, {"echo": False}, {"best_of": 1}, {"ignore_eos": False},
-    {"use_beam_search": False}, {"skip_special_tokens": True}, {"length_penalty": 1.0}, {"logit_bias": None},
+    {"use_beam_search": False}, {"length_penalty": 1.0}, {"logit_bias": None},
     {"presence_penalty": None}, {"repetition_penalty": 1.0}, {"min_p": 0}, {"verbosity": "medium"}, {"store": True},
 ]  # fmt: skip
 
@@ -111,7 +111,6 @@ UNSUPPORTED = [
     ({"max_tokenz": False}, "max_tokenz"),
     ({"top_k": -2}, "top_k"),
     ({"ignore_eos": True}, "ignore_eos"),
-    ({"skip_special_tokens": False}, "skip_special_tokens"),
     ({"length_penalty": 0.5}, "length_penalty"),
     ({"echo": True}, "echo"),
     ({"best_of": 2}, "best_of"),
