@@ -317,7 +317,8 @@ async def _drive_arrivals(url: str, running: int, arriving: int) -> dict[str, fl
         async def run(number: int) -> None:
             body = {**common, "prompt": f"{number} words", "max_new_tokens": 700, "adapter": MODELS[number % 3]}
             while True:  # an answer may end by itself; another then takes its place
-                moments.append(times := [])
+                times: list[float] = []
+                moments.append(times)
                 async with client.stream("POST", "/v1/generate", json={**body, "seed": len(moments)}) as response:
                     response.raise_for_status()
                     async for line in response.aiter_lines():
