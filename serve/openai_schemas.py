@@ -77,6 +77,7 @@ class OpenAIFields(ClientBody, SamplingFields):
     seed: int | None = Field(
         None, ge=-1, lt=2**63, description="The same seed gives the same text; -1 is none. Answer i gets seed + i."
     )
+    top_k: int | None = Field(None, ge=-1, description="Draw among this many likeliest tokens; 0 and -1 are all.")
     max_tokens: TokenCount | None = Field(None, description="Longest answer in tokens.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Answers to each prompt.")
     stream: bool = Field(False, description="Answer as server-sent events.")
@@ -93,11 +94,25 @@ class OpenAIFields(ClientBody, SamplingFields):
     service_tier: Any = no_effect()
     safety_identifier: Any = no_effect()
     prompt_cache_key: Any = no_effect()
+    prompt_cache_retention: Any = no_effect()
+    # Other servers' own, which their clients send with the defaults.
+    ignore_eos: Any = refused(False)
+    use_beam_search: Any = refused(False)
+    length_penalty: Any = refused(1)
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, body: Any) -> Any:
-        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
+    def _nothing_is_absent(cls, body: Any) -> Any:
+        """Drop what is null, and what is empty in a field of which nothing is known."""
+        if not isinstance(body, dict):
+            return body
+        said = {key: value for key, value in body.items() if value is not None}
+        return {key: value for key, value in said.items() if key in cls.model_fields or value not in ([], {}, "")}
+
+    @field_validator("top_k")
+    @classmethod
+    def _all_is_no_limit(cls, top_k: int | None) -> int | None:
+        return top_k if top_k and top_k > 0 else None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> OpenAIFields:
@@ -203,6 +218,8 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: TokenCount | None = Field(None, description="Longest answer in tokens.")
     logprobs: bool = Field(False, description="Log-probabilities of each token.")
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="So many likeliest tokens beside each token.")
+    echo: Any = refused(False)
+    best_of: Any = refused(1)
     tools: Any = refused()
     tool_choice: Any = refused("none", "auto")
     parallel_tool_calls: Any = no_effect()

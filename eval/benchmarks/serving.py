@@ -311,25 +311,26 @@ def measure_arrivals(config: Path, count: int) -> dict[str, float]:
 
 async def _drive_arrivals(url: str, running: int, arriving: int) -> dict[str, float]:
     common: dict[str, Any] = {"raw": True, "stream": True, "temperature": 1.0}
-    moments: list[list[float]] = [[] for _ in range(running)]
+    moments: list[list[float]] = []  # of the tokens of each answer
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
 
         async def run(number: int) -> None:
-            body = {
-                **common,
-                "prompt": f"{number} words",
-                "max_new_tokens": 700,
-                "seed": number,
-                "adapter": MODELS[number % 3],
-            }
-            async with client.stream("POST", "/v1/generate", json=body) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        moments[number].append(time.monotonic())
+            body = {**common, "prompt": f"{number} words", "max_new_tokens": 700, "adapter": MODELS[number % 3]}
+            while True:  # an answer may end by itself; another then takes its place
+                times: list[float] = []
+                moments.append(times)
+                async with client.stream("POST", "/v1/generate", json={**body, "seed": len(moments)}) as response:
+                    response.raise_for_status()
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            times.append(time.monotonic())
 
         tasks = [asyncio.create_task(run(number)) for number in range(running)]
-        while min(map(len, moments)) < 60:  # tokens without arrivals
+        while sum(map(len, moments)) < 60 * running:  # tokens without arrivals
             await asyncio.sleep(0.05)
+            for task in tasks:
+                if task.done():  # only by an error
+                    task.result()
         begin = time.monotonic()
         bodies = [
             {**common, "prompt": f"{number}" + " word" * 254, "max_new_tokens": 1, "adapter": MODELS[number % 3]}

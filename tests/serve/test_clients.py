@@ -65,7 +65,10 @@ HARMLESS = [
     {"temperature": None}, {"top_p": None}, {"n": None}, {"stream": None}, {"stop": None}, {"stop": []},
     {"max_tokens": None, "max_completion_tokens": 8}, {"modalities": ["text"]}, {"audio": None}, {"service_tier": "auto"},
     {"seed": -1}, {"seed": None}, {"reasoning_effort": None}, {"prediction": None}, {"top_logprobs": None},
-    {"stream_options": None}, {"some_field_of_next_year": None},
+    {"stream_options": None}, {"some_field_of_next_year": None}, {"some_list_of_next_year": []}, {"top_k": -1}, {"top_k": 0},
+    {"chat_template_kwargs": {}}, {"prompt_cache_retention": "24h"}, {"echo": False}, {"best_of": 1}, {"ignore_eos": False},
+    {"use_beam_search": False}, {"length_penalty": 1.0}, {"logit_bias": None},
+    {"presence_penalty": None}, {"repetition_penalty": 1.0}, {"min_p": 0}, {"verbosity": "medium"}, {"store": True},
 ]  # fmt: skip
 
 
@@ -81,7 +84,7 @@ def test_chat_fields_that_mean_nothing_change_nothing(server, fields):
 
 
 @pytest.mark.parametrize("fields", [{"echo": False}, {"suffix": None}, {"suffix": ""}, {"best_of": 1}, {"logprobs": None},
-                                    {"logprobs": False}, {"user": "x"}, {"n": 1}], ids=str)  # fmt: skip
+                                    {"logprobs": False}, {"user": "x"}, {"n": 1}, {"tools": []}, {"top_k": -1}, {"length_penalty": 1}], ids=str)  # fmt: skip
 def test_completion_fields_that_mean_nothing_change_nothing(server, fields):
     body = {**GREEDY, "prompt": "Once upon"}
     expected = server.post("/v1/completions", body).json()["choices"]
@@ -105,6 +108,12 @@ UNSUPPORTED = [
     ({"messages": [*MESSAGES, CALL, *MESSAGES]}, "tool_calls"),
     ({"messages": [*MESSAGES, {"role": "tool", "content": "1", "tool_call_id": "1"}]}, "tools"),
     ({"max_tokenz": 4}, "max_tokenz"),
+    ({"max_tokenz": False}, "max_tokenz"),
+    ({"top_k": -2}, "top_k"),
+    ({"ignore_eos": True}, "ignore_eos"),
+    ({"length_penalty": 0.5}, "length_penalty"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     ({"max_tokens": 10**6}, "max_tokens"),
     ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
