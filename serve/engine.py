@@ -324,7 +324,7 @@ class Engine:
         logits = self._guarded(jobs, lambda: self.forward.read(len(self.rows), names, tokens, start, places))
         if logits is None:
             return
-        per_token = (time.monotonic() - started) / (len(jobs) * (end - start))
+        per_token = (time.monotonic() - started) / sum(map(len, tokens))
         self._prefill_token_seconds = _smoothed(self._prefill_token_seconds, per_token)
         for job, row, positions in zip(jobs, logits, needed, strict=True):
             job.length = min(end, len(job.prompt))
