@@ -312,7 +312,7 @@ def choose_forward(models: Models, slots: int, context: int, lean: bool) -> Cach
 
         if LeanForward.takes(models):
             try:
-                return prove_cache(models, LeanForward(models, rows), context)
+                return prove_cache(models, LeanForward(models), context)
             except UserError as error:
                 log.warning("performance.fast_path: the library's slower forward pass is used: %s", error)
     return prove_cache(models, LibraryForward(models, rows, context), context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -10,97 +10,167 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from scripts.speed.speed_up import Packed, lean_decoder_of, logits_of
+from scripts.speed.speed_up import Cache, Packed, lean_decoder_of, logits_of
 from serve.adapters import Models
 from serve.stacking import StackedProduct
 
-# A row's memory grows by at least so many tokens, and by an eighth of what it has: so it is copied rarely.
-GROW_TOKENS = 64
+GROW_TOKENS = 64  # by which the memory of a row that is read grows at least
 
 
 class RowCache:
-    """Keys and values of rows that differ in length. states[slot]: (layers, 2, G, capacity, D), or None for an empty slot.
+    """Keys and values of rows that differ in length.
 
-    A row takes what it needs, so a long one costs its neighbours nothing, and what is not read is not looked at.
+    A row that is being read has a tensor of its own, (layers, 2, G, capacity, D). Once it is continued it moves to a bank:
+    there rows of similar length stand side by side, so that a step attends to all of them at once. A bank holds rows of up
+    to 64, 128, 256 … tokens, so a long row makes no place for its neighbours longer.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.states: list[torch.Tensor | None] = [None] * slots
-        self.first, self.starts, self.ends = 0, [0], [0]  # of the rows in this pass: slot, and their new positions
-        self.edges = [(0, 0)]  # where the tokens of each row stand in the packed list
-        self.masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+    def __init__(self, make_bank: Callable[[], Cache]) -> None:
+        self.make_bank = make_bank
+        self.banks: dict[int, Cache] = {}  # by how many tokens a row may have
+        self.seats: dict[int, list[int]] = {}  # of each bank, the slot of each row
+        self.own: dict[int, torch.Tensor] = {}  # by slot
+        # Of this pass: each row that is read with its slot, first and last new position, and place in the packed list; or
+        # each bank with the rows of the batch that it holds.
+        self.reading: list[tuple[int, int, int, slice]] = []
+        self.stepping: list[tuple[Cache, torch.Tensor]] = []
+        self.masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
-    def select(self, first: int, starts: Sequence[int], counts: Sequence[int], like: torch.Tensor, shape: Any) -> None:
-        """Choose the rows of the next pass, which get so many tokens each; make room for them."""
-        self.first, self.starts = first, list(starts)
-        self.ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        self.edges = list(pairwise(accumulate(counts, initial=0)))
-        self.masks = {}
-        for slot, (start, end) in enumerate(zip(self.starts, self.ends, strict=True), first):
-            self._reserve(slot, start, end, like, shape)
+    def read(
+        self, first: int, start: int, counts: Sequence[int], shape: tuple[int, int, int], like: torch.Tensor
+    ) -> None:
+        """Choose rows that read so many tokens each, all from one position."""
+        ends = [start + count for count in counts]
+        edges = [slice(begin, end) for begin, end in pairwise(accumulate(counts, initial=0))]
+        self.stepping, self.masks = [], {}
+        self.reading = [
+            (slot, start, end, edge) for slot, (end, edge) in enumerate(zip(ends, edges, strict=True), first)
+        ]
+        for slot, _, end, _ in self.reading:
+            states = self.own.get(slot)
+            if states is None or states.shape[3] < end:
+                layers, groups, size = shape
+                more = like.new_empty(layers, 2, groups, end + max(GROW_TOKENS, start // 8), size)
+                if start and states is not None:
+                    more[:, :, :, :start] = states[:, :, :, :start]
+                self.own[slot] = more
 
-    def _reserve(self, slot: int, length: int, tokens: int, like: torch.Tensor, shape: tuple[int, int, int]) -> None:
-        states = self.states[slot]
-        capacity = 0 if states is None else states.shape[3]
-        if tokens > capacity or (not length and capacity > 2 * tokens + GROW_TOKENS):
-            layers, groups, size = shape
-            more = tokens + max(GROW_TOKENS, length // 8)
-            grown = like.new_empty(layers, 2, groups, more, size)
-            if states is not None and length:
-                grown[:, :, :, :length] = states[:, :, :, :length]
-            self.states[slot] = grown
+    def step(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Choose all rows from slot 0 on, which have so many tokens, for one more each."""
+        for slot, length in enumerate(lengths):
+            self._seat(slot, length)
+        self.reading, self.stepping = [], []
+        for size, slots in self.seats.items():
+            bank = self.banks[size]
+            bank.lengths = torch.tensor([lengths[slot] for slot in slots], device=device)
+            self.stepping.append((bank, torch.tensor(slots, device=device)))
+
+    def _seat(self, slot: int, length: int) -> None:
+        """Move a row to the bank that has room for one more token of it."""
+        size = max(GROW_TOKENS, 1 << length.bit_length())
+        if slot in self.seats.get(size, ()):
+            return
+        states = self.save(slot, length)
+        self.release(slot)
+        bank = self.banks.setdefault(size, self.make_bank())
+        slots = self.seats.setdefault(size, [])
+        bank.reserve(len(slots) + 1, size)
+        bank.states[:, :, len(slots), :, :length] = states
+        slots.append(slot)
+
+    def save(self, slot: int, length: int) -> torch.Tensor:
+        """Return the keys and values of a row's first tokens, (layers, 2, G, length, D); they may be the row's own."""
+        if slot in self.own:
+            return self.own[slot][:, :, :, :length]
+        bank, row = self._find(slot)
+        return bank.states[:, :, row, :, :length]
+
+    def _find(self, slot: int) -> tuple[Cache, int]:
+        size = next(size for size, slots in self.seats.items() if slot in slots)
+        return self.banks[size], self.seats[size].index(slot)
+
+    def move(self, source: int, target: int) -> None:
+        """Let a row have another slot; what stood there has gone."""
+        self.release(target)
+        if source in self.own:
+            self.own[target] = self.own.pop(source)
+        for slots in self.seats.values():
+            slots[:] = [target if slot == source else slot for slot in slots]
+
+    def clear(self, slot: int) -> None:
+        """Forget a row whose numbers went wrong: what a longer neighbour makes it see has the weight 0, and 0 x NaN is NaN."""
+        self.save(slot, self.own[slot].shape[3] if slot in self.own else self._find(slot)[0].states.shape[4]).zero_()
+
+    def release(self, slot: int) -> None:
+        """Let a row's memory go; that of a bank goes with its last row."""
+        self.own.pop(slot, None)
+        for size in [size for size, slots in self.seats.items() if slot in slots]:
+            slots, bank = self.seats[size], self.banks[size]
+            row = slots.index(slot)
+            if slot != slots[-1]:  # the last one takes its place
+                bank.states[:, :, row] = bank.states[:, :, len(slots) - 1]
+                slots[row] = slots[-1]
+            slots.pop()
+            if not slots:
+                del self.seats[size], self.banks[size]
+
+    @property
+    def nbytes(self) -> int:
+        """Return what all rows take now."""
+        return sum(states.nbytes for states in [*self.own.values(), *(bank.states for bank in self.banks.values())])
 
     def attention(self, number: int, packed: Packed, window: int | None) -> Any:
         """Return how a layer attends: each token to the tokens of its row up to itself."""
-        return partial(self._attend, number, window)
+        return partial(self._read if self.reading else self._step, number, packed, window)
 
-    def _attend(
-        self, number: int, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int
-    ) -> torch.Tensor:
-        """q (G, N R, D), scaled; k and v (G, N, D). Returns (N, G R D)."""
+    def _step(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
+        """Add a token to each row, bank by bank; q (G, B R, D), scaled, k and v (G, B, D). Returns (B, G R D)."""
+        if len(self.stepping) == 1 and len(self.stepping[0][1]) == 1:
+            return self.stepping[0][0].attention(number, packed, window)(q, k, v, room)
+        groups, count, size = k.shape
+        queries = q.view(groups, count, -1, size)
+        found = q.new_empty(count, q.shape[1] // count * groups * size)
+        for bank, rows in self.stepping:
+            attend = bank.attention(number, packed, window)
+            found[rows] = attend(queries[:, rows].flatten(1, 2), k[:, rows], v[:, rows], room)
+        return found
+
+    def _read(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
+        """Read new tokens of some rows, one after the other; q (G, N R, D), scaled. Returns (N, G R D)."""
         groups, count, size = k.shape
         shared = q.shape[1] // count
-        new = torch.stack((k, v))
         found = []
-        for index, (begin, end) in enumerate(self.edges):
-            states = self.states[self.first + index]
-            assert states is not None, "select has made room"
-            layer, start, stop = states[number], self.starts[index], self.ends[index]
-            layer[:, :, start:stop] = new[:, :, begin:end]
+        for slot, start, end, tokens in self.reading:
+            layer = self.own[slot][number]
+            layer[0, :, start:end], layer[1, :, start:end] = k[:, tokens], v[:, tokens]
             since = max(0, start + 1 - window) if window is not None else 0
-            keys, values = layer[:, :, since:stop]
-            queries = q[:, begin * shared : end * shared]
-            if end - begin == 1:  # the heads that share keys stand beside each other, as queries of one head
-                weights = torch.bmm(queries, keys.transpose(1, 2)).softmax(-1)
-                found.append(torch.bmm(weights, values).view(1, -1))
-            else:
-                heads = queries.view(groups, end - begin, shared, size).transpose(1, 2).flatten(0, 1)[None]
-                keys, values = (each.repeat_interleave(shared, 0)[None] for each in (keys, values))
-                attended = functional.scaled_dot_product_attention(
-                    heads, keys, values, self._mask(index, since, window, q), scale=1.0
-                )
-                found.append(attended[0].transpose(0, 1).flatten(1))
-        return found[0] if len(found) == 1 else torch.cat(found)
+            keys, values = (each.repeat_interleave(shared, 0)[None] for each in layer[:, :, since:end])
+            queries = q[:, tokens.start * shared : tokens.stop * shared]
+            heads = queries.view(groups, end - start, shared, size).transpose(1, 2).flatten(0, 1)[None]
+            mask = self._mask(slot, start, end, since, window, q)
+            attended = functional.scaled_dot_product_attention(heads, keys, values, mask, scale=1.0)
+            found.append(attended[0].transpose(0, 1).flatten(1))
+        return torch.cat(found)
 
-    def _mask(self, index: int, since: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    def _mask(
+        self, slot: int, start: int, end: int, since: int, window: int | None, like: torch.Tensor
+    ) -> torch.Tensor:
         """Return which keys the new tokens of a row see, (T, S); the layers share it."""
-        if (index, window) not in self.masks:
-            queries = torch.arange(self.starts[index], self.ends[index], device=like.device)[:, None]
-            keys = torch.arange(since, self.ends[index], device=like.device)
+        if (slot, window) not in self.masks:
+            queries = torch.arange(start, end, device=like.device)[:, None]
+            keys = torch.arange(since, end, device=like.device)
             seen = keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
-            self.masks[index, window] = torch.where(seen, 0.0, -torch.inf).to(like.dtype)
-        mask = self.masks[index, window]
-        assert mask is not None
-        return mask
+            self.masks[slot, window] = torch.where(seen, 0.0, -torch.inf).to(like.dtype)
+        return self.masks[slot, window]
 
 
 class LeanForward:
     """The lean decoder for the engine's rows; see CachedForward."""
 
-    def __init__(self, models: Models, slots: int) -> None:
+    def __init__(self, models: Models) -> None:
         self.models, self.network = models, models.network
-        self.cache = RowCache(slots)
         self.renew()
+        self.cache = RowCache(lambda: Cache(*self.shape, self.embeddings))
 
     @staticmethod
     def takes(models: Models) -> bool:
@@ -125,58 +195,58 @@ class LeanForward:
     @property
     def nbytes(self) -> int:
         """Return what the rows take now."""
-        return sum(states.nbytes for states in self.cache.states if states is not None)
+        return self.cache.nbytes
 
     def read(
         self, slot: int, names: Sequence[str], tokens: Sequence[Sequence[int]], start: int, places: Sequence[Sequence[int]]
     ) -> list[torch.Tensor]:  # fmt: skip
         """Read the next tokens of rows in the slots from `slot` on, all from one position; return logits at their places."""
-        edges = list(accumulate(map(len, tokens), initial=0))
+        counts = list(map(len, tokens))
+        self.cache.read(slot, start, counts, self.shape, self.embeddings)
+        edges = accumulate(counts, initial=0)
         index = [begin + place for begin, wanted in zip(edges, places, strict=False) for place in wanted]
-        logits = self._forward(slot, names, tokens, [start] * len(tokens), index)
+        positions = [start + place for count in counts for place in range(count)]
+        names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        logits = self._forward(names, [token for row in tokens for token in row], positions, index)
         return list(logits.split([len(wanted) for wanted in places]))
 
     def step(self, names: Sequence[str], tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Append a token to each row, which has so many; return the logits of the next, (B, V)."""
-        return self._forward(0, names, [[token] for token in tokens], lengths, list(range(len(tokens))))
+        self.cache.step(lengths, self.embeddings.device)
+        return self._forward(names, tokens, lengths, range(len(tokens)))
 
     def _forward(
-        self, slot: int, names: Sequence[str], tokens: Sequence[Sequence[int]], starts: Sequence[int], index: list[int]
+        self, names: Sequence[str], tokens: Sequence[int], positions: Sequence[int], index: Sequence[int]
     ) -> torch.Tensor:
-        device = self.embeddings.device
-        self.models.rows.set([name for name, row in zip(names, tokens, strict=True) for _ in row])
-        self.cache.select(slot, starts, [len(row) for row in tokens], self.embeddings, self.shape)
-        ids = torch.tensor([token for row in tokens for token in row], device=device)
-        positions = torch.cat([torch.arange(a, b) for a, b in zip(self.cache.starts, self.cache.ends, strict=True)])
+        """Read tokens of the rows that the cache has chosen, each with an adapter; return some logits."""
+        ids, places, wanted = (
+            torch.tensor(list(row), device=self.embeddings.device) for row in (tokens, positions, index)
+        )
+        self.models.rows.set(names)
         # For a single token oneDNN prepares a product longer than torch's own kernel computes it. The switch is the whole
         # process's, but nothing beside the engine's thread computes with torch.
         torch.backends.mkldnn.enabled = len(ids) > 1  # type: ignore[assignment]
         try:
-            hidden = self.lean.hidden(Packed(ids, positions.to(device), [], []), self.cache)
-            return logits_of(self.network, hidden, torch.tensor(index, dtype=torch.long, device=device))
+            return logits_of(self.network, self.lean.hidden(Packed(ids, places, [], []), self.cache), wanted.long())
         finally:
             torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Put a row into another slot."""
-        self.cache.states[target], self.cache.states[source] = self.cache.states[source], None
+        """Let a row have another slot."""
+        self.cache.move(source, target)
 
     def clear(self, slot: int) -> None:
-        """Nothing: no other row looks at what this one has read."""
+        """Forget a row whose numbers went wrong."""
+        self.cache.clear(slot)
 
     def release(self, slot: int) -> None:
         """Let the memory of a slot go."""
-        self.cache.states[slot] = None
+        self.cache.release(slot)
 
     def save(self, slot: int, length: int) -> torch.Tensor:
         """Return a copy of the first tokens' keys and values of a row."""
-        states = self.cache.states[slot]
-        assert states is not None, "the row has read something"
-        return states[:, :, :, :length].clone()
+        return self.cache.save(slot, length).clone()
 
     def load(self, slot: int, states: torch.Tensor, length: int) -> None:
         """Begin a row with saved keys and values of so many tokens."""
-        layers, _, groups, _, size = states.shape
-        fresh = states.new_empty(layers, 2, groups, length + GROW_TOKENS, size)
-        fresh[:, :, :, :length] = states[:, :, :, :length]
-        self.cache.states[slot] = fresh
+        self.cache.own[slot] = states[:, :, :, :length].clone()
