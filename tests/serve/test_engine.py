@@ -254,11 +254,12 @@ def test_one_client_cannot_take_all_seats(models):
 
 def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_config):
     limits = {"max_concurrent": 3, "max_queue": 7, "max_queue_per_client": 5, "deadline_seconds": 11.0,
-              "queue_timeout_seconds": 13.0, "max_context_tokens": 64, "default_max_new_tokens": 9}  # fmt: skip
+              "queue_timeout_seconds": 13.0, "max_context_tokens": 64, "default_max_new_tokens": 9,
+              "prefix_cache_tokens": 17}  # fmt: skip
     config = load_config(write_config(base_model_id=str(tiny_llama), serve={"adapter_path": None, **limits})).values
     service = Service(config, choose_machine(config), [])
     engine = service.engine
-    assert (engine.slots, engine.queue, engine.queue_per_client) == (3, 7, 5)
+    assert (engine.slots, engine.queue, engine.queue_per_client, engine.prefixes.limit) == (3, 7, 5, 17)
     assert (engine.deadline_seconds, engine.queue_timeout_seconds, service.context) == (11.0, 13.0, 64)
 
     async def ask() -> Job:
