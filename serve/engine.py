@@ -1,8 +1,9 @@
 """Batched generation: requests join and leave while others run, and rows of different adapters share a batch.
 
-One thread owns the network. Each running request is a row with a slot of its own in a preallocated key-value cache;
-nothing in it is shared between requests, so no adapter ever reads keys that another one wrote. A step of the loop
-reads some waiting prompts together, or a piece of a long one, and then decodes one token for every row.
+One thread owns the network. Each running request is a row in a slot, with keys and values of its own that grow by need;
+a row may begin with a copy of what an earlier one of the same adapter read, so no adapter ever reads keys that another one
+wrote. A step of the loop reads some waiting prompts together, or a piece of a long one, and then decodes one token for
+every row.
 This module is long because scheduling and failure handling decide about the same rows together.
 """
 
@@ -16,17 +17,19 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 
 from scripts.common.errors import is_out_of_memory
 from scripts.dataset.chat_format import stop_token_ids
 from serve.adapters import Models
-from serve.cache import SlotCache, forward_cached
+from serve.cache import CachedForward
 from serve.errors import ServingError
 from serve.jobs import Job, Seat
 from serve.metrics import Metrics
-from serve.sampling import Sampler, TextStream, measure
+from serve.prefixes import Prefixes
+from serve.sampling import Sampler, TextStream, choose_together, measure
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ LEAST_PREFILL_TOKENS = 32
 SMOOTHING = 0.2
 MAX_RETRIES = 2
 
+Logits = TypeVar("Logits")
+
 
 class Engine:
     """Run jobs on the models in a thread of its own; every public method may be called from any thread."""
@@ -49,21 +54,25 @@ class Engine:
         self,
         models: Models,
         metrics: Metrics,
+        forward: CachedForward,
         *,
         slots: int,
         context: int,
+        memory_tokens: int,
+        kept_tokens: int,
         queue: int,
         queue_per_client: int,
         deadline_seconds: float,
         queue_timeout_seconds: float,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        self.models, self.metrics, self.slots, self.context = models, metrics, slots, context
+        self.models, self.metrics, self.forward = models, metrics, forward
+        self.slots, self.context, self.memory_tokens = slots, context, memory_tokens
         self.queue, self.queue_per_client = queue, queue_per_client
         self.deadline_seconds, self.queue_timeout_seconds = deadline_seconds, queue_timeout_seconds
         self.on_death = on_death
         self.device = next(models.network.parameters()).device
-        self.cache = SlotCache(slots, context, self.device)
+        self.prefixes = Prefixes(kept_tokens)
         self.stop_ids = stop_token_ids(models.tokenizer)
         self.rows: list[Job] = []  # decoding; row i stands in slot i
         self.prefilling: list[Job] = []  # stand in the slots after the last row; a prompt read in pieces is alone
@@ -229,14 +238,34 @@ class Engine:
             alone = job.retries or width * (len(taken) + 1) > self._prefill_tokens([*taken, job])
             if taken and (alone or taken[0].retries):
                 break
-            job.scheduled, job.length = job.scheduled or time.monotonic(), 0
+            if (self.rows or taken) and not self._has_memory([*taken, job]):
+                break
+            states, known = self._known(job)
+            if known and taken:
+                break  # it begins at another position than those
+            job.scheduled, job.length = job.scheduled or time.monotonic(), known
+            if known:
+                self.forward.load(len(self.rows), states, known)
+            self.metrics.prefix(len(job.prompt), known)
             if job.unmeasured:
                 job.measured.clear()
             taken.append(jobs.popleft())
             del self.waiting[client]
             if jobs:
                 self.waiting[client] = jobs
+            if known:
+                break
         return taken
+
+    def _has_memory(self, jobs: list[Job]) -> bool:
+        """Return whether these jobs can run to their ends beside the rows."""
+        most = sum(len(job.ids) + job.max_new_tokens for job in [*self.rows, *jobs])
+        return most + self.prefixes.limit <= self.memory_tokens
+
+    def _known(self, job: Job) -> tuple[Any, int]:
+        """Return what was read before of a prompt, and how many tokens that is; what must be measured is read again."""
+        first_needed = min([*job.unmeasured[:1], len(job.prompt) - 1])
+        return (None, 0) if job.retries else self.prefixes.find(job.adapter, job.prompt, first_needed)
 
     def _prefill_tokens(self, jobs: list[Job]) -> int:
         """Return how much of these prompts may be read in one step; scored prompts need many logits, so little."""
@@ -274,19 +303,8 @@ class Engine:
 
     def _prefill(self) -> None:
         """Read some waiting prompts into the cache, or the next piece of a long one."""
-        # Example: A and B decode in slots 0 and 1; the prompts C (5 tokens) and D (3 tokens) are read together.
-        #
-        #   slot   position 0 1 2 3 4      mask: key 0 1 2 3 4
-        #    2  C           c c c c c      query 0   1 . . . .
-        #    3  D           d d d - -            1   1 1 . . .
-        #                                        2   1 1 1 . .    … down to 4
-        #
-        # All start at position 0, so one mask serves all rows. A pad (-) comes after its row's last token: no token of
-        # the row sees it, and D's first new token overwrites it at position 3. Position 4 of C and position 2 of D hold
-        # the logits of the first new tokens, so the logits of both positions are asked for of both rows.
-        #
-        # A prompt longer than a step allows is read alone, in pieces. With pieces of 2 tokens, C's second one has
-        # start = 2, end = 4: queries 2 and 3 of the mask, keys 0 to 3, of which 0 and 1 stand in the cache already.
+        # Several prompts are read whole, from position 0; one that is longer than a step allows, or whose beginning is
+        # known already, is read alone and in pieces: its tokens from `start` to `end`.
         self.prefilling = self.prefilling or self._admit()
         jobs = self.prefilling
         if not jobs:
@@ -294,27 +312,30 @@ class Engine:
         start = jobs[0].length
         longest = max(len(job.prompt) for job in jobs)  # several are read whole: together they are short enough
         end = longest if len(jobs) > 1 else min(longest, start + self._prefill_tokens(jobs))
+        tokens = [job.prompt[start:end] for job in jobs]
         # The logits at position p measure the token at p + 1; those at a prompt's end choose the first new token.
-        needed = {p for job in jobs for p in [*job.unmeasured, len(job.prompt) - 1]}
-        column = {p: index for index, p in enumerate(sorted(needed & set(range(start, end))))}
+        needed = [
+            sorted({*job.unmeasured, len(job.prompt) - 1} & set(range(start, start + len(row))))
+            for job, row in zip(jobs, tokens, strict=True)
+        ]
+        places = [[p - start for p in positions] for positions in needed]
+        names = [job.adapter for job in jobs]
         started = time.monotonic()
-        logits = self._guarded(jobs, lambda: self._read(jobs, start, end, list(column)))
+        logits = self._guarded(jobs, lambda: self.forward.read(len(self.rows), names, tokens, start, places))
         if logits is None:
             return
-        per_token = (time.monotonic() - started) / (len(jobs) * (end - start))
+        per_token = (time.monotonic() - started) / sum(map(len, tokens))
         self._prefill_token_seconds = _smoothed(self._prefill_token_seconds, per_token)
-        for job, row in zip(jobs, logits, strict=True):
+        for job, row, positions in zip(jobs, logits, needed, strict=True):
             job.length = min(end, len(job.prompt))
-            measured = [p for p in column if p in job.unmeasured]
+            measured = [index for index, p in enumerate(positions) if p in job.unmeasured]
             if measured:
-                tokens = [job.ids[p + 1] for p in measured]
-                job.measured += measure(row[[column[p] for p in measured]], tokens, job.top_logprobs or 0)
+                following = [job.ids[positions[index] + 1] for index in measured]
+                job.measured += measure(row[measured], following, job.top_logprobs or 0)
         if end < len(jobs[0].prompt):
             return
         self.rows, self.prefilling = self.rows + jobs, []
-        generating = {
-            job: row[column[job.length - 1]] for job, row in zip(jobs, logits, strict=True) if job.max_new_tokens
-        }
+        generating = {job: row[-1] for job, row in zip(jobs, logits, strict=True) if job.max_new_tokens}
         for job in jobs:
             if not job.max_new_tokens:
                 self._remove(job)
@@ -322,38 +343,19 @@ class Engine:
         if generating:
             self._emit(list(generating), torch.stack(list(generating.values())))
 
-    def _read(self, jobs: list[Job], start: int, end: int, kept: list[int]) -> torch.Tensor:
-        """Read the tokens from start to end of each prompt, the shorter ones padded. Returns (B, kept, V)."""
-        pad = self.models.tokenizer.pad_token_id  # no token looks at what stands after it, so any id would do
-        tokens = [(job.prompt[start:end] + [pad] * (end - start))[: end - start] for job in jobs]
-        positions = torch.arange(start, end, device=self.device).expand(len(jobs), -1)
-        self.cache.select(len(self.rows), positions, end)
-        return self._forward(jobs, tokens, [p - start for p in kept])
-
     def _decode(self) -> None:
         """Produce one token for every row."""
         jobs = list(self.rows)
-        positions = torch.tensor([[job.length] for job in jobs], device=self.device)
-        used = max(job.length for job in jobs) + 1
-
-        def forward() -> torch.Tensor:
-            self.cache.select(0, positions, used)
-            return self._forward(jobs, [[job.out[-1]] for job in jobs], [0])[:, 0]
-
+        names, tokens = [job.adapter for job in jobs], [job.out[-1] for job in jobs]
         started = time.monotonic()
-        logits = self._guarded(jobs, forward)
+        logits = self._guarded(jobs, lambda: self.forward.step(names, tokens, [job.length for job in jobs]))
         if logits is not None:
             self._decode_seconds = _smoothed(self._decode_seconds, time.monotonic() - started)
             for job in jobs:
                 job.length += 1
             self._emit(jobs, logits)
 
-    def _forward(self, jobs: list[Job], tokens: list[list[int]], kept: list[int]) -> torch.Tensor:
-        """Run the network on the selected rows, each with its job's adapter. tokens: B x T; kept: indices into T."""
-        input_ids = torch.tensor(tokens, device=self.device)
-        return forward_cached(self.models, [job.adapter for job in jobs], self.cache, input_ids, kept)
-
-    def _guarded(self, jobs: list[Job], forward: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    def _guarded(self, jobs: list[Job], forward: Callable[[], Logits]) -> Logits | None:
         """Run a forward pass; on failure end or put back the jobs concerned and return None."""
         try:
             return forward()
@@ -387,25 +389,37 @@ class Engine:
         """Choose each row's token, hand its text on, and end the rows that are complete."""
         best, tokens = logits.float().max(-1)  # several times faster than in bf16
         finite, greedy = torch.isfinite(best).tolist(), tokens.tolist()
+        for job in jobs:
+            if job not in self.samplers:
+                self.samplers[job] = (Sampler(job.sampling), TextStream(self.models.tokenizer, job.stops))
+        # Rows that only differ in temperature and the like are drawn from together.
+        drawn = [
+            index for index, job in enumerate(jobs)
+            if finite[index] and not job.constraint and self.samplers[job][0].draws_plainly
+        ]  # fmt: skip
+        if drawn:
+            together = choose_together(logits[drawn], [self.samplers[jobs[index]][0] for index in drawn])
+            for index, token in zip(drawn, together, strict=True):
+                greedy[index] = token
+        plain = set(drawn)
         now = time.monotonic()
         for index, job in enumerate(jobs):
             try:
                 if not finite[index]:
                     raise FloatingPointError("the logits are not finite")
-                self._emit_one(job, logits[index], greedy[index], now)
+                self._emit_one(job, logits[index], greedy[index], index in plain, now)
             except Exception as error:  # one row's trouble is not its neighbours'
                 log.error("a row failed", exc_info=error)
-                self.cache.clear(self.rows.index(job))
+                self.forward.clear(self.rows.index(job))
                 self._remove(job)
                 self._end(job, _generation_failed())
 
-    def _emit_one(self, job: Job, logits: torch.Tensor, greedy: int, now: float) -> None:
-        if job not in self.samplers:
-            self.samplers[job] = (Sampler(job.sampling), TextStream(self.models.tokenizer, job.stops))
+    def _emit_one(self, job: Job, logits: torch.Tensor, best: int, drawn: bool, now: float) -> None:
+        """Take a row's token. `best` is that already where it was `drawn`, and for rows that want the likeliest one."""
         sampler, stream = self.samplers[job]
         allowed = job.constraint.allowed(len(logits), self.device) if job.constraint else None
-        if sampler.takes_argmax and allowed is None:
-            token = greedy
+        if drawn or (sampler.takes_argmax and allowed is None):
+            token = best
         else:
             token = sampler.choose(logits, job.ids, job.out, allowed)
         if job.constraint:
@@ -425,23 +439,32 @@ class Engine:
             tail = "" if stream.stopped else stream.end()
             if piece + tail:
                 self._outbox.append((job, piece + tail))
+            self._keep(job)
             self._remove(job)
             self._end(job, None, "stop" if ended or stream.stopped else "length")
         elif piece:
             self._outbox.append((job, piece))
 
+    def _keep(self, job: Job) -> None:
+        """Keep what a row has read for those that continue it."""
+        tokens = job.prompt[: job.length]
+        if self.prefixes.worth_keeping(job.adapter, tokens):
+            self.prefixes.keep(job.adapter, tokens, self.forward.save(self.rows.index(job), job.length))
+
     def _remove(self, job: Job) -> None:
         """Take a job out of its slot and close the gap, so that rows stay together at the front."""
         if job in self.prefilling:
             self.prefilling = [other for other in self.prefilling if other is not job]
+            self.forward.release(len(self.rows) + len(self.prefilling))
             return
         index, last = self.rows.index(job), len(self.rows) - 1
         if index != last:
-            self.cache.move(last, index, self.rows[last].length)
+            self.forward.move(last, index, self.rows[last].length)
             self.rows[index] = self.rows[last]
         self.rows.pop()
         if self.prefilling:
-            self.cache.move(last + 1, last, self.prefilling[0].length)
+            self.forward.move(last + 1, last, self.prefilling[0].length)
+        self.forward.release(len(self.rows) + len(self.prefilling))
 
     def _end(self, job: Job, error: ServingError | None, reason: str | None = None) -> None:
         job.finish_reason = reason

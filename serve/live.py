@@ -183,6 +183,7 @@ class LiveAdapters:
             fresh = set(weights) - members(network).keys()
             if fresh:
                 await self.engine.run(partial(stack_layers, network, fresh, rows))
+                await self.engine.run(self.engine.forward.renew)
             await self.engine.run(partial(write_adapter, network, rows, adapter, weights))
             await self.engine.run(partial(prove_adapters, self.models, [adapter]))
         except UserError as error:
@@ -218,6 +219,7 @@ class LiveAdapters:
     async def _free(self, adapter: str) -> None:
         self.models.rows.blocks.pop(adapter, None)
         await self.engine.run(self.models.rows.refresh)
+        await self.engine.run(partial(self.engine.prefixes.forget, adapter))
 
     def _show(self, model: Served, served: bool = True) -> None:
         """Show or hide an adapter in the metrics."""

@@ -50,6 +50,10 @@ class Metrics:
         self.rows = Gauge("serve_batch_rows", "Rows of the last decoding step.", registry=r)
         self.waiting = Gauge("serve_num_requests_waiting", "Requests that wait for a slot.", registry=r)
         self.cached = Gauge("serve_kv_cache_usage_perc", "Used part of the key-value cache, 0 to 1.", registry=r)
+        self.prefix_queries = Counter(
+            "serve_prefix_cache_queries", "Prompt tokens that were looked for among what was read before.", registry=r
+        )
+        self.prefix_hits = Counter("serve_prefix_cache_hits", "Prompt tokens that did not have to be read.", registry=r)
         self.prompt_tokens = Counter("serve_prompt_tokens", "Prompt tokens read.", ["model"], registry=r)
         self.generated = Counter("serve_generation_tokens", "Tokens generated.", ["model"], registry=r)
         self.success = Counter("serve_request_success", "Requests that ended well.", ["finish_reason"], registry=r)
@@ -95,6 +99,11 @@ class Metrics:
         self.running.set(running)
         self.waiting.set(waiting)
         self.cached.set(cached)
+
+    def prefix(self, tokens: int, known: int) -> None:
+        """Note how much of a prompt was known already."""
+        self.prefix_queries.inc(tokens)
+        self.prefix_hits.inc(known)
 
     def inter_token(self, seconds: float) -> None:
         """Note the pause between two tokens of one request."""

@@ -47,8 +47,17 @@ class Sampler:
     def takes_argmax(self) -> bool:
         """Return whether the batch's own argmax is this request's token."""
         s = self.sampling
-        changed = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias
-        return s.greedy and not changed
+        return s.greedy and not self._penalises
+
+    @property
+    def draws_plainly(self) -> bool:
+        """Return whether the token is drawn from the logits as they are, by temperature, top_k and top_p."""
+        return not self.sampling.greedy and not self._penalises and not self.sampling.min_p
+
+    @property
+    def _penalises(self) -> bool:
+        s = self.sampling
+        return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias)
 
     def choose(
         self,
@@ -74,20 +83,7 @@ class Sampler:
         if s.min_p:
             probabilities = probabilities * (probabilities >= s.min_p * probabilities.max())
             probabilities = probabilities / probabilities.sum()
-        ids = None
-        if s.top_k or s.top_p < 1:
-            vocabulary = len(probabilities)
-            top, ids = probabilities.topk(min(s.top_k or CANDIDATES, vocabulary))
-            if not s.top_k and float(top.sum()) < s.top_p:
-                top, ids = probabilities.sort(descending=True)
-            if s.top_k:
-                top = top / top.sum()
-            # A token stays while those before it have not reached top_p, so the first always stays.
-            probabilities = top * (top.cumsum(-1) - top < s.top_p)
-        cumulative = probabilities.double().cumsum(-1)
-        # random() stays below 1, so the index that is drawn lies before the end.
-        index = int(torch.searchsorted(cumulative, self.random.random() * float(cumulative[-1]), right=True))
-        return int(ids[index]) if ids is not None else index
+        return _draw(probabilities[None], [self])[0]
 
     def _penalised(self, logits: torch.Tensor, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
         """Return the logits with biases and penalties, in the order of vLLM."""
@@ -109,6 +105,44 @@ class Sampler:
             ids = torch.tensor(list(counts), device=device)
             logits = logits.index_add(0, ids, -torch.tensor(penalties, device=device))
         return logits
+
+
+def choose_together(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Choose a token for each row of logits (B, V) whose sampler draws plainly: the one that it would choose alone."""
+    import torch
+
+    tokens = [0] * len(samplers)
+    alike: dict[tuple[int, bool], list[int]] = {}  # rows that take the same steps
+    for row, sampler in enumerate(samplers):
+        alike.setdefault((sampler.sampling.top_k, sampler.sampling.top_p < 1), []).append(row)
+    for rows in alike.values():
+        some = [samplers[row] for row in rows]
+        temperatures = torch.tensor([each.sampling.temperature for each in some], device=logits.device)[:, None]
+        for row, token in zip(rows, _draw((logits[rows].float() / temperatures).softmax(-1), some), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _draw(probabilities: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Draw a token from each row of probabilities (B, V); all rows have the same top_k, and a top_p or none."""
+    import torch
+
+    top_k, ids = samplers[0].sampling.top_k, None
+    top_p = torch.tensor([each.sampling.top_p for each in samplers], device=probabilities.device)[:, None]
+    if top_k or samplers[0].sampling.top_p < 1:
+        top, ids = probabilities.topk(min(top_k or CANDIDATES, probabilities.shape[1]))
+        if not top_k and bool((top.sum(-1, keepdim=True) < top_p).any()):
+            top, ids = probabilities.sort(descending=True)
+        if top_k:
+            top = top / top.sum(-1, keepdim=True)
+        # A token stays while those before it have not reached top_p, so the first always stays.
+        probabilities = top * (top.cumsum(-1) - top < top_p)
+    cumulative = probabilities.double().cumsum(-1)
+    drawn = torch.tensor([each.random.random() for each in samplers], dtype=torch.float64, device=cumulative.device)
+    # random() stays below 1, so the index that is drawn lies before the end.
+    places = torch.searchsorted(cumulative, drawn[:, None] * cumulative[:, -1:], right=True)
+    tokens: list[int] = (places if ids is None else ids.gather(1, places))[:, 0].tolist()
+    return tokens
 
 
 @dataclass(frozen=True)

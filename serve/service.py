@@ -56,7 +56,7 @@ class Service:
 
     def __init__(self, config: Config, machine: Machine, api_keys: list[str], admin_keys: Sequence[str] = ()) -> None:
         from serve.adapters import load_models  # torch comes only after the configuration was found good
-        from serve.cache import check_cache_fits, context_limit, prove_cache
+        from serve.cache import LibraryForward, check_cache_fits, choose_forward, context_limit
         from serve.engine import Engine
         from serve.live import LiveAdapters
         from serve.structured import SchemaCompiler
@@ -77,16 +77,19 @@ class Service:
                 serve.max_context_tokens,
                 self.context,
             )
-        size = prove_cache(self.models, self.context)
-        needed = check_cache_fits(size, serve.max_concurrent, self.context, machine.device)
-        log.info(
-            "keys and values of %d requests x %d tokens: %.0f MB", serve.max_concurrent, self.context, needed / 1e6
-        )
+        forward = choose_forward(self.models, serve.max_concurrent, self.context, config.performance.fast_path)
+        # Rows of the library's cache are all as long as the longest.
+        rows = serve.max_concurrent if isinstance(forward, LibraryForward) else 1
+        memory_tokens = check_cache_fits(forward.bytes_per_token, rows, self.context, machine.device)
+        log.info("keys and values: %.0f kB for a token, as much as is needed", forward.bytes_per_token / 1e3)
         self.engine = Engine(
             self.models,
             self.metrics,
+            forward,
             slots=serve.max_concurrent,
             context=self.context,
+            memory_tokens=memory_tokens,
+            kept_tokens=serve.prefix_cache_tokens,
             queue=serve.max_queue,
             queue_per_client=serve.max_queue_per_client,
             deadline_seconds=serve.deadline_seconds,

@@ -95,7 +95,13 @@ class StackedLinears(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the output of each layer. x: (B, T, in), or those tokens as (B, 1, T, in) or (B * T, in)."""
+        outputs: tuple[torch.Tensor, ...] = self.side_by_side(x).split(self.widths, dim=-1)
+        return outputs
+
+    def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of all layers in one tensor, (…, out)."""
         product = nn.functional.linear(x, self.weight, self.bias)
+        y: torch.Tensor
         y, hidden = (
             (self.base(x), product)
             if self.base is not None
@@ -105,8 +111,7 @@ class StackedLinears(nn.Module):
             hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.width)
             hidden = hidden * self.rows.mask[:, :, None, : self.width]
             y = torch.addmm(y.flatten(0, -2), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
-        outputs: tuple[torch.Tensor, ...] = y.split(self.widths, dim=-1)
-        return outputs
+        return y
 
     def grown(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return weight, bias and B of a wider stack, whose new columns are zero; this one stays as it is."""
@@ -145,12 +150,39 @@ class Member(nn.Module):
         super().__init__()
         self.stack, self.index, self.shared = stack, index, shared
 
+    @property
+    def out_features(self) -> int:
+        """Return what the layer that stood here gives."""
+        return self.stack.widths[self.index]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         source, output = self.shared.pop(self.index, (None, None))
         if output is None or source is not x:
             self.shared.update({index: (x, part) for index, part in enumerate(self.stack(x))})
             _, output = self.shared.pop(self.index)
         return output
+
+
+class StackedProduct:
+    """Linear layers that read the same input, as the lean decoder asks for them: one product where they are one stack."""
+
+    room = 0  # a stack needs no columns beside its input
+    left_to_chance = False
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        stack = getattr(layers[0], "stack", None)
+        whole = stack is not None and len(stack.widths) == len(layers)
+        in_order = whole and all(
+            isinstance(layer, Member) and layer.stack is stack and layer.index == index
+            for index, layer in enumerate(layers)
+        )
+        self.stack: StackedLinears | None = stack if in_order else None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what all layers make of x (N, I), side by side: (N, O), added to the residual where there is one."""
+        y = self.stack.side_by_side(x) if self.stack else torch.cat([layer(x) for layer in self.layers], 1)
+        return y if residual is None else residual + y
 
 
 def stack_adapters(
@@ -207,4 +239,5 @@ def _shape(base: Any) -> tuple[int, int]:
 def _sharing_an_input(network: Any, targets: set[str]) -> list[list[str]]:
     """Group layers that read the same input. Only plain ones can be one matrix, so the others stay alone."""
     plain = {target for target in targets if type(network.get_submodule(target)) is nn.Linear}
-    return siblings(sorted(plain)) + [[target] for target in sorted(targets - plain)]
+    in_order = [name for name, _ in network.named_modules() if name in plain]  # as a decoder layer uses them
+    return siblings(in_order) + [[target] for target in sorted(targets - plain)]

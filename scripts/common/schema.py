@@ -520,8 +520,11 @@ class Serve(Section):
         description="More adapters to serve: `name: folder`. `adapter_path` gets the name of its stage (sft, dpo).",
     )
     max_context_tokens: Positive = Field(2048, description="Longest prompt and answer together, in tokens.")
-    max_concurrent: Positive = Field(
-        16, description="Requests that generate at the same time; each reserves a full context."
+    max_concurrent: Positive = Field(16, description="Requests that generate at the same time.")
+    prefix_cache_tokens: int = Field(
+        4096,
+        ge=0,
+        description="Tokens of ended requests that are kept: what continues them, such as a chat, does not read them again; 0 keeps none.",
     )
     max_queue: Positive = Field(64, description="Requests that may wait; further ones are refused with 429.")
     max_queue_per_client: Positive = Field(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -221,6 +221,13 @@ def attend_padded(
     return found.transpose(1, 2)[real].flatten(1)  # pieces follow one another as their tokens do
 
 
+class KeysAndValues(Protocol):
+    """What layers attend to beside the tokens that are read."""
+
+    def attention(self, number: int, packed: Packed, window: int | None) -> Attention:
+        """Return how a layer attends."""
+
+
 class Cache:
     """Keys and values of rows that are continued; a row has a place of its own, and the places grow by need.
 
@@ -305,10 +312,10 @@ class Gate(torch.autograd.Function):
 class LeanDecoder:
     """The forward pass of a transformers decoder, with its own weights, over packed rows."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, product: Callable[[list[Any]], Any] = Product) -> None:
         self.decoder = decoder
         windows = ModelShape.of(decoder.config).windows
-        self.layers = [_Layer(layer, window) for layer, window in zip(decoder.layers, windows, strict=True)]
+        self.layers = [_Layer(layer, window, product) for layer, window in zip(decoder.layers, windows, strict=True)]
         self.norm = _Norm(decoder.norm)
         self.of_kind = (
             "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
@@ -325,7 +332,7 @@ class LeanDecoder:
             for product in layer.products:
                 product.renew()
 
-    def hidden(self, packed: Packed, cache: Cache | None = None) -> torch.Tensor:
+    def hidden(self, packed: Packed, cache: KeysAndValues | None = None) -> torch.Tensor:
         """Return the last hidden states of packed rows (N, C), which continue those of the cache where one is given."""
         x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
         turns = self._turns(x, packed.positions)
@@ -365,17 +372,17 @@ class _Norm:
 class _Layer:
     """One decoder layer: attention and MLP, each behind a norm and added to what it read."""
 
-    def __init__(self, module: Any, window: int | None) -> None:
+    def __init__(self, module: Any, window: int | None, product: Callable[[list[Any]], Any]) -> None:
         self.module, self.window = module, window
         attention, mlp = module.self_attn, module.mlp
         self.attention, self.act = attention, mlp.act_fn
         self.kind = getattr(attention, "layer_type", None)
         self.turns = bool(getattr(attention, "use_rope", True))  # SmolLM3 leaves positions out in some layers
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o, self.gate_up, self.down = (
-            Product([attention.o_proj]),
-            Product([mlp.gate_proj, mlp.up_proj]),
-            Product([mlp.down_proj]),
+            product([attention.o_proj]),
+            product([mlp.gate_proj, mlp.up_proj]),
+            product([mlp.down_proj]),
         )
         self.products = (self.qkv, self.o, self.gate_up, self.down)
         norms = [_Norm(getattr(module, name)) for name in NORMS if hasattr(module, name)]
@@ -404,7 +411,7 @@ class _Layer:
         gated = Gate.apply(both, self.act, self.down.room, self.gate_up.room)
         return self._joined(x, gated, self.down, self.after_mlp)
 
-    def _joined(self, x: torch.Tensor, inner: torch.Tensor, product: Product, norm: _Norm | None) -> torch.Tensor:
+    def _joined(self, x: torch.Tensor, inner: torch.Tensor, product: Any, norm: _Norm | None) -> torch.Tensor:
         if norm:
             return x + norm(product(inner))
         return product(inner, x) if self.multiplier == 1 else torch.add(x, product(inner), alpha=self.multiplier)

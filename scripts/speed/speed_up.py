@@ -12,10 +12,15 @@ from typing import Any
 from scripts.speed.answer_head import score_answers_only
 from scripts.speed.attention import attend_plainly_to_short_rows
 from scripts.speed.compiling import choose_compilation, compile_layers
+from scripts.speed.lean_decoder import Cache
 from scripts.speed.lora_products import adapt_in_input_dtype
-from scripts.speed.stand_in import stand_in, stand_in_of, stands_in_for
+from scripts.speed.packing import Packed
+from scripts.speed.stand_in import lean_decoder_of, logits_of, stand_in, stand_in_of, stands_in_for
 
-__all__ = ["choose_compilation", "speed_up", "speed_up_training", "stand_in_of", "stands_in_for"]
+__all__ = [
+    "Cache", "Packed", "choose_compilation", "lean_decoder_of", "logits_of", "speed_up", "speed_up_training", "stand_in_of",
+    "stands_in_for",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,12 @@ class StandIn:
         self.base, self.decoder = base, base.base_model
         self.library, self.lean, self.padded = self.decoder.forward, LeanDecoder(self.decoder), PaddedForward(model, 0)
         self.proven: dict[bool, bool] = {}  # by whether gradients were asked for
-        self.ready: torch.Tensor | None = None  # hidden states for the model's head, computed already
         self.decoder.forward = self.forward
 
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, use_cache: Any = None, **others: Any
     ) -> Any:  # fmt: skip
         """Return what the library's forward returns: last_hidden_state (B, T, C), of which padding holds anything."""
-        if self.ready is not None:
-            return BaseModelOutputWithPast(last_hidden_state=self.ready[None])
         plain = input_ids is not None and not use_cache and all(value is None for value in others.values())
         # A reference asked within a training step must not touch what that step's backward pass still needs.
         within_step = self.decoder.training and not torch.is_grad_enabled()
@@ -87,13 +84,7 @@ class StandIn:
 
     def head(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return what the model's own head makes of some hidden states: (n, V)."""
-        self.ready = hidden
-        try:
-            stand_for = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits: torch.Tensor = self.base(input_ids=stand_for, use_cache=False, logits_to_keep=index).logits[0]
-        finally:
-            self.ready = None
-        return logits
+        return logits_of(self.base, hidden, index)
 
     def decoding(self, sample: Sequence[Sequence[int]]) -> LeanDecoding | None:
         """Return rows to be continued."""
@@ -163,6 +154,25 @@ class LeanDecoding:
     def drop(self, row: int) -> None:
         """Let a row leave; the last one takes its place."""
         self.cache.drop(row)
+
+
+def logits_of(base: Any, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return what a causal model's own head, with all its caps and scales, makes of some hidden states (N, C): (n, V)."""
+    decoder = base.base_model
+    usual = decoder.forward
+    decoder.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        stand_for = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        logits: torch.Tensor = base(input_ids=stand_for, use_cache=False, logits_to_keep=index).logits[0]
+    finally:
+        decoder.forward = usual
+    return logits
+
+
+def lean_decoder_of(base: Any, product: Callable[[list[Any]], Any]) -> LeanDecoder | None:
+    """Return the lean decoder with products of another kind, unproven; None where the model is of another family."""
+    plain = not getattr(base, "is_quantized", False)
+    return LeanDecoder(base.base_model, product) if plain and other_than_family(base.base_model) is None else None
 
 
 def stand_in(model: Any) -> StandIn | None:

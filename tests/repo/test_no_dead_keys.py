@@ -209,6 +209,7 @@ PROOFS = {
     "serve.adapters": "serve/test_engine.py::test_mixed_batches_give_the_tokens_of_plain_peft",
     "serve.max_context_tokens": "serve/test_engine.py::test_limits_of_the_configuration_reach_the_engine",
     "serve.max_concurrent": FAULTS + "test_a_cache_that_does_not_fit_is_refused",
+    "serve.prefix_cache_tokens": "serve/test_engine.py::test_limits_of_the_configuration_reach_the_engine",
     "serve.max_queue": "serve/test_engine.py::test_limits_of_the_configuration_reach_the_engine",
     "serve.max_queue_per_client": "serve/test_engine.py::test_limits_of_the_configuration_reach_the_engine",
     "serve.default_max_new_tokens": "serve/test_engine.py::test_limits_of_the_configuration_reach_the_engine",

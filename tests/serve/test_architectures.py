@@ -23,7 +23,8 @@ from scripts.model.base import load_tokenizer
 from scripts.model.shape import ModelShape
 from serve import engine as engine_module
 from serve.adapters import Models
-from serve.cache import context_limit, prove_cache
+from serve.cache import LibraryForward, context_limit
+from serve.cache import prove_cache as prove
 from serve.jobs import Job
 from tests.conftest import run_python, save_tiny_model
 from tests.serve.test_engine import generate_with_peft, models_of, new_engine, random_prompts, run_jobs
@@ -117,6 +118,10 @@ class PlainPeft:
             self.model.set_adapter(job.model)
             logits = self.model(input_ids=input_ids, use_cache=False).logits
         return logits[0, len(job.ids) - 1 :].argmax(-1).tolist()
+
+
+def prove_cache(models: Models, context: int) -> None:
+    prove(models, LibraryForward(models, 2, context), context)
 
 
 def served_as_peft_answers(base: Path, folder: Path, write_config, monkeypatch, target_modules: Any = "auto") -> None:

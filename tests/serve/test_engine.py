@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,25 @@ from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
 from serve import engine as engine_module
 from serve.adapters import Models, load_models
+from serve.cache import CachedForward, LibraryForward, choose_forward
 from serve.engine import Engine
 from serve.errors import ServingError
 from serve.jobs import Job
 from serve.metrics import Metrics
+from serve.prefixes import Prefixes
 from serve.schemas import GenerateRequest
 from serve.service import Prompt, Service
 from tests.support.serving import save_adapter, save_merged_model
 from tests.support.stops import FAMILIES, save_family_model
 
 NEW = 24
+
+Fault = Callable[[list[list[int]], Any, Any], Any]  # what is read of each row, the logits, and the forward pass
+
+
+@pytest.fixture(params=[True, False], ids=["lean", "library"])
+def lean(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 def generate_with_peft(base: Path, adapter: Path | None, ids: list[int], new: int) -> list[int]:
@@ -61,12 +71,30 @@ def models_of(base: Path, adapters: dict[str, Path], write_config, adapter_path:
     return load_models(config, choose_machine(config))
 
 
-def new_engine(models: Models, **changes) -> Engine:
-    settings = {
+def new_engine(models: Models, *, lean: bool = True, fault: Fault | None = None, **changes) -> Engine:
+    settings: dict[str, Any] = {
         "slots": 3, "context": 128, "queue": 50, "queue_per_client": 50, "deadline_seconds": 60.0,
-        "queue_timeout_seconds": 60.0,
+        "queue_timeout_seconds": 60.0, "memory_tokens": 10_000, "kept_tokens": 0,
     }  # fmt: skip
-    return Engine(models, Metrics(), **{**settings, **changes})
+    settings |= changes
+    forward = choose_forward(models, settings["slots"], settings["context"], lean)
+    return Engine(models, Metrics(), Failing(forward, fault) if fault else forward, **settings)
+
+
+class Failing:
+    """Stand between engine and forward pass and fail where a fault of the machine would."""
+
+    def __init__(self, forward: CachedForward, fault: Fault) -> None:
+        self.forward, self.fault = forward, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.forward, name)
+
+    def read(self, slot: int, names: Any, tokens: Any, start: int, places: Any) -> Any:
+        return self.fault(list(tokens), self.forward.read(slot, names, tokens, start, places), self.forward)
+
+    def step(self, names: Any, tokens: Any, lengths: Any) -> Any:
+        return self.fault([[token] for token in tokens], self.forward.step(names, tokens, lengths), self.forward)
 
 
 async def run_jobs(engine: Engine, jobs: list[Job]) -> list[str | ServingError]:
@@ -109,13 +137,13 @@ def random_prompts(names: list[str], vocabulary: int) -> list[list[int]]:
     return [[draw.randrange(5, vocabulary) for _ in range(draw.randrange(1, 40))] for _ in names]
 
 
-def test_mixed_batches_give_the_tokens_of_plain_peft(tiny_llama, adapters, models, short_prefill):
+def test_mixed_batches_give_the_tokens_of_plain_peft(tiny_llama, adapters, models, short_prefill, lean):
     names = ["base", "sft", "dpo", "sft", "dpo", "base", "sft", "dpo", "dpo"]
     prompts = random_prompts(names, len(models.tokenizer))
     jobs = [
         Job(ids, name, NEW - 3 * (n % 3)) for n, (ids, name) in enumerate(zip(prompts, names, strict=True))
     ]  # different lengths make rows leave and move while others run
-    asyncio.run(run_jobs(new_engine(models), jobs))
+    asyncio.run(run_jobs(new_engine(models, lean=lean), jobs))
     expected = [generate_with_peft(tiny_llama, adapters.get(job.model), job.ids, job.max_new_tokens) for job in jobs]
     assert [job.out for job in jobs] == expected
     same_prompt = [
@@ -177,13 +205,13 @@ def test_a_score_equals_the_libraries_log_probability(tiny_llama, models, short_
 def test_short_prompts_are_read_together(models):
     passes = []
 
-    def count(call: int, inputs: dict, output):
-        passes.append(tuple(inputs["input_ids"].shape))
-        return output
+    def count(tokens, logits, forward):
+        passes.append(list(map(len, tokens)))
+        return logits
 
     jobs = [Job(list(range(10, 10 + length)), "sft", 1) for length in (5, 7, 3)]
-    asyncio.run(run_jobs(new_engine(with_fault(models, count)), jobs))
-    assert passes == [(3, 7)]
+    asyncio.run(run_jobs(new_engine(models, fault=count), jobs))
+    assert passes == [[5, 7, 3]]
 
 
 def test_clients_take_turns(models):
@@ -226,11 +254,12 @@ def test_one_client_cannot_take_all_seats(models):
 
 def test_limits_of_the_configuration_reach_the_engine(tiny_llama: Path, write_config):
     limits = {"max_concurrent": 3, "max_queue": 7, "max_queue_per_client": 5, "deadline_seconds": 11.0,
-              "queue_timeout_seconds": 13.0, "max_context_tokens": 64, "default_max_new_tokens": 9}  # fmt: skip
+              "queue_timeout_seconds": 13.0, "max_context_tokens": 64, "default_max_new_tokens": 9,
+              "prefix_cache_tokens": 17}  # fmt: skip
     config = load_config(write_config(base_model_id=str(tiny_llama), serve={"adapter_path": None, **limits})).values
     service = Service(config, choose_machine(config), [])
     engine = service.engine
-    assert (engine.slots, engine.queue, engine.queue_per_client) == (3, 7, 5)
+    assert (engine.slots, engine.queue, engine.queue_per_client, engine.prefixes.limit) == (3, 7, 5, 17)
     assert (engine.deadline_seconds, engine.queue_timeout_seconds, service.context) == (11.0, 13.0, 64)
 
     async def ask() -> Job:
@@ -282,17 +311,17 @@ def test_prompts_that_arrive_hold_a_running_row_up_for_a_few_steps_at_most(model
 def test_a_burst_is_read_in_pieces_between_tokens(models, monkeypatch):
     """A row that runs gets a token after every piece, and never has to wait for a whole burst."""
     monkeypatch.setattr(engine_module, "PREFILL_DECODE_STEPS", 0.0)
-    shapes = []
+    passes = []
 
-    def count(call: int, inputs: dict, output):
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return output
+    def count(tokens, logits, forward):
+        passes.append(list(map(len, tokens)))
+        return logits
 
     running = Job([5, 6], "base", 90)
     burst = [Job([30 + n] * 60, "sft", 1) for n in range(4)]
 
     async def scenario() -> None:
-        engine = new_engine(with_fault(models, count), slots=8)
+        engine = new_engine(models, fault=count, slots=8)
         engine.start()
         engine.submit(running, engine.reserve("a")[0])
         while len(running.out) < 3:
@@ -303,27 +332,9 @@ def test_a_burst_is_read_in_pieces_between_tokens(models, monkeypatch):
         await asyncio.to_thread(engine.stop)
 
     asyncio.run(scenario())
-    pieces = [index for index, shape in enumerate(shapes) if shape[1] > 1][1:]
-    assert all(shapes[index][0] * shapes[index][1] <= engine_module.LEAST_PREFILL_TOKENS for index in pieces)
-    assert all(shapes[index + 1][1] == 1 for index in pieces[:-1]), "after each piece the running row gets its token"
-
-
-class Failing:
-    """Stand between engine and network and fail where a fault of the machine would."""
-
-    def __init__(self, network: torch.nn.Module, fault) -> None:
-        self.network, self.fault, self.calls = network, fault, 0
-
-    def __getattr__(self, name: str):
-        return getattr(self.network, name)
-
-    def __call__(self, **inputs):
-        self.calls += 1
-        return self.fault(self.calls, inputs, self.network(**inputs))
-
-
-def with_fault(models: Models, fault) -> Models:
-    return replace(models, network=Failing(models.network, fault))
+    pieces = [index for index, rows in enumerate(passes) if max(rows) > 1][1:]
+    assert all(sum(passes[index]) <= engine_module.LEAST_PREFILL_TOKENS for index in pieces)
+    assert all(passes[index + 1] == [1] for index in pieces[:-1]), "after each piece the running row gets its token"
 
 
 def healthy(models: Models, job: Job) -> list[int]:
@@ -338,15 +349,18 @@ def three_jobs() -> list[Job]:
 
 
 @pytest.mark.parametrize("width", [8, 1], ids=["prefill", "decode"])
-def test_nan_in_one_row_ends_that_row_alone(models, width):
-    def fault(call: int, inputs: dict, output):
-        if inputs["input_ids"].shape == (3, width):
-            output.logits[1] = float("nan")
-            inputs["past_key_values"].values[0][1] = float("nan")  # the next request in this slot must not see it
-        return output
+def test_nan_in_one_row_ends_that_row_alone(models, width, lean):
+    def fault(tokens, logits, forward):
+        if len(tokens) == 3 and len(tokens[0]) == width:
+            logits[1][:] = float("nan")
+            # The next request in this slot must not see it.
+            library = isinstance(forward, LibraryForward)
+            states = forward.cache.values[0][1] if library else forward.cache.save(1, 5 if width > 1 else 6)
+            states[:] = float("nan")
+        return logits
 
     jobs = three_jobs()
-    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    results = asyncio.run(run_jobs(new_engine(models, lean=lean, fault=fault), jobs))
     failed = [result for result in results if isinstance(result, ServingError)]
     assert [(error.status, error.code) for error in failed] == [(500, "generation_failed")]
     for job, result in zip(jobs, results, strict=True):
@@ -354,40 +368,42 @@ def test_nan_in_one_row_ends_that_row_alone(models, width):
             assert job.out == healthy(models, job)
 
 
-def test_an_exception_in_a_prefill_ends_that_request_alone(models):
-    def fault(call: int, inputs: dict, output):
-        if inputs["input_ids"].shape[1] > 1 and 21 in inputs["input_ids"]:
+def test_an_exception_in_a_prefill_ends_that_request_alone(models, lean):
+    def fault(tokens, logits, forward):
+        if any(len(row) > 1 and 21 in row for row in tokens):
             raise RuntimeError("a kernel failed")
-        return output
+        return logits
 
     jobs = three_jobs()
-    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
+    results = asyncio.run(run_jobs(new_engine(models, lean=lean, fault=fault), jobs))
     assert [isinstance(result, ServingError) for result in results] == [False, True, False]
     assert [job.out == healthy(models, job) for job in jobs] == [True, False, True]
 
 
-def test_out_of_memory_in_decode_puts_the_newest_row_back(models):
-    def fault(call: int, inputs: dict, output):
-        if inputs["input_ids"].shape == (3, 1) and not hasattr(fault, "happened"):
-            fault.happened = True
+def test_out_of_memory_in_decode_puts_the_newest_row_back(models, lean):
+    happened = []
+
+    def fault(tokens, logits, forward):
+        if len(tokens) == 3 and len(tokens[0]) == 1 and not happened:
+            happened.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return output
+        return logits
 
     jobs = three_jobs()
-    asyncio.run(run_jobs(new_engine(with_fault(models, fault)), jobs))
-    assert fault.happened
+    asyncio.run(run_jobs(new_engine(models, lean=lean, fault=fault), jobs))
+    assert happened
     assert [job.retries for job in jobs].count(1) == 1
     assert all(job.out == healthy(models, job) for job in jobs), "a row that was put back continues where it stopped"
 
 
 def test_lasting_lack_of_memory_is_reported_and_the_engine_lives(models):
-    def fault(call: int, inputs: dict, output):
-        if inputs["input_ids"].shape[1] > 4:
+    def fault(tokens, logits, forward):
+        if len(tokens[0]) > 4:
             raise MemoryError
-        return output
+        return logits
 
     long, short = Job(list(range(10, 20)), "base", 4), Job([11, 12], "base", 4)
-    results = asyncio.run(run_jobs(new_engine(with_fault(models, fault)), [long, short]))
+    results = asyncio.run(run_jobs(new_engine(models, fault=fault), [long, short]))
     assert (results[0].status, results[0].code) == (503, "insufficient_memory")
     assert short.out == healthy(models, short)
 
@@ -407,13 +423,13 @@ def test_a_dead_engine_fails_everybody_and_says_so(models, monkeypatch):
 def test_health_answers_while_a_step_is_held_up(models):
     """The event loop keeps running while the engine computes."""
 
-    def fault(call: int, inputs: dict, output):
+    def fault(tokens, logits, forward):
         time.sleep(0.5)
-        return output
+        return logits
 
     async def scenario() -> list[float]:
         job = Job([5, 6], "base", 3)
-        running = asyncio.create_task(run_jobs(new_engine(with_fault(models, fault)), [job]))
+        running = asyncio.create_task(run_jobs(new_engine(models, fault=fault), [job]))
         lags = []
         while not running.done():
             before = time.monotonic()
@@ -425,3 +441,91 @@ def test_health_answers_while_a_step_is_held_up(models):
     lags = asyncio.run(scenario())
     assert len(lags) > 50
     assert max(lags) < 0.25
+
+
+def turns(models: Models, name: str, *, kept_tokens: int, lean: bool) -> tuple[list[Job], list[int]]:
+    """Run a chat of three turns, and beside it one of another adapter; return its jobs and what was read for each."""
+    read: list[int] = []
+
+    def count(tokens, logits, forward):
+        read.extend(len(row) for row in tokens if len(row) > 1)
+        return logits
+
+    async def scenario() -> list[Job]:
+        engine = new_engine(models, lean=lean, fault=count, kept_tokens=kept_tokens)
+        engine.start()
+        jobs, said = [], list(range(10, 60))
+        for turn in range(3):
+            job = Job(said, name, 8)
+            engine.submit(job, engine.reserve("a")[0])
+            await job.text()
+            jobs.append(job)
+            said = said + job.out + [70 + turn] * 5
+        await asyncio.to_thread(engine.stop)
+        return jobs
+
+    return asyncio.run(scenario()), read
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(tiny_llama, adapters, models, lean):
+    alone, read_alone = turns(models, "sft", kept_tokens=0, lean=lean)
+    kept, read = turns(models, "sft", kept_tokens=1000, lean=lean)
+    assert [job.out for job in kept] == [job.out for job in alone], "a beginning that was kept changes no answer"
+    assert [job.out for job in kept] == [generate_with_peft(tiny_llama, adapters["sft"], j.ids, 8) for j in kept]
+    assert sum(read_alone) == sum(len(job.ids) for job in alone)
+    assert read[0] == 50
+    assert all(new <= 8 + 5 for new in read[1:])
+
+
+def test_a_beginning_that_another_adapter_read_is_read_again(tiny_llama, adapters, models, lean):
+    ids = list(range(10, 60))
+
+    async def scenario() -> list[Job]:
+        engine = new_engine(models, lean=lean, kept_tokens=1000)
+        engine.start()
+        jobs = [Job(ids, name, 12) for name in ("sft", "dpo", "base", "sft")]
+        for job in jobs:
+            engine.submit(job, engine.reserve("a")[0])
+            await job.text()
+        hits = engine.metrics.registry.get_sample_value("serve_prefix_cache_hits_total")
+        assert hits == len(ids) - 1, "the last one knew all but the token whose logits are needed"
+        await asyncio.to_thread(engine.stop)
+        return jobs
+
+    for job in asyncio.run(scenario()):
+        assert job.out == generate_with_peft(tiny_llama, adapters.get(job.model), ids, 12)
+
+
+def test_what_is_kept_is_bounded_and_an_adapter_that_leaves_takes_its_own_along():
+    prefixes = Prefixes(limit=100)
+    for name, first in (("a", 0), ("b", 1000), ("a", 2000)):
+        prefixes.keep(name, list(range(first, first + 45)), name + str(first))
+    assert prefixes.size <= 100
+    assert prefixes.find("a", list(range(45)), 44) == (None, 0), "the oldest one had to go"
+    assert prefixes.find("b", [*range(1000, 1040), 5], 40) == ("b1000", 40)
+    assert prefixes.find("a", [*range(1000, 1040), 5], 40) == (None, 0), "of another adapter"
+    prefixes.forget("b")
+    assert prefixes.find("b", list(range(1000, 1040)), 39) == (None, 0)
+    assert not prefixes.worth_keeping("a", list(range(2000, 2040))), "it says nothing more than what is kept"
+    assert not prefixes.worth_keeping("a", list(range(200))), "larger than all that may be kept"
+
+
+def test_memory_is_taken_by_need(models, lean):
+    engine = new_engine(models, lean=lean, slots=16, context=128)
+    jobs = [Job([10 + n] * 8, "sft", 4) for n in range(16)]
+    most = []
+    forward, step = engine.forward, engine.forward.step
+    engine.forward.step = lambda *given: (most.append(forward.nbytes), step(*given))[1]
+    asyncio.run(run_jobs(engine, jobs))
+    assert 0 < max(most) < 16 * 128 * engine.forward.bytes_per_token
+    assert forward.nbytes == 0, "with the last row all of it goes"
+
+
+def test_rows_that_would_not_fit_into_memory_wait(models):
+    engine = new_engine(models, slots=3, memory_tokens=100)
+    jobs = [Job([10 + n] * 30, "sft", 30) for n in range(3)]
+    together = []
+    step = engine.forward.step
+    engine.forward.step = lambda names, *given: (together.append(len(names)), step(names, *given))[1]
+    assert all(isinstance(text, str) for text in asyncio.run(run_jobs(engine, jobs)))
+    assert max(together) == 1
