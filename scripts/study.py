@@ -348,14 +348,14 @@ def arm_name(variant: str, number: int) -> str:
 
 def compare_chosen(study: Study, result: Result, chosen: Sequence[Candidate]) -> None:
     """Report on the test side: the chosen variant of each arm, the SFT adapters that they continue, and the base."""
-    asked = (study.run.values.eval.plan.question or [""])[0]
+    question = study.run.values.eval.plan.question or []
     sft: dict[str, list[Path]] = {}
     for each in sorted(
-        chosen, key=lambda each: each.arm != asked
-    ):  # the question is about the SFT adapters of this one
+        chosen, key=lambda each: each.arm not in question[:1]
+    ):  # asked is about the adapters of this one
         folders = [each.members[seed].sft_folder for seed in result.seeds]
         if folders not in sft.values():
-            sft[arm_name(f"{SFT.name} {folders[0].name}", len(sft)) if sft else SFT.name] = folders
+            sft[f"{SFT.name} of {each.arm}" if sft else SFT.name] = folders
     arms = sft | {each.arm: [each.members[seed].path for seed in result.seeds] for each in chosen}
     varied = [each.first.varied for each in chosen]
     settings = {
@@ -364,6 +364,11 @@ def compare_chosen(study: Study, result: Result, chosen: Sequence[Candidate]) ->
         for key, value in one.items()
         if all(other.get(key, value) == value for other in varied)
     }
+    if not {*question} <= {
+        BASE,
+        *arms,
+    }:  # an arm of it failed under every seed, and the others are still worth a report
+        settings["eval.plan.question"] = None
     notes = [part for note in notes_of(study, result, chosen) for part in ("--note", note)]
     compare(study, COMPARISON, arms, settings | made_data(study, chosen), notes)
 
