@@ -12,6 +12,7 @@ from scripts.common.artifacts import Manifest, sha256_json
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError, listing
 from scripts.common.lineage import HeldOutSide
+from scripts.common.pairs_manifest import are_made_pairs
 from scripts.common.paths import portable_path
 from scripts.common.schema import Data
 from scripts.common.stages import TRAINING_STAGES, planned_stages
@@ -167,8 +168,8 @@ def describe_files(folder: Path, manifest: Manifest, held_out: HeldOut) -> list[
     """Say which data files are others than those of the training."""
     compared = held_out.files.get(manifest.stage)
     trained = {source.path: source.sha256 for source in manifest.datasets}
-    if not compared or not trained or set(trained.values()) == set(compared.values()):
-        return []
+    if not compared or not trained or set(trained.values()) == set(compared.values()) or are_made_pairs(trained):
+        return []  # of pairs that make_pairs made none is held out, wherever the others come from
     changed = [path for path in trained if path in compared and trained[path] != compared[path]]
     notes = [
         f"{folder}: {path} has changed since it was trained on ({trained[path][:12]}…, now {compared[path][:12]}…). "

@@ -119,7 +119,8 @@ def _change(difference: Difference, unit: str) -> str:
     assert before is not None, "build_metrics writes both"
     assert after is not None, "build_metrics writes both"
     scale, digits = (100, 0) if unit == "share" else (1, 3)
-    while difference.value and f"{scale * before:.{digits}f}" == f"{scale * after:.{digits}f}" and digits < 9:
+    apart = abs(difference.value) > 1e-9  # less is rounding of the mean over items, and no digit is worth showing
+    while apart and f"{scale * before:.{digits}f}" == f"{scale * after:.{digits}f}" and digits < 9:
         digits += 1
     first, second = (f"{scale * value:.{digits}f}" + (" %" if unit == "share" else "") for value in (before, after))
     return f"{first} → {second}"

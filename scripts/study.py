@@ -1,8 +1,8 @@
 """Train over several seeds and variants, choose a variant on the validation side, and report on the test side.
 
-Runs the training stages and the comparison as a user would, each in a process of its own; writes the adapters, a log of
-each run, the comparison and study.json to `study.output_dir`, and an MLflow run above those of the stages. Stopped or
-killed at any moment, the same command continues. Needs requirements.txt.
+Runs SFT, what `study.arms` trains from it and the comparison as a user would, each in a process of its own; writes the
+adapters, a log of each run, the comparison and study.json to `study.output_dir`, and an MLflow run above those of the
+stages. Stopped or killed at any moment, the same command continues. Needs requirements.txt.
 
     python -m scripts.study --config configs/demo.yaml --seeds 3 --vary dpo.beta=0.05,0.1,0.5
 """
@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,17 +29,33 @@ from scripts.common.artifacts import (
     read_manifest,
     repair_interrupted_publish,
     run_dir_of,
+    sha256_file,
     sha256_json,
     wait_until_free,
     write_manifest,
 )
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
+from scripts.common.pairs_manifest import pairs_manifest_path, read_pairs_manifest
+from scripts.common.question import default_question
 from scripts.common.run import Run, open_run
 from scripts.common.schema import Config, check_arm_name
-from scripts.common.stages import DPO, SFT
+from scripts.common.stages import BASE, SFT, TRAINING_STAGES
 from scripts.model.find import find_local_model
-from scripts.studies.plan import Member, Variant, as_flags, as_list, find_variants, parse_vary, plan_members, seeds_of
+from scripts.studies.plan import (
+    Member,
+    PairsMember,
+    RunOfStudy,
+    Variant,
+    arms_of,
+    as_flags,
+    as_list,
+    as_overrides,
+    find_variants,
+    parse_vary,
+    plan_members,
+    seeds_of,
+)
 from scripts.studies.record import RECORD, Ranked, Record, Result, find_record
 from scripts.studies.runs import Progress, last_lines, run_stage, time_left
 
@@ -58,9 +74,9 @@ class Study:
 
     run: Run
     record: Record
-    members: list[Member]
-    left: list[Member]  # not finished when this run began
-    variants: list[Variant]
+    members: list[RunOfStudy]
+    left: list[RunOfStudy]  # not finished when this run began
+    several: bool  # whether an arm has variants, of which the best has to be found
     flags: list[str]  # the configuration, as each stage is given it
     progress: Progress
     missing: dict[str, str] = field(default_factory=dict)  # why a run left no adapter
@@ -105,19 +121,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     overrides = [*arguments.overrides, "eval.models=null"]  # a study names what it compares itself
     config = load_config(arguments.config, overrides)
+    if config.values.study.arms and not config.values.eval.plan.question:  # each run writes down what was asked
+        question = default_question([SFT.name, *config.values.study.arms])
+        overrides += as_overrides({"eval.plan.question": question})
+        config = load_config(arguments.config, overrides)
     if arguments.seeds is not None:
         config = load_config(
             arguments.config, [*overrides, f"study.seeds={as_list(arguments.seeds)}"], origin="--seeds"
         )
     variants = find_variants(arguments.config, overrides, parse_vary(arguments.vary), many=arguments.yes)
     check_can_end(config.values, variants)
+    several = len(variants) > 1
     with open_run("study", config, "study.output_dir", grows=True, dry=arguments.dry_run) as run:
         members = plan_members(variants, seeds_of(config.values), run.output_dir)
         record = find_record(run.output_dir, config.values, variants)
         if run.dry:
             from eval.planning import show_smallest_gaps
 
-            show_plan(run.output_dir, members, variants, record)
+            show_plan(run.output_dir, members, config.values, several, record)
             show_smallest_gaps(config, seeds=len(seeds_of(config.values)))
             return 0
 
@@ -129,15 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             record.save(run.output_dir)
             (run.output_dir / MANIFEST).unlink(missing_ok=True)  # until this run ends the folder is not finished
             left = [member for member in members if not is_finished(member)]
-            kinds = [*(member.stage.name for member in left), *comparisons_of(variants)]
+            kinds = [*(member.kind for member in left), *comparisons(several)]
             progress = Progress(record.seconds, kinds, total=len(kinds) + len(members) - len(left))
-            study = Study(run, record, members, left, variants, flags, progress)
+            study = Study(run, record, members, left, several, flags, progress)
             with study.progress.shown():
                 train(study)
-                result = rank(study)
-                compare_chosen(study, result)
+                result, chosen = rank(study)
+                compare_chosen(study, result, chosen)
             publish(study, result, tracker)
-    log.info("%s", summary(study, result))
+    log.info("%s", summary(study, result, chosen))
     return 1 if study.missing else 0
 
 
@@ -146,12 +167,20 @@ def check_can_end(values: Config, variants: Sequence[Variant]) -> None:
 
     Raises: UserError naming the key.
     """
-    init_from, own = values.dpo.init_from, values.sft.output_dir
-    if init_from is not None and os.path.abspath(init_from) != os.path.abspath(own):
-        raise UserError(
-            f"dpo.init_from: found {init_from}, but in a study DPO continues the SFT adapter of its own seed. "
-            f"Set it to the value of sft.output_dir ({own}), or to null to start from the base."
-        )
+    from eval.labelling import check_labeller
+
+    arms, own = arms_of(values), values.sft.output_dir
+    for stage in dict.fromkeys(arm.stage for arm in arms):
+        init_from = getattr(values, stage.name).init_from
+        if init_from is not None and os.path.abspath(init_from) != os.path.abspath(own):
+            raise UserError(
+                f"{stage.name}.init_from: found {init_from}, but in a study {stage.title} continues the SFT adapter of its own "
+                f"seed. Set it to the value of sft.output_dir ({own}), or to null to start from the base."
+            )
+    named = [BASE, SFT.name, *(arm.name for arm in arms)]
+    if not {*(values.eval.plan.question or [])} <= {*named}:
+        asked = ", ".join(values.eval.plan.question or [])
+        raise UserError(f"eval.plan.question: found {asked}, but this study compares {', '.join(named)}.")
     if len(variants) > 1 and not values.data.validation_ratio:
         raise UserError(
             "data.validation_ratio: found 0, but variants are ranked on the validation side. Set a ratio, or drop --vary."
@@ -159,95 +188,154 @@ def check_can_end(values: Config, variants: Sequence[Variant]) -> None:
     find_local_model(values.base_model_id, values.base_model_revision)
     if not values.data.test_ratio:
         raise UserError("data.test_ratio: found 0, but a study reports on the test side. Set a ratio, such as 0.2.")
+    for by in dict.fromkeys(arm.by for arm in arms if arm.by):
+        check_labeller(values, by)
 
 
-def is_finished(member: Member) -> bool:
-    """Tell whether a run has left its adapter, and for DPO whether it continues the SFT adapter that is there now."""
-    repair_interrupted_publish(member.folder)
-    if not (member.folder / MANIFEST).is_file():
+def is_finished(run: RunOfStudy) -> bool:
+    """Tell whether a run has left its adapter or pairs, made of the adapter and the pairs that are there now."""
+    if not all(map(is_finished, run.needs)):
         return False
-    manifest = read_manifest(member.folder, stages=(member.stage.name,), verify=False)
-    if member.parent is None:
-        return True
+    if isinstance(run, PairsMember):
+        made = read_pairs_manifest(run.path)
+        whole = made is not None and run.path.is_file() and sha256_file(run.path) == made.sha256
+        return made is not None and whole and made.parent.sha256 == read_manifest(run.parent.path, verify=False).sha256
+    repair_interrupted_publish(run.path)
+    if not (run.path / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(run.path, stages=(run.stage.name,), verify=False)
+    if run.pairs and [source.sha256 for source in manifest.datasets] != [sha256_file(run.pairs.path)]:
+        return False
     continued = manifest.parent and manifest.parent.sha256
-    return is_finished(member.parent) and continued == read_manifest(member.parent.folder, verify=False).sha256
+    return run.parent is None or continued == read_manifest(run.parent.path, verify=False).sha256
 
 
-def comparisons_of(variants: Sequence[Variant]) -> list[str]:
+def comparisons(several: bool) -> list[str]:
     """Name the comparisons of a study in their order."""
-    return [VALIDATION, COMPARISON] if len(variants) > 1 else [COMPARISON]
+    return [VALIDATION, COMPARISON] if several else [COMPARISON]
 
 
-def show_plan(folder: Path, members: Sequence[Member], variants: Sequence[Variant], record: Record) -> None:
+def show_plan(folder: Path, members: Sequence[RunOfStudy], values: Config, several: bool, record: Record) -> None:
     """List the runs, which of them are finished, and how long the others take where that was measured."""
-    left = [member.stage.name for member in members if not is_finished(member)]
-    comparisons = comparisons_of(variants)
+    left = [member.kind for member in members if not is_finished(member)]
+    compared = comparisons(several)
+    trained = [member for member in members if isinstance(member, Member)]
+    pairs = f" and {len(members) - len(trained)} of making pairs" if len(members) > len(trained) else ""
     lines = [
-        f"{folder}: {len(members)} runs of training, {len(left)} of them left, and {len(comparisons)} of comparison: "
-        f"{time_left(record.seconds, [*left, *comparisons])}"
+        f"{folder}: {len(trained)} runs of training{pairs}, {len(left)} of them left, and {len(compared)} of comparison: "
+        f"{time_left(record.seconds, [*left, *compared])}"
     ]
     for member in members:
-        lines.append(f"{'finished' if is_finished(member) else 'to train'}  {member.name}")
-    if len(variants) > 1:
-        lines.append(f"to rank   {len(variants)} variants, on the validation side")
-    best = "the best variant" if len(variants) > 1 else "DPO"
+        to_do = "to train" if isinstance(member, Member) else "to make"
+        lines.append(f"{'finished' if is_finished(member) else to_do:8}  {member.name}")
+    if several:
+        count = len({(member.arm, member.variant) for member in trained if member.arm != SFT.name})
+        lines.append(f"to rank   {count} variants, on the validation side")
+    names = [shown_arm(arm.name) for arm in arms_of(values)]
+    best = "the best variant" if several and len(names) == 1 else ", ".join(names)
     lines.append(f"to report {best}, its SFT and the base, on the test side")
     log.info("%s", "\n  ".join(lines))
 
 
+def shown_arm(name: str) -> str:
+    """Write an arm as in prose: DPO, but dpo_checks."""
+    stage = TRAINING_STAGES.get(name)
+    return stage.title if stage else name
+
+
 def train(study: Study) -> None:
-    """Do the training runs that are missing; one that fails is named, and the rest continues without it."""
+    """Do the runs that are missing; one that fails is named, and the rest continues without it."""
     for member in study.left:
         reason: str | None = None
-        if member.parent and member.parent.name in study.missing:
+        failed = next((needed.name for needed in member.needs if needed.name in study.missing), None)
+        if failed:
             study.progress.skip()
-            reason = f"not trained, because {member.parent.name} failed"
+            reason = f"not {'trained' if isinstance(member, Member) else 'made'}, because {failed} failed"
         else:
-            wait_until_free(member.folder)
+            wait_until_free(member.path)
             if is_finished(member):
                 study.progress.skip()
             else:
-                flags = [*as_flags(member.settings), "--resume"]
-                reason = study.start(member.stage.script, member.folder, flags)
+                reason = study.start(member.script, member.path, member.flags)
         if reason:
             study.missing[member.name] = reason
             log.warning("%s: %s", member.name, reason)
 
 
-def rank(study: Study) -> Result:
-    """Choose the variant that is best on the validation side, by the mean of the primary measure over the whole seeds.
+@dataclass(frozen=True)
+class Candidate:
+    """One variant of an arm: what it is called, and its adapters by seed."""
+
+    arm: str
+    variant: str
+    name: str
+    members: dict[int, Member]
+
+    @property
+    def first(self) -> Member:
+        """Return the member of the first seed."""
+        return next(iter(self.members.values()))
+
+
+def find_candidates(study: Study) -> list[Candidate]:
+    """Return the variants of all arms with the adapters that are finished, arm by arm; one without any takes no part."""
+    arms = [arm.name for arm in arms_of(study.run.values)]
+    found: dict[tuple[str, str], dict[int, Member]] = {}
+    for member in study.members:
+        if isinstance(member, Member) and member.arm in arms:
+            of_variant = found.setdefault((member.arm, member.variant), {})
+            if is_finished(member):
+                of_variant[member.seed] = member
+    return [
+        Candidate(arm, variant, variant if len(arms) == 1 else f"{arm} {variant}".strip(), members)
+        for (arm, variant), members in sorted(found.items(), key=lambda each: arms.index(each[0][0]))
+        if members
+    ]
+
+
+def rank(study: Study) -> tuple[Result, list[Candidate]]:
+    """Choose the variant of each arm that is best on the validation side, by the mean of the primary measure over the seeds.
 
     A variant that failed under every seed takes no part, and a seed only where all others are there.
     Raises: UserError when no seed is whole.
     """
-    finished = {member.name for member in study.members if is_finished(member)}
-    trained = {(m.variant, m.seed): m for m in study.members if m.stage is DPO and m.name in finished}
-    variants = [v for v in study.variants if any(name == v.name for name, _ in trained)]
-    seeds = [seed for seed in seeds_of(study.run.values) if all((v.name, seed) in trained for v in variants)]
+    candidates = find_candidates(study)
+    seeds = [seed for seed in seeds_of(study.run.values) if all(seed in each.members for each in candidates)]
     missing = [f"{name}: {reason.splitlines()[0]}" for name, reason in study.missing.items()]
-    if not variants or not seeds:
+    if not candidates or not seeds:
         raise UserError(
             f"no seed has all its adapters, so there is nothing to compare. See the logs in {study.folder}; the same "
             "command tries the missing runs again."
         )
-    result = Result(
-        seeds=seeds, missing=missing, variants=[Ranked(name=v.name, settings=v.settings) for v in variants],
-        chosen=variants[0].name,
-    )  # fmt: skip
-    if len(study.variants) == 1:
-        return result
-    names = {v.name: arm_name(v.name, number) for number, v in enumerate(variants, 1)}
-    arms = {names[v.name]: [trained[v.name, seed].folder for seed in seeds] for v in variants}
-    report = compare(study, VALIDATION, arms, {"eval.plan.question": None}, ["--side", "validation"])
-    result.measure = report["question"]["measures"][0]
-    metric = next(metric for metric in report["metrics"] if metric["name"] == result.measure)
-    result.title, result.unit = metric["title"], metric["unit"]
-    figures = {name: metric["models"][arm]["value"] for name, arm in names.items()}
-    for ranked in result.variants:
-        ranked.value = figures[ranked.name]
-    best = max if metric["better"] == "higher" else min
-    result.chosen = best((v.name for v in variants), key=figures.__getitem__)  # of equal ones the first
-    return result
+    ranked = [Ranked(name=each.name, arm=each.arm, settings=each.first.varied) for each in candidates]
+    result = Result(seeds=seeds, missing=missing, variants=ranked, chosen="")
+    of_arms = {each.arm: [one for one in candidates if one.arm == each.arm] for each in candidates}
+    figures: dict[str, float] = {}
+    best: Callable[..., Candidate] = max
+    if study.several:
+        varied = [each for each in candidates if len(of_arms[each.arm]) > 1] or candidates
+        names = {each.name: arm_name(each.name, number) for number, each in enumerate(varied, 1)}
+        arms = {names[each.name]: [each.members[seed].path for seed in seeds] for each in varied}
+        settings = {"eval.plan.question": None} | made_data(study, varied)
+        report = compare(study, VALIDATION, arms, settings, ["--side", "validation"])
+        result.measure = report["question"]["measures"][0]
+        metric = next(metric for metric in report["metrics"] if metric["name"] == result.measure)
+        result.title, result.unit = metric["title"], metric["unit"]
+        figures = {name: metric["models"][arm]["value"] for name, arm in names.items()}
+        for one in ranked:
+            one.value = figures.get(one.name)
+        best = max if metric["better"] == "higher" else min
+    # of equal ones the first
+    chosen = [best(several, key=lambda each: figures.get(each.name, 0.0)) for several in of_arms.values()]
+    result.chosen = ", ".join(each.name for each in chosen)
+    return result, chosen
+
+
+def made_data(study: Study, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the data of stages that train on made pairs alone: the configured file has nothing to do with this study."""
+    own = {arm.stage for arm in arms_of(study.run.values) if not arm.by}
+    members = [each.first for each in candidates if each.first.stage not in own and each.first.pairs]
+    return {f"{each.stage.name}.dataset_path": str(each.pairs.path) for each in members if each.pairs}
 
 
 def arm_name(variant: str, number: int) -> str:
@@ -258,13 +346,31 @@ def arm_name(variant: str, number: int) -> str:
         return f"variant {number}"
 
 
-def compare_chosen(study: Study, result: Result) -> None:
-    """Report on the test side: the chosen variant, the SFT adapters that it continues, and the base."""
-    chosen = [m for m in study.members if m.variant == result.chosen and m.stage is DPO and m.seed in result.seeds]
-    settings = next(variant.settings for variant in study.variants if variant.name == result.chosen)
-    arms = {SFT.name: [member.sft_folder for member in chosen], DPO.name: [member.folder for member in chosen]}
-    notes = [part for note in notes_of(study, result) for part in ("--note", note)]
-    compare(study, COMPARISON, arms, settings, notes)
+def compare_chosen(study: Study, result: Result, chosen: Sequence[Candidate]) -> None:
+    """Report on the test side: the chosen variant of each arm, the SFT adapters that they continue, and the base."""
+    question = study.run.values.eval.plan.question or []
+    sft: dict[str, list[Path]] = {}
+    for each in sorted(
+        chosen, key=lambda each: each.arm not in question[:1]
+    ):  # asked is about the adapters of this one
+        folders = [each.members[seed].sft_folder for seed in result.seeds]
+        if folders not in sft.values():
+            sft[f"{SFT.name} of {each.arm}" if sft else SFT.name] = folders
+    arms = sft | {each.arm: [each.members[seed].path for seed in result.seeds] for each in chosen}
+    varied = [each.first.varied for each in chosen]
+    settings = {
+        key: value
+        for one in varied
+        for key, value in one.items()
+        if all(other.get(key, value) == value for other in varied)
+    }
+    if not {*question} <= {
+        BASE,
+        *arms,
+    }:  # an arm of it failed under every seed, and the others are still worth a report
+        settings["eval.plan.question"] = None
+    notes = [part for note in notes_of(study, result, chosen) for part in ("--note", note)]
+    compare(study, COMPARISON, arms, settings | made_data(study, chosen), notes)
 
 
 def compare(
@@ -289,16 +395,25 @@ def compare(
     return report
 
 
-def notes_of(study: Study, result: Result) -> Iterator[str]:
-    """Say in the report how the variant was chosen, and which runs are missing."""
-    if result.measure:
-        table = ", ".join(f"{ranked.name} {shown(ranked.value, result.unit)}" for ranked in result.variants)
-        yield (
-            f"DPO is the variant {result.chosen}, the best of {len(result.variants)} on the validation side by {result.title!r} "
-            f"(mean over {len(result.seeds)} seeds): {table}."
-        )
-    elif result.chosen:
-        yield f"DPO is the variant {result.chosen}."
+def notes_of(study: Study, result: Result, chosen: Sequence[Candidate]) -> Iterator[str]:
+    """Say in the report what the arms were trained on, how their variants were chosen, and which runs are missing."""
+    for each in chosen:
+        if each.first.pairs:
+            made = [member.pairs.path for member in each.members.values() if member.pairs]
+            counts = [len(facts.pairs) for facts in map(read_pairs_manifest, made) if facts]
+            yield (
+                f"{each.arm} is {each.first.stage.title} on pairs of the answers that each seed's SFT adapter gave to training "
+                f"prompts, preferred by {each.first.pairs.by}: {', '.join(map(str, counts))} pairs."
+            )
+        rivals = [one for one in result.variants if one.arm == each.arm and one.value is not None]
+        if rivals:
+            table = ", ".join(f"{ranked.name} {shown(ranked.value, result.unit)}" for ranked in rivals)
+            yield (
+                f"{shown_arm(each.arm)} is the variant {each.variant}, the best of {len(rivals)} on the validation side by "
+                f"{result.title!r} (mean over {len(result.seeds)} seeds): {table}."
+            )
+        elif each.variant:
+            yield f"{shown_arm(each.arm)} is the variant {each.variant}."
     if result.missing:
         yield f"Missing in this study: {'; '.join(result.missing)}. Only whole seeds are compared: {', '.join(map(str, result.seeds))}."
 
@@ -315,7 +430,9 @@ def publish(study: Study, result: Result, tracker: Tracker) -> None:
     study.record.result = result
     study.record.save(study.folder)
     compared = read_manifest(study.folder / COMPARISON, stages=("comparison",))
-    files = [study.folder / RECORD, *(member.folder / MANIFEST for member in study.members if is_finished(member))]
+    files = [study.folder / RECORD]
+    for member in filter(is_finished, study.members):
+        files.append(member.path / MANIFEST if isinstance(member, Member) else pairs_manifest_path(member.path))
     files += [path for name in study.record.compared for path in (study.folder / name).rglob("*") if path.is_file()]
     facts = {
         "stage": study.run.stage,
@@ -332,14 +449,15 @@ def publish(study: Study, result: Result, tracker: Tracker) -> None:
     tracker.log_artifact(study.folder / RECORD)
 
 
-def summary(study: Study, result: Result) -> str:
+def summary(study: Study, result: Result, chosen: Sequence[Candidate]) -> str:
     """Say what was found, what is missing, and where to look."""
     lines = [f"the study is done: {len(result.seeds)} seeds ({', '.join(map(str, result.seeds))})"]
     if result.measure:
         lines.append(f"validation side, {result.title} (mean over the seeds)")
-        width = max(len(ranked.name) for ranked in result.variants)
-        for ranked in result.variants:
-            mark = "  chosen" if ranked.name == result.chosen else ""
+        ranking = [ranked for ranked in result.variants if ranked.value is not None]
+        width = max(len(ranked.name) for ranked in ranking)
+        for ranked in ranking:
+            mark = "  chosen" if ranked.name in {each.name for each in chosen} else ""
             lines.append(f"  {ranked.name:{width}}  {shown(ranked.value, result.unit)}{mark}")
     lines += [f"missing   {reason}" for reason in result.missing]
     lines.append(f"report    {study.folder / COMPARISON / 'report.html'}")

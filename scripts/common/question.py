@@ -18,8 +18,8 @@ PRIMARY = (ALL_RULES, PREFERENCE)  # the default, as far as they are measured: S
 
 
 def arm_names(values: Config) -> list[str]:
-    """Return the arms that a configuration names, the base first."""
-    return [BASE, *(values.eval.models or TRAINING_STAGES)]
+    """Return the arms that a configuration names, the base first, and those that only a study has before the stages."""
+    return [BASE, *(values.eval.models or dict.fromkeys([*(values.study.arms or ()), *TRAINING_STAGES]))]
 
 
 def planned_arms(values: Config) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
@@ -33,10 +33,10 @@ def _is_lasting(uri: str) -> str:
     return uri
 
 
-def _all_differ(seeds: list[int]) -> list[int]:
-    if len(set(seeds)) < len(seeds):
-        raise ValueError("each seed once")
-    return seeds
+def _all_differ(items: list[Any]) -> list[Any]:
+    if len(set(items)) < len(items):
+        raise ValueError("each of them once")
+    return items
 
 
 def _as_date(value: object) -> object:
@@ -251,6 +251,11 @@ class Pairs(Section):
     )
 
 
+StudyArm = Literal[
+    "dpo", "dpo_demonstrations", "dpo_checks", "dpo_judge", "kto", "kto_demonstrations", "kto_checks", "kto_judge"
+]
+
+
 class Study(Section):
     """What `python -m scripts.study` repeats the training stages over."""
 
@@ -262,6 +267,10 @@ class Study(Section):
     ) = Field(
         3,
         description="Seeds to train under: how many, counted from `seed`, or a list such as [1, 2, 7]. The split stays as it is.",
+    )
+    arms: Annotated[list[StudyArm], Field(min_length=1), AfterValidator(_all_differ)] | None = Field(
+        None,
+        description="What continues the SFT adapter of each seed: `dpo` and `kto` on their own data; `dpo_checks` and so on, on pairs that make_pairs makes of that adapter's answers. null is dpo, and kto where kto.dataset_path is set.",
     )
 
 

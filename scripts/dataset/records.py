@@ -16,7 +16,7 @@ from typing import Any
 from scripts.common.artifacts import sha256_file, sha256_json
 from scripts.common.errors import UserError, listing
 from scripts.common.schema import Config, Data, WeightedDataset
-from scripts.common.stages import DPO, KTO, SFT, TRAINING_STAGES
+from scripts.common.stages import KTO, SFT, TRAINING_STAGES
 from scripts.dataset.columns import (
     ANSWERS,
     ASSISTANT,
@@ -174,7 +174,8 @@ def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> Datas
     if not rows:
         raise UserError(f"{source.path}: the file holds no record. {key} wants at least one.")
     _check_columns(source, rows, key)
-    records, bad = [], []
+    records: list[Any] = []
+    bad: list[BadRow] = []
     unused, words = Counter[str](), Counter[str]()
     first: Layout | None = None
     for where, row in rows:
@@ -190,7 +191,8 @@ def _load(source: WeightedDataset, parse: Parser, data: Data, key: str) -> Datas
                     "format",
                     f"found {layout.name}, wanted {first.name} as in the first row; keep one format per file",
                 )
-            records.append(parse(renamed, where, data))
+            parsed = parse(renamed, where, data)
+            records += parsed if isinstance(parsed, list) else [parsed]
         except RowError as error:
             bad.append(BadRow(where, error.field_name, error.reason, row))
         else:
@@ -413,12 +415,21 @@ def _answer_after(prompt: list[Turn], turns: list[Turn], name: str) -> str:
     raise RowError(name, reason)
 
 
-def parse_feedback(row: dict[str, Any], where: str, data: Data) -> Feedback:
-    """Map a row of prompt, completion and label to a Feedback."""
+def parse_feedback(row: dict[str, Any], where: str, data: Data) -> Feedback | list[Feedback]:
+    """Map a row of prompt, completion and label to a Feedback.
+
+    A preference pair is two: its chosen answer a thumb up and its rejected one a thumb down, as in KTO's paper (Ethayarajh
+    et al. 2024, arXiv:2402.01306).
+    """
     layout = _layout_of(row, pairs=False)
+    if layout.name == PAIR:
+        pair = parse_preference(row, where, data)
+        return [
+            Feedback(where, (*pair.prompt, _message(ASSISTANT, text)), (len(pair.prompt),), pair.group, liked=liked)
+            for text, liked in ((pair.chosen, True), (pair.rejected, False))
+        ]
     if layout.name != PROMPT:
-        stage = DPO if layout.name == PAIR else SFT
-        raise RowError("fields", f"found {layout.name}, wanted {LABELLED}; set {stage.name}.dataset_path to this file")
+        raise RowError("fields", f"found {layout.name}, wanted {LABELLED}; set {SFT.name}.dataset_path to this file")
     fields, label = layout.read(row), layout.columns.get("label", "label")
     if is_missing(fields.get("label")):
         name = None if "label" in fields else nearest_column("label", map(str, row))
@@ -478,7 +489,11 @@ def _in_order(turns: list[Turn], data: Data, last: str) -> list[Turn]:
 
 
 def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
-    return tuple({"role": turn.role, "content": turn.content} for turn in turns)
+    return tuple(_message(turn.role, turn.content) for turn in turns)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def takes_turns(roles: Sequence[str], last: str) -> bool:

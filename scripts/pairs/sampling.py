@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,8 +39,14 @@ class SamplesFile:
     """The batches of one plan that are done, one a line; each is on the disk before the next begins."""
 
     def __init__(self, run_dir: Path, plan: dict[str, Any]) -> None:
-        """Open the file of this plan. Another plan has another file, so what was sampled before stays."""
+        """Open the file of this plan. Another plan has another file, so what was sampled before stays.
+
+        What the same plan has sampled for another file of pairs in this folder is taken over: only labels differ.
+        """
         self.path = run_dir / f"samples-{sha256_json(plan)[:16]}.jsonl"
+        others = [] if self.path.exists() else list(run_dir.parent.glob(f"*.run/{self.path.name}"))
+        if others:
+            shutil.copyfile(max(others, key=lambda path: path.stat().st_size), self.path)
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:  # killed while it wrote

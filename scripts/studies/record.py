@@ -11,24 +11,25 @@ from pydantic import BaseModel
 from scripts.common.artifacts import write_text_durably
 from scripts.common.errors import UserError
 from scripts.common.schema import Config
-from scripts.common.stages import DPO, SFT
+from scripts.common.stages import SFT
 from scripts.dataset.records import PARSERS, load_datasets
-from scripts.studies.plan import Variant
+from scripts.studies.plan import Variant, arms_of
 from scripts.training.resume import DECIDING_PERFORMANCE, DECIDING_SECTIONS, differences
 
 RECORD = "study.json"
 
 
 class Ranked(BaseModel):
-    """A variant and what it reaches on the validation side: the primary measure, its mean over the seeds."""
+    """A variant of an arm and what it reaches on the validation side: the primary measure, its mean over the seeds."""
 
-    name: str
+    name: str  # with its arm in front where a study has several
+    arm: str = "dpo"
     settings: dict[str, Any]
-    value: float | None = None
+    value: float | None = None  # null where an arm has one variant only
 
 
 class Result(BaseModel):
-    """What a study found: how its variants rank, and which of them the report is about."""
+    """What a study found: how the variants of its arms rank, and which of each arm the report is about."""
 
     seeds: list[int]  # of which every run is finished
     missing: list[str]
@@ -36,7 +37,7 @@ class Result(BaseModel):
     title: str = ""
     unit: str = ""
     variants: list[Ranked]
-    chosen: str
+    chosen: str  # names, between commas where a study has several arms
 
 
 class Record(BaseModel):
@@ -70,14 +71,17 @@ def find_record(folder: Path, values: Config, variants: Sequence[Variant]) -> Re
             f"study.output_dir: {folder} is there already, and its {RECORD} is not that of a study. "
             "Choose another folder, or remove it."
         ) from None
-    known = {path: digest for path, digest in record.data.items() if path in fresh.data}
-    changes = differences(record.settings, fresh.settings) + differences(known, fresh.data)
+    changes = [  # what only one of them has belongs to arms or variants that the other does not have
+        line
+        for before, now in ((record.settings, fresh.settings), (record.data, fresh.data))
+        for line in differences({key: value for key, value in before.items() if key in now}, now)
+    ]
     if changes:
         raise UserError(
             f"study.output_dir: {folder} holds another study ({'; '.join(changes)}). Restore what was changed, or choose "
             f"another folder, as in --set study.output_dir={folder}-2. Nothing was changed."
         )
-    return record.model_copy(update={"data": record.data | fresh.data})
+    return record.model_copy(update={"settings": fresh.settings | record.settings, "data": record.data | fresh.data})
 
 
 def deciding_settings(values: Config, varied: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,20 +93,27 @@ def deciding_settings(values: Config, varied: Mapping[str, Any]) -> dict[str, An
         for part in sections:
             inner = inner[part]
         inner[last] = "one of --vary"
-    for stage in (SFT, DPO):
-        tree[stage.name].pop("output_dir")
-    tree[DPO.name]["init_from"] = values.dpo.init_from and SFT.name
+    arms = arms_of(values)
+    stages = {SFT.name: SFT, **{arm.stage.name: arm.stage for arm in arms}}
+    for stage in stages:
+        tree[stage].pop("output_dir")
+        if "init_from" in tree[stage]:
+            tree[stage]["init_from"] = tree[stage]["init_from"] and SFT.name
     performance = {key: tree["performance"][key] for key in DECIDING_PERFORMANCE}
     shared = [key for key in DECIDING_SECTIONS if key != "seed"]
-    return {key: tree[key] for key in (*shared, SFT.name, DPO.name)} | {"performance": performance}
+    made = {"pairs": tree["pairs"]} if any(arm.by for arm in arms) else {}
+    if any(arm.by == "checks" for arm in arms):
+        made["checks"] = {"rules": tree["eval"]["checks"]}
+    return {key: tree[key] for key in (*shared, *stages)} | {"performance": performance} | made
 
 
 def hash_data(variants: Sequence[Variant]) -> dict[str, str]:
-    """Read and check the records of every run, and return the hash of each file."""
+    """Read and check the records of every run, and return the hash of each file; pairs that a study makes come later."""
     found: dict[str, str] = {}
     seen: set[str] = set()
     for values in (variant.config.values for variant in variants):
-        for stage in (SFT, DPO):
+        stages = {SFT.name: SFT, **{arm.stage.name: arm.stage for arm in arms_of(values) if not arm.by}}
+        for stage in stages.values():
             path, key = getattr(values, stage.name).dataset_path, f"{stage.name}.dataset_path"
             source = repr((key, path, values.data))
             if source not in seen:

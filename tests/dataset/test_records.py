@@ -100,6 +100,16 @@ def test_a_rated_conversation_trains_its_last_answer_only() -> None:
     assert feedback.answers == ("b",)
 
 
+def test_a_pair_is_a_thumb_up_and_a_thumb_down_on_the_same_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b", "customer": n} for n in range(2)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    (file,) = load_datasets(str(path), parse_feedback, Data(group_field="customer"), "kto.dataset_path")
+
+    found = [(record.source, list(record.messages), record.liked, record.group) for record in file.records]
+    assert found[:2] == [(f"{path}:1", talk("q0", "a"), True, "0"), (f"{path}:1", talk("q0", "b"), False, "0")]
+    assert len(found) == 4
+
+
 RATED = {"prompt": "q", "completion": "a"}
 BAD_THUMBS = [
     *(({**RATED, "label": label}, f"label: found {label!r}, wanted true or false") for label in (2, -1, 0.5, "good", [True])),
@@ -109,7 +119,7 @@ BAD_THUMBS = [
     ({**RATED, "label": True, "completion": talk("q", "a")}, "completion: wanted exactly one assistant turn"),
     ({**RATED, "label": True, "prompt": talk("q", "a")}, "messages: found the turns user, assistant"),
     ({**RATED, "label": True, "completion": " "}, "completion: is empty"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "fields: found prompt/chosen/rejected, wanted prompt, completion and label; set dpo.dataset_path"),
+    ({"prompt": "q", "chosen": "a", "rejected": "a "}, "rejected: is the same as chosen"),
     (instruction(1), "fields: found instruction/input/output, wanted prompt, completion and label; set sft.dataset_path"),
 ]  # fmt: skip
 

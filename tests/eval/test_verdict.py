@@ -161,6 +161,13 @@ def test_figures_that_differ_are_not_written_alike() -> None:
     assert "(70.0 % → 70.4 %, n = 1000 prompts)" in answer(table(rows))[0].text
 
 
+def test_figures_that_rounding_alone_tells_apart_are_written_alike() -> None:
+    """Over three seeds a third of the items each, in another order of summation."""
+    thirds = {"sft": [[0.1] * 9, [0.2] * 9, [0.3] * 9], "dpo": [[0.3] * 9, [0.2] * 9, [0.1] * 9]}
+    verdict, _ = answer(table(thirds))
+    assert "(20 % → 20 %" in verdict.text
+
+
 def test_pairs_are_counted_with_their_prompts() -> None:
     rows = rates(0.5, 0.55, count=80)
     assert "n = 80 pairs of 20 prompts" in answer(table(rows, pairs=4))[0].text

@@ -14,8 +14,8 @@ import pytest
 from eval import compare
 from eval.checks import passes
 from eval.report import read_report
-from scripts import make_pairs, train_dpo
-from scripts.common.artifacts import sha256_file
+from scripts import make_pairs, train_dpo, train_kto
+from scripts.common.artifacts import read_manifest, sha256_file
 from scripts.common.config import load_config
 from scripts.common.deid_report import check_deid_report, report_path
 from scripts.common.errors import UserError
@@ -254,9 +254,9 @@ def test_a_killed_run_resumes_at_whole_batches_byte_for_byte(made: Path, run: Ru
     (sampled,) = Path("pairs.jsonl.run").glob("samples-*.jsonl")
     lines = sampled.read_bytes()
     process = start_stage(
-        "make_pairs", made / "config.yaml", "--by", "demonstrations", "--out", "killed.jsonl", *settings
+        "make_pairs", made / "config.yaml", "--by", "demonstrations", "--out", "killed/pairs.jsonl", *settings
     )
-    partly = Path("killed.jsonl.run") / sampled.name
+    partly = Path("killed/pairs.jsonl.run") / sampled.name
     while not partly.exists() or not partly.stat().st_size:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -266,14 +266,26 @@ def test_a_killed_run_resumes_at_whole_batches_byte_for_byte(made: Path, run: Ru
     assert 0 < before.count(b"\n") < lines.count(b"\n")
     partly.write_bytes(before + b'[[{"text": "cut')
 
-    code, said = run("demonstrations", "--out", "killed.jsonl", *settings)
+    code, said = run("demonstrations", "--out", "killed/pairs.jsonl", *settings)
 
     assert code == 0
     assert "batches are sampled already" in said
     assert partly.read_bytes() == lines
-    assert Path("killed.jsonl").read_bytes() == whole
-    ours, theirs = (manifest_of(Path(name)).model_dump(exclude={"created"}) for name in ("killed.jsonl", "pairs.jsonl"))
+    assert Path("killed/pairs.jsonl").read_bytes() == whole
+    ours, theirs = (
+        manifest_of(Path(name)).model_dump(exclude={"created"}) for name in ("killed/pairs.jsonl", "pairs.jsonl")
+    )
     assert ours == theirs
+
+
+def test_another_file_of_pairs_of_the_same_answers_costs_no_sampling(run: Run) -> None:
+    assert run("demonstrations")[0] == 0
+
+    code, said = run("checks", "--out", "checks.jsonl")
+
+    assert (code, "all 29 prompts are sampled already" in said) == (0, True), said
+    assert manifest_of(Path("checks.jsonl")).by == "checks"
+    assert Path("pairs.jsonl").exists()
 
 
 def test_a_run_that_was_killed_before_its_manifest_was_written_can_be_repeated(run: Run) -> None:
@@ -420,6 +432,19 @@ def test_a_parent_that_is_gone_vouches_for_nothing(made: Path, run: Run) -> None
         report_path(made / "sft.jsonl").unlink()
 
     assert (code, str(made / "gone") in said) == (2, True)
+
+
+def test_kto_takes_the_two_answers_of_each_pair_as_a_thumb_up_and_one_down(made: Path, run: Run) -> None:
+    assert run("checks")[0] == 0
+    settings = set_(kto__dataset_path="pairs.jsonl", kto__output_dir="out/kto", kto__max_length=200)
+    trained = [*settings, *set_(kto__init_from=str(made / "out/sft_adapter"), kto__trainer={"max_steps": 2})]
+
+    assert train_kto.main(["--config", str(made / "config.yaml"), *trained]) == 0
+
+    kto = read_manifest("out/kto")
+    pairs = len(read_pairs(Path("pairs.jsonl")))
+    assert (kto.metrics["thumbs_up"], kto.metrics["thumbs_down"]) == (pairs, pairs)
+    assert kto.datasets[0].sha256 == sha256_file(Path("pairs.jsonl"))
 
 
 def test_dpo_trains_on_the_pairs_and_is_compared_on_the_test_prompts_of_sft(

@@ -149,6 +149,7 @@ PROOFS = {
     "pairs.balance_length": PAIRS + "test_lengths_are_balanced_unless_that_is_not_wanted",
     "study.output_dir": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
     "study.seeds": STUDY + "test_dry_run_lists_the_runs_and_writes_nothing",
+    "study.arms": "studies/test_plan.py::test_arms_share_the_sft_adapter_and_the_pairs_of_their_seed_and_vary_by_their_own_keys",
     "kto.dataset_path": KTO + "test_bad_records_are_named_by_line",
     "kto.output_dir": KTO + "test_a_run_that_degenerates_ends_early_when_asked",
     "kto.max_length": KTO + "test_refuses",

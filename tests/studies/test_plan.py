@@ -8,7 +8,7 @@ import pytest
 
 from scripts.common.config import load_config
 from scripts.common.errors import UserError
-from scripts.studies.plan import Member, as_flags, find_variants, parse_vary, plan_members, seeds_of, split_values
+from scripts.studies.plan import as_flags, find_variants, parse_vary, plan_members, seeds_of, split_values
 
 
 @pytest.fixture
@@ -19,9 +19,7 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def plan(
-    config: str, *vary: str, seeds: str = "2", overrides: tuple[str, ...] = (), many: bool = False
-) -> list[Member]:
+def plan(config: str, *vary: str, seeds: str = "2", overrides: tuple[str, ...] = (), many: bool = False):
     """Plan a study."""
     variants = find_variants(config, overrides, parse_vary(vary), many=many)
     values = load_config(config, [*overrides, f"study.seeds={seeds}"]).values
@@ -84,6 +82,9 @@ def test_values_are_json_or_else_text() -> None:
         (["data.validation_ratio=0.1,0.2"], "one study has one split"),
         (["sft.output_dir=a,b"], "names the folders of its runs itself"),
         (["dpo.init_from=a,b"], "names the folders of its runs itself"),
+        (["kto.output_dir=a,b"], "names the folders of its runs itself"),
+        (["pairs.temperature=1,2"], "all variants are given the same pairs"),
+        (["kto.beta=0.1,0.2"], "--vary kto.beta: changes no arm of this study (dpo)"),
         (["tracking.experiment=a,b"], "it changes nothing that is trained"),
         (["eval.batch_size=1,2"], "it changes nothing that is trained"),
         (["study.seeds=1,2"], "it changes nothing that is trained"),
@@ -100,8 +101,9 @@ def test_a_mistake_in_vary_is_refused_with_the_reason(config: str, vary: list[st
 def test_twelve_variants_need_no_permission_and_more_do(config: str) -> None:
     grid = ("dpo.beta=0.1,0.2,0.3,0.4", "lora.r=1,2,3")
 
-    assert len({member.variant for member in plan(config, *grid)}) == 12
-    assert len({member.variant for member in plan(config, *grid, "lora.alpha=1,2", many=True)}) == 24
+    assert len({member.variant for member in plan(config, *grid) if member.kind == "dpo"}) == 12
+    more = plan(config, *grid, "lora.alpha=1,2", many=True)
+    assert len({member.variant for member in more if member.kind == "dpo"}) == 24
 
 
 def test_variants_of_dpo_share_the_sft_adapter_of_their_seed(config: str) -> None:
@@ -127,6 +129,41 @@ def test_variants_of_dpo_share_the_sft_adapter_of_their_seed(config: str) -> Non
         "dpo.beta": 0.05,
         "dpo.loss_type": "sigmoid",
     }
+
+
+def test_arms_share_the_sft_adapter_and_the_pairs_of_their_seed_and_vary_by_their_own_keys(config: str) -> None:
+    arms = ("study.arms=[dpo,dpo_checks,kto_checks,kto_demonstrations]",)
+    members = plan(config, "dpo.beta=0.1,0.2", "kto.beta=0.3", "dpo.dataset_path=a,b", seeds="1", overrides=arms)
+
+    made = {member.name.removeprefix("seed-4/"): member for member in members}
+    assert list(made) == [
+        "sft_adapter",
+        "pairs_checks.jsonl",
+        "pairs_demonstrations.jsonl",
+        *(f"dpo_adapter_beta-{beta}_dataset_path-{data}" for beta in (0.1, 0.2) for data in "ab"),
+        *(f"dpo_adapter_checks_beta-{beta}" for beta in (0.1, 0.2)),
+        "kto_adapter_checks_beta-0.3",
+        "kto_adapter_demonstrations_beta-0.3",
+    ]
+    pairs, kto = made["pairs_checks.jsonl"], made["kto_adapter_checks_beta-0.3"]
+    assert pairs.flags[-6:] == ["--by", "checks", "--from", "out/seed-4/sft_adapter", "--out", "out/seed-4/pairs_checks.jsonl"]  # fmt: skip
+    assert kto.needs == [made["sft_adapter"], pairs]
+    assert kto.settings == {
+        "seed": 4,
+        "kto.beta": 0.3,
+        "sft.output_dir": "out/seed-4/sft_adapter",
+        "kto.output_dir": "out/seed-4/kto_adapter_checks_beta-0.3",
+        "kto.init_from": "out/seed-4/sft_adapter",
+        "kto.dataset_path": "out/seed-4/pairs_checks.jsonl",
+    }
+
+
+def test_kto_is_an_arm_where_it_has_data(config: str, tmp_path: Path) -> None:
+    members = plan(config, "kto.beta=0.1,0.2", seeds="1", overrides=(f"kto.dataset_path={tmp_path}/thumbs.jsonl",))
+
+    assert [member.path.name for member in members] == [
+        "sft_adapter", "dpo_adapter", "kto_adapter_beta-0.1", "kto_adapter_beta-0.2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["lora.r=4,8", "sft.num_train_epochs=4,8", "data.train_on=all,last"])

@@ -96,6 +96,16 @@ def test_changed_data_are_another_study_and_another_file_beside_them_is_not(conf
     )
 
 
+def test_more_arms_belong_to_the_same_study_and_other_settings_of_theirs_do_not(config: str) -> None:
+    arms = ("study.arms=[dpo,kto_demonstrations]",)
+    record_of(config)
+    record_of(config, overrides=arms)
+
+    assert "kto.beta: was 0.1, is 0.2" in refusal(config, overrides=(*arms, "kto.beta=0.2"))
+    assert "pairs.temperature: was 0.8, is 1" in refusal(config, overrides=(*arms, "pairs.temperature=1"))
+    assert record_of(config, overrides=("kto.beta=0.2",)).result is None
+
+
 def test_missing_pairs_show_before_anything_is_trained(config: str) -> None:
     (Path(config).parent / "dpo.jsonl").unlink()
 

@@ -19,6 +19,7 @@ from scripts import study
 from scripts.common.artifacts import locked_run_dir, read_manifest, sha256_file
 from tests.conftest import ROOT, write_jsonl
 from tests.support.chain import dpo_rows, manifest, wait_for, write_chain
+from tests.support.pairs import CHECKS, manifest_of, write_pairs_chain
 from tests.support.studies import run_forked
 
 VARY = ["--vary", "dpo.beta=0.05,0.2"]
@@ -250,6 +251,83 @@ def test_a_variant_with_a_long_name_has_a_short_one_in_the_comparison() -> None:
     assert study.arm_name("beta-0.05_loss_type-ipo_learning_rate-0.0001", 2) == "variant 2"
 
 
+# --- several arms, on pairs that each seed makes
+
+ARMS = ["dpo", "dpo_demonstrations", "dpo_checks", "kto_checks"]
+
+
+def write_study_of_arms(folder: Path, store: Path) -> Path:
+    """Write the configuration of a study whose arms train on their own adapter's answers, and KTO under two betas."""
+    shutil.copy(store, folder / "mlflow.db")
+    config = write_pairs_chain(
+        folder,
+        study={"output_dir": str(folder / "study"), "seeds": 2, "arms": ARMS},
+        tracking={"log_adapter": False},
+        eval={"checks": CHECKS, "max_new_tokens": 8, "max_prompts": 6},
+        kto={"init_from": str(folder / "out/sft_adapter"), "output_dir": str(folder / "out/kto_adapter"), "max_length": 200,
+             "learning_rate": 2e-3, "trainer": {"max_steps": 4}},
+    )  # fmt: skip
+    write_jsonl(folder / "dpo.jsonl", dpo_rows())
+    return config
+
+
+@pytest.mark.slow
+def test_a_study_of_arms_that_is_killed_continues_to_the_same_report(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every seed samples its own adapter once, and trains DPO and KTO on what is preferred among these answers."""
+    vary = ["--vary", "kto.beta=0.1,0.3"]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, config = (write_study_of_arms(tmp_path / name, empty_store) for name in ("whole", "killed"))
+    out = tmp_path / "killed/study"
+    process = start(config, *vary)
+    wait_for(out / "seed-0/pairs_demonstrations.jsonl.run", process)
+    process.kill()  # the stage that it runs lives on; the next study waits for it
+    process.wait()
+    process = start(config, *vary)
+    wait_for(out / "seed-1/kto_adapter_checks_beta-0.1.run/state.json", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, process.communicate()[0]
+    monkeypatch.setattr(study, "run_stage", run_forked)
+
+    for path in (whole, config):
+        assert study.main(["--config", str(path), *vary]) == 0
+
+    made = weights_of(tmp_path / "whole")
+    assert len(made) == 2 * (1 + 3 + 2)
+    assert weights_of(tmp_path / "killed") == made
+    assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
+    for seed in (0, 1):
+        for by in ("demonstrations", "checks"):
+            ours, theirs = (tmp_path / name / f"study/seed-{seed}/pairs_{by}.jsonl" for name in ("killed", "whole"))
+            assert ours.read_bytes() == theirs.read_bytes()
+            answered = read_manifest(theirs.parent / "sft_adapter").sha256
+            assert manifest_of(theirs).parent.sha256 == answered
+        assert "sampled already" in (out / f"seed-{seed}/pairs_checks.jsonl.log").read_text()
+        kto = manifest(out / f"seed-{seed}/kto_adapter_checks_beta-0.3")
+        assert kto["datasets"][0]["sha256"] == sha256_file(out / f"seed-{seed}/pairs_checks.jsonl")
+        assert kto["metrics"]["thumbs_up"] == kto["metrics"]["thumbs_down"]
+    assert figures_of(out / "comparison/report.json") == figures_of(tmp_path / "whole/study/comparison/report.json")
+    report = json.loads((out / "comparison/report.json").read_text())
+    assert report["models"] == ["base", "sft", *ARMS]
+    assert (report["question"]["a"], report["question"]["b"], report["question"]["planned"]) == ("kto_checks", "dpo_checks", True)  # fmt: skip
+    ranking = json.loads((out / "validation/report.json").read_text())
+    assert ranking["models"] == ["base", "kto_checks beta-0.1", "kto_checks beta-0.3"]
+    chosen = result_of(tmp_path / "killed")["chosen"].split(", ")
+    assert chosen[:3] == ARMS[:3]
+    assert chosen[3] in ranking["models"]
+    notes = "\n".join(report["notes"])
+    assert "dpo_checks is DPO on pairs of the answers that each seed's SFT adapter gave" in notes
+    assert f"kto_checks is the variant {chosen[3].split()[1]}, the best of 2" in notes
+    assert "mean its own data?" not in notes
+
+    # An adapter that is made again makes the pairs of its answers, and what was trained on them, again.
+    shutil.rmtree(out / "seed-1/sft_adapter")
+    assert study.main(["--config", str(config), "--set", "tracking.log_adapter=true", *vary]) == 0
+    assert weights_of(tmp_path / "killed") == made
+
+
 # --- what is said before anything is trained
 
 
@@ -318,6 +396,13 @@ def test_flags_decide_seeds_and_variants(config: str, capsys: pytest.CaptureFixt
         (["--set", "base_model_id=./none"], "./none"),
         (["--set", "data.test_ratio=0"], "data.test_ratio: found 0, but a study reports on the test side"),
         (["--set", "eval.plan.question=[mild,strong]"], "eval.plan.question"),
+        (["--set", "eval.plan.question=[kto,sft]"], "found kto, sft, but this study compares base, sft, dpo"),
+        (["--set", "study.arms=[dpo_votes]"], "study.arms"),
+        (["--set", "study.arms=[dpo,dpo]"], "study.arms: found [\"dpo\", \"dpo\"]; wanted each of them once"),
+        (["--set", "study.arms=[kto]"], "kto.dataset_path: missing"),
+        (["--set", "study.arms=[dpo,kto_checks]"], "eval.checks: there is no rule"),
+        (["--set", "study.arms=[dpo_judge]"], "eval.judge: an endpoint needs base_url and model"),
+        (["--set", "study.arms=[kto_demonstrations]", "--set", "kto.init_from=other"], "in a study KTO continues the SFT adapter"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_before_anything_is_trained(

@@ -27,13 +27,19 @@ def rows(count: int = 40) -> list[dict]:
     ]  # fmt: skip
 
 
-def write_pairs_project(folder: Path, **changes: dict) -> Path:
-    """Save model, adapter, data and configuration; return the configuration. The adapter says it was trained on the data."""
+def write_pairs_chain(folder: Path, **changes: dict) -> Path:
+    """Save model, data and configuration; return the configuration."""
     if not (folder / "model").is_dir():
         save_tiny_talker(folder / "model", WORDS)
     sections = {"pairs": {"max_new_tokens": 24, "batch_size": 4}, "eval": {"checks": CHECKS}, **changes}
     config = write_chain(folder, **sections)
     write_jsonl(folder / "sft.jsonl", rows())
+    return config
+
+
+def write_pairs_project(folder: Path, **changes: dict) -> Path:
+    """Do so, and save an adapter that says it was trained on the data."""
+    config = write_pairs_chain(folder, **changes)
     add_adapter(folder, config)
     return config
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-STAGES = ("scripts.train_sft", "scripts.train_dpo", "eval.compare")
+STAGES = ("scripts.train_sft", "scripts.make_pairs", "scripts.train_dpo", "scripts.train_kto", "eval.compare")
 LIBRARIES = ("datasets", "mlflow", "peft", "trl")
 
 
