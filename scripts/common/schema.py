@@ -555,6 +555,18 @@ class Serve(Section):
         None,
         description="JSONL file to which the playground appends votes as preference records; null turns votes off.",
     )
+    thumbs_path: OutputPath | None = Field(
+        None,
+        description="JSONL file to which thumbs up and down on single answers are appended, as scripts.train_kto reads them; null turns thumbs off.",
+    )
+    queue_path: str | None = Field(
+        None,
+        description="File of prompts for the page of votes, on samples of `adapter_path`'s adapter as the section `pairs` says; prompts of the validation and test sides are left out. null turns the page off.",
+    )
+    queue_votes_path: OutputPath = Field(
+        "outputs/votes.jsonl",
+        description="File of that page's votes, for `scripts.make_pairs --by votes`; one for each adapter.",
+    )
 
 
 class Export(Section):
