@@ -46,6 +46,7 @@ PROMPTS = 64  # that are voted on in each round
 MARGIN = 0.05  # a loss that does not matter, in the rate of the taste and in the share of other checks passed
 # About four in ten answers of the sample data begin their paragraph so; no rule of configs/demo.yaml asks for it.
 TASTE = {"name": "begins with The", "regex": r"\A[^\n]+\n\nThe "}
+MEASURE = "check_begins_with_the"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     begun, out = time.monotonic(), arguments.out
     settings = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-    config = write_config(settings, out)
+    config = write_config(settings, out / "config.yaml")
     adapters = {"sft": out / "sft_adapter"}
     run("scripts.train_sft", config, adapters["sft"])
     last = adapters["sft"]
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return judge(out / "comparison", load_config(comparison).values.eval.checks)
 
 
-def write_config(settings: dict[str, Any], out: Path, **more: Any) -> Path:
-    """Write the configuration with some sections extended, and return its path."""
+def write_config(settings: dict[str, Any], path: Path, **more: Any) -> Path:
+    """Write the configuration with some sections extended."""
+    out = path.parent
     own: dict[str, Any] = {
         "sft": {"output_dir": str(out / "sft_adapter")},
         "pairs": {"max_prompts": PROMPTS, "max_per_prompt": 1, "max_new_tokens": 128, "temperature": 1.0},
@@ -89,8 +91,6 @@ def write_config(settings: dict[str, Any], out: Path, **more: Any) -> Path:
         for name, section in part.items():
             tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{more.get('name', 'config')}.yaml"
-    tree.pop("name", None)
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
 
@@ -115,9 +115,14 @@ def play_round(settings: dict[str, Any], config: Path, out: Path, number: int, l
         "adapter_path": str(last), "adapters": {}, "queue_path": settings["sft"]["dataset_path"], "queue_votes_path": str(votes),
     }  # fmt: skip
     # Another seed draws other prompts of the training side.
-    server = write_config(settings, out, name=f"{name}_server", serve=queue, seed=number)
+    server = write_config(settings, out / f"{name}_server.yaml", serve=queue, seed=number)
     with started("serve.fastapi_server:app", server) as (url, *_):
-        counts = vote_on_all(url)
+        try:
+            counts = vote_on_all(url)
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"{name}: the server did not take a vote: {error}. Votes are kept; run this again."
+            ) from None
     log.info("%s: %s", name, ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     by_votes = ["--by", "votes", "--votes", str(votes), "--from", str(last), "--out", str(pairs)]
     log_file = out / f"{name}_pairs.log"
@@ -158,11 +163,10 @@ def opinion(samples: Sequence[str]) -> dict[str, Any]:
 def write_comparison(settings: dict[str, Any], out: Path, adapters: dict[str, Path]) -> Path:
     """Write the configuration of the comparison, in which the taste is a check and the question is about it."""
     checks = [*settings["eval"]["checks"], TASTE]
-    measure = "check_begins_with_the"
-    plan = {"question": [f"round_{ROUNDS}", "sft"], "measures": [measure]}
+    plan = {"question": [f"round_{ROUNDS}", "sft"], "measures": [MEASURE]}
     models = {name: str(path) for name, path in adapters.items()}
     return write_config(
-        settings, out, name="comparison",
+        settings, out / "comparison.yaml",
         eval={"output_dir": str(out / "comparison"), "checks": checks, "plan": plan, "models": models},
     )  # fmt: skip
 
@@ -175,15 +179,15 @@ def judge(comparison: Path, checks: Sequence[Any]) -> int:
 
     report = read_report(comparison)
     tables = {table.name: table for table in read_tables(comparison, report)}
-    *others, taste = check_names(checks)
+    others = [name for name in check_names(checks) if name != MEASURE]
     asked = f"round_{ROUNDS}", "sft"
     values = {
-        arm: np.mean([tables[name].values[arm] for name in others], axis=0) for arm in tables[taste].values
+        arm: np.mean([tables[name].values[arm] for name in others], axis=0) for arm in tables[MEASURE].values
     }  # fmt: skip
-    rest = replace(tables[taste], name="other checks passed", binary=False, values=values)
+    rest = replace(tables[MEASURE], name="other checks passed", binary=False, values=values)
     shown: dict[str, Any] = {}
     rates: dict[str, dict[str, float]] = {}
-    for table in (tables[taste], rest):
+    for table in (tables[MEASURE], rest):
         metric, findings = describe(table, asked)
         [finding] = [each for each in findings if (each.difference.a, each.difference.b) == asked]
         adjust_p_values([finding])
@@ -196,10 +200,10 @@ def judge(comparison: Path, checks: Sequence[Any]) -> int:
             *("–" if each is None else f"{100 * each:+.1f}" for each in (difference.ci_low, difference.ci_high)),
             difference.p_value, metric.n, shown[table.name],
         )  # fmt: skip
-    steps = [rates[taste][arm] for arm in ("sft", *(f"round_{number}" for number in range(1, ROUNDS + 1)))]
+    steps = [rates[MEASURE][arm] for arm in ("sft", *(f"round_{number}" for number in range(1, ROUNDS + 1)))]
     lower = [number for number, (one, other) in enumerate(itertools.pairwise(steps), 1) if other < one - MARGIN]
     held = {
-        "the taste is kept more often": shown[taste] == "better",
+        "the taste is kept more often": shown[MEASURE] == "better",
         "no round is lower by more than the margin": not lower,
         "other checks are no worse by more than the margin": shown[rest.name] in ("better", "no_worse", "equivalent"),
     }
