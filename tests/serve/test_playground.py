@@ -133,6 +133,7 @@ def names_behind(page) -> list[str]:
 
 
 def test_a_blind_conversation_keeps_its_models_in_their_places_and_hides_speed(page):
+    page.execute_script("document.getElementById('max-tokens').value = 16")
     page.find_element("id", "blind").click()
     for turn in range(4):
         send(page, f"{QUESTION} {turn}")
