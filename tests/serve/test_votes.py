@@ -20,6 +20,7 @@ from scripts.common.artifacts import read_manifest
 from scripts.common.schema import Data
 from scripts.dataset.records import Preference, load_datasets, parse_feedback
 from scripts.dataset.split import side_of
+from scripts.pairs.prompts import parse_prompt
 from tests.conftest import ROOT
 from tests.support.browser import GEOMETRY, needs_browser, picture, running_browser, wait
 from tests.support.serving import Running, running_server, save_adapter, save_teachable_model, teach
@@ -230,6 +231,21 @@ def test_samples_that_are_all_cut_or_alike_leave_an_empty_queue_with_the_reason(
         answer = queue(running)
         assert answer["item"] is None
         assert answer["skipped"] == {"cut at pairs.max_new_tokens": len(QUEUED)}
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "Hi"}, ["Hi"]),
+        ({"question": "Who?"}, ["Who?"]),
+        ({"instruction": "Write.", "input": "Notes"}, ["Write.\n\nNotes"]),
+        ({"instruction": "Write.", "output": "An answer"}, ["Write."]),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, ["Hi"]),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}, ["a", "b", "c"]),
+    ],
+)  # fmt: skip
+def test_a_queue_reads_prompts_of_every_layout(row, asked):
+    assert [message["content"] for message in parse_prompt(row, "queue.jsonl:1", Data()).prompt] == asked
 
 
 @pytest.fixture(scope="module")
