@@ -185,6 +185,7 @@ class QueueAnswer(BaseModel):
     adapter: str
     item: QueueItem | None
     drawing: bool = Field(description="More samples are being drawn; ask again in a second.")
+    ready: int = Field(description="Prompts whose samples are drawn.")
     votes: int
     pairs: int
     left: int

@@ -107,6 +107,7 @@ class VoteQueue:
                 margin=item.margin,
             ),
             drawing=self.drawing,
+            ready=len(ready),
             votes=sum(vote.outcome != "undone" for vote in votes),
             pairs=sum(min(most, len(vote.candidates())) for vote in votes),
             left=sum(not (waiting.voted or waiting.reason) for waiting in self.waiting.values()),
