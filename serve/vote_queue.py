@@ -183,7 +183,7 @@ class VoteQueue:
                     cut = counts["samples cut at pairs.max_new_tokens"]
                     waiting.reason = "cut at pairs.max_new_tokens" if cut else "all samples alike"
                     return
-                rewards = [await self._reward(model, waiting.prompt, text) for text in texts]
+                rewards = await asyncio.gather(*(self._reward(model, waiting.prompt, text) for text in texts))
                 waiting.samples, waiting.margin = texts, max(rewards) - min(rewards)
                 return
             except ServingError as error:

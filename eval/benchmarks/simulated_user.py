@@ -42,7 +42,7 @@ from scripts.studies.runs import last_lines, run_stage
 log = logging.getLogger(__name__)
 
 ROUNDS = 3
-PROMPTS = 64  # that are voted on in each round
+PROMPTS = 48  # that are voted on in each round
 MARGIN = 0.05  # a loss that does not matter, in the rate of the taste and in the share of other checks passed
 # About four in ten answers of the sample data begin their paragraph so; no rule of configs/demo.yaml asks for it.
 TASTE = {"name": "begins with The", "regex": r"\A[^\n]+\n\nThe "}
