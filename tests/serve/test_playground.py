@@ -180,6 +180,7 @@ def test_a_tie_keeps_no_record_and_all_bad_gives_thumbs_down(page, server):
 def test_a_thumb_is_kept_once_and_a_reload_knows_it(page, server):
     path = Path(yaml.safe_load(server.config.read_text())["serve"]["thumbs_path"])
     before = path.read_text().count("\n") if path.exists() else 0
+    page.execute_script("document.getElementById('max-tokens').value = 16")
     send(page, QUESTION)
     done(page)
     page.find_elements("css selector", ".up")[1].click()
