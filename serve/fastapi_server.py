@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,9 @@ from serve.exception_handlers import refuse, refuse_http, refuse_invalid
 from serve.guard import Guard, logging_requests
 from serve.service import Service
 from serve.settings import load_admin_keys, load_api_keys, load_settings
+
+if TYPE_CHECKING:
+    from serve.vote_queue import VoteQueue
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         service = load_service()
+        app.state.queue = load_queue(service)
     except UserError as error:
         app.state.failure = error  # the guard reports it in one message instead of a traceback
         raise
@@ -81,6 +85,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             with draining_on_signals(service):
                 yield
         finally:
+            if app.state.queue:
+                app.state.queue.stop()
             await service.stop()
 
 
@@ -100,6 +106,18 @@ def load_service() -> Service:
     for reason in machine.reasons:
         log.info(reason)
     return Service(config, machine, keys, admin_keys)
+
+
+def load_queue(service: Service) -> VoteQueue | None:
+    """Read the queue of prompts to vote on, where the configuration has one.
+
+    Raises: UserError with what to correct.
+    """
+    if service.config.serve.queue_path is None:
+        return None
+    from serve.vote_queue import VoteQueue
+
+    return VoteQueue(service)
 
 
 @contextmanager

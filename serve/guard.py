@@ -37,7 +37,7 @@ MAX_DROPPED_BYTES = 256 * 2**20
 DROP_SECONDS = 10.0
 # Answered without a key: what probes ask, and the pages' own files, which hold nothing secret.
 OPEN_PATHS = {
-    "/", "/playground.js", "/markdown.js", "/differences.js", "/playground.css", "/docs", "/docs.css", "/openapi.json", "/health", "/health/ready",
+    "/", "/votes", "/playground.js", "/markdown.js", "/differences.js", "/playground.css", "/docs", "/docs.css", "/openapi.json", "/health", "/health/ready",
 }  # fmt: skip
 ADMIN_PATHS = ("/v1/adapters",)
 SECURITY_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}

@@ -1,7 +1,10 @@
-"""The pages: the playground, on which a person compares the models, and /docs. They need nothing but this server."""
+"""The pages: the playground, the votes on samples, and /docs. They need nothing but this server."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -35,6 +38,18 @@ async def playground() -> Response:
     return _static("playground.html", "text/html")
 
 
+@router.get("/votes")
+async def votes() -> Response:
+    """Give the page of votes on samples: one file, whose own script and style are allowed by their hashes."""
+    content = (STATIC / "votes.html").read_bytes()
+    policy = PAGE_POLICY
+    for name, directive in ((b"script", "script-src"), (b"style", "style-src")):
+        [inline] = re.findall(rb"<" + name + rb"\b[^>]*>(.*?)</" + name + rb">", content, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+        policy = policy.replace(f"{directive} 'self'", f"{directive} 'sha256-{digest}'")
+    return _page(content, "text/html", policy)
+
+
 @router.get("/playground.js")
 @router.get("/markdown.js")
 @router.get("/differences.js")
@@ -53,6 +68,6 @@ def _static(name: str, media_type: str) -> Response:
     return _page((STATIC / name).read_bytes(), media_type)
 
 
-def _page(content: bytes, media_type: str) -> Response:
-    headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+def _page(content: bytes, media_type: str, policy: str = PAGE_POLICY) -> Response:
+    headers = {"content-security-policy": policy, "cache-control": "no-cache"}
     return Response(content, media_type=media_type, headers=headers)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from scripts.dataset.chat_format import ChatFormat
+from scripts.dataset.records import Message
 from scripts.dataset.rendering import render_prompt
 from serve.errors import ServingError
 from serve.jobs import Job
@@ -18,45 +19,60 @@ from serve.schemas import (
     CompareRequest,
     GenerateAnswer,
     GenerateRequest,
+    QueueAnswer,
+    QueueVoteRequest,
     ScoreAnswer,
     ScoreRequest,
+    ThumbRequest,
     VoteRequest,
 )
 from serve.service import Prompt, Service
-from serve.streaming import EventStream, event, usage_of
+from serve.streaming import EventStream, event, merged, usage_of
 
 if TYPE_CHECKING:
     from serve.adapters import Served
+    from serve.vote_queue import VoteQueue
 
 router = APIRouter()
 
 
-@router.post("/v1/generate", response_model=GenerateAnswer, tags=["generation"])
+@router.post("/v1/generate", response_model=GenerateAnswer | CompareAnswer, tags=["generation"])
 async def generate(request: Request, body: GenerateRequest) -> Any:
-    """Answer one prompt with one model; with `stream`, as server-sent events."""
+    """Answer one prompt with one model, up to four times; with `stream`, as server-sent events."""
     service: Service = request.app.state.service
     jobs = await begin_generation(service, request.state.client, body)
     if body.stream:
-        return EventStream(request, jobs, _events(jobs[0]))
-    [text] = await service.texts(request, jobs)
-    return _answer(jobs[0], text)
+        return EventStream(request, jobs, _events(jobs[0]) if body.n == 1 else _events_of_several(jobs))
+    texts = await service.texts(request, jobs)
+    answers = [_answer(job, text) for job, text in zip(jobs, texts, strict=True)]
+    return answers[0] if body.n == 1 else CompareAnswer(answers=answers)
 
 
 async def begin_generation(service: Service, client: str, body: GenerateRequest) -> list[Job]:
-    """Start the job of a request."""
+    """Start the jobs of a request, one for each answer."""
 
     def render(chat: ChatFormat) -> list[int]:
         if body.raw:
             return list(chat.tokenizer.encode(body.prompt))
         return render_prompt(chat, chat.user_turn(body.prompt))
 
-    return await service.begin(client, [Prompt(service.model(body.adapter, "adapter"), render, len(body.prompt))], body)
+    prompt = Prompt(service.model(body.adapter, "adapter"), render, len(body.prompt))
+    return await service.begin(client, [prompt], body, answers=body.n)
 
 
 async def _events(job: Job) -> AsyncIterator[str]:
     async for piece in job.pieces():
         yield event({"text": piece})
     yield event({"finish_reason": job.finish_reason, "usage": usage_of([job]).model_dump()})
+
+
+async def _events_of_several(jobs: list[Job]) -> AsyncIterator[str]:
+    async for number, piece in merged(jobs):
+        if piece is not None:
+            yield event({"index": number, "text": piece})
+            continue
+        job = jobs[number]
+        yield event({"index": number, "finish_reason": job.finish_reason, "usage": usage_of([job]).model_dump()})
 
 
 def _answer(job: Job, text: str) -> GenerateAnswer:
@@ -84,7 +100,8 @@ async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
     service: Service = request.app.state.service
     model = service.model(body.adapter, "adapter")
     reference = service.reference_of(model)
-    jobs = await service.begin_scoring(request.state.client, [model, reference], body.prompt, body.answer)
+    asked: list[Message] = [{"role": "user", "content": body.prompt}]
+    jobs = await service.begin_scoring(request.state.client, [model, reference], asked, body.answer)
     await service.texts(request, jobs)
     logprob, reference_logprob = (job.logprob for job in jobs)
     return ScoreAnswer(
@@ -109,6 +126,37 @@ async def vote(request: Request, body: VoteRequest) -> dict[str, str]:
     return {"status": "kept"}
 
 
+@router.post("/v1/thumbs", status_code=201, tags=["playground"])
+async def thumb(request: Request, body: ThumbRequest) -> dict[str, str]:
+    """Keep a thumb up or down on an answer as a record, which train_kto reads."""
+    service: Service = request.app.state.service
+    if not service.thumbs:
+        raise ServingError(404, "thumbs_off", "thumbs are not kept; set serve.thumbs_path")
+    model = service.model(body.model, "model")
+    await service.thumbs.append({**body.model_dump(), "model": model.name, "adapter_sha256": model.sha256})
+    return {"status": "kept"}
+
+
+@router.get("/v1/queue", tags=["votes"])
+async def next_in_queue(request: Request) -> QueueAnswer:
+    """Give the next prompt to vote on, with samples of the default adapter."""
+    return _queue(request).next()
+
+
+@router.post("/v1/queue/votes", status_code=201, tags=["votes"])
+async def vote_in_queue(request: Request, body: QueueVoteRequest) -> dict[str, str]:
+    """Keep what a person says of the samples of a prompt, for scripts.make_pairs --by votes."""
+    await _queue(request).vote(body)
+    return {"status": "kept"}
+
+
+def _queue(request: Request) -> VoteQueue:
+    queue: VoteQueue | None = request.app.state.queue
+    if queue is None:
+        raise ServingError(404, "queue_off", "there is no queue of prompts to vote on; set serve.queue_path")
+    return queue
+
+
 @router.get("/v1/examples", tags=["playground"])
 async def examples(request: Request) -> dict[str, list[str]]:
     """List prompts of the held-out data to try; none where keys are set, as the data are not every key's."""
@@ -121,7 +169,8 @@ async def models(request: Request) -> dict[str, Any]:
     """List what is served, in OpenAI's shape with a few facts more."""
     service: Service = request.app.state.service
     entries = [_model_entry(service, model) for model in service.models.served.values()]
-    return {"object": "list", "data": entries, "votes": service.votes is not None}
+    kept = {"votes": service.votes, "thumbs": service.thumbs, "queue": request.app.state.queue}
+    return {"object": "list", "data": entries} | {name: what is not None for name, what in kept.items()}
 
 
 @router.get("/v1/models/{name}", tags=["OpenAI-compatible"])

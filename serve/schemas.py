@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from scripts.dataset.records import Message as PlainMessage
 from scripts.dataset.records import takes_turns
+from scripts.pairs.votes import Outcome
 from serve.sampling import Sampling
 
 Text = Annotated[str, Field(min_length=1)]
@@ -37,7 +39,10 @@ class SamplingFields(Body):
         0.0, ge=-2, le=2, description="Lowers a token's logit for each time the answer has it."
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="The same seed gives the same text (exactly so in fp32)."
+        None,
+        ge=0,
+        lt=2**63,
+        description="The same seed gives the same text (exactly so in fp32). Answer i gets seed + i.",
     )
     stop: StopText | Stops | None = Field(None, description="The answer ends before the first of these texts.")
 
@@ -68,6 +73,7 @@ class GenerateRequest(SamplingFields):
     max_new_tokens: TokenCount | None = Field(None, description="Longest answer in tokens.")
     stream: bool = Field(False, description="Answer as server-sent events.")
     raw: bool = Field(False, description="Send the prompt without the chat template.")
+    n: int = Field(1, ge=1, le=4, description="Answers to the prompt, under `answers` where there are several.")
 
 
 class CompareRequest(SamplingFields):
@@ -118,28 +124,73 @@ class Message(Body):
     content: str
 
 
+def _ends_with_user(prompt: list[Message]) -> list[Message]:
+    if not takes_turns([message.role for message in prompt], last="user"):
+        raise ValueError("wanted [system,] user, assistant, … ending with user")
+    return prompt
+
+
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=1024), AfterValidator(_ends_with_user)]
+
+
 class VoteRequest(Body):
     """A person's choice between two answers; stored as a preference record."""
 
-    prompt: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    prompt: Conversation
     chosen: Text
     rejected: Text
     chosen_model: ModelName
     rejected_model: ModelName
     seed: int | None = None
 
-    @field_validator("prompt")
-    @classmethod
-    def _alternates(cls, prompt: list[Message]) -> list[Message]:
-        if not takes_turns([message.role for message in prompt], last="user"):
-            raise ValueError("wanted [system,] user, assistant, … ending with user")
-        return prompt
-
     @model_validator(mode="after")
     def _differ(self) -> VoteRequest:
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text")
         return self
+
+
+class ThumbRequest(Body):
+    """A thumb on one answer; stored as a record that scripts.train_kto reads."""
+
+    prompt: Conversation
+    completion: Text
+    label: bool = Field(description="true for a thumb up, false for a thumb down.")
+    model: ModelName
+    seed: int | None = None
+
+
+class QueueVoteRequest(Body):
+    """What a person says of the samples of one prompt of the queue."""
+
+    key: Text = Field(description="The prompt, by the key under which /v1/queue gave it.")
+    adapter: Text = Field(description="The sha256 that /v1/queue gave.")
+    samples: Annotated[list[Text], Field(min_length=1, max_length=64)] = Field(description="The samples, as given.")
+    outcome: Outcome = Field(description="`undone` takes back an earlier vote on the same samples.")
+    best: int | None = Field(None, description="Number of a sample, from 0, with the outcome `best`.")
+    worst: int | None = Field(None, description="Number of a sample, from 0, with the outcome `best`.")
+    own: str | None = Field(None, description="An answer better than all samples, with the outcome `own`.")
+
+
+class QueueItem(BaseModel):
+    key: str
+    messages: list[PlainMessage]
+    samples: list[str]
+    margin: float
+
+
+class QueueAnswer(BaseModel):
+    """The next prompt, that of the smallest margin between the samples' implicit rewards, and how far the queue is."""
+
+    adapter: str
+    item: QueueItem | None
+    drawing: bool = Field(description="More samples are being drawn; ask again in a second.")
+    ready: int = Field(description="Prompts whose samples are drawn.")
+    votes: int
+    pairs: int
+    left: int
+    held_out: int
+    skipped: dict[str, int]
 
 
 class AdapterRequest(Body):

@@ -22,6 +22,7 @@ from scripts.common.machine import Machine
 from scripts.common.schema import Config
 from scripts.common.stages import BASE
 from scripts.dataset.chat_format import ChatFormat
+from scripts.dataset.records import Message, with_system_prompt
 from scripts.dataset.rendering import render_completion, render_prompt
 from serve.errors import ServingError
 from serve.examples import held_out_prompts
@@ -69,6 +70,7 @@ class Service:
         self.started = int(time.time())
         serve = config.serve
         self.votes = VotesFile(Path(serve.votes_path), self.metrics) if serve.votes_path else None
+        self.thumbs = VotesFile(Path(serve.thumbs_path), self.metrics) if serve.thumbs_path else None
         self.models = load_models(config, machine)
         self.context = context_limit(self.models.shape, serve.max_context_tokens)
         if self.context < serve.max_context_tokens:
@@ -216,21 +218,24 @@ class Service:
             self._submit(jobs, seats)
         return jobs
 
-    async def begin_scoring(self, client: str, models: Sequence[Served], prompt: str, answer: str) -> list[Job]:
+    async def begin_scoring(
+        self, client: str, models: Sequence[Served], asked: Sequence[Message], answer: str
+    ) -> list[Job]:
         """Start one job for each model that measures the answer's probability, all on the tokens of the first."""
         arrival, scored = time.monotonic(), 0
         self._refuse_while_draining()
 
         def render(chat: ChatFormat) -> list[int]:
             nonlocal scored
-            messages = chat.user_turn(prompt)
+            messages = with_system_prompt(asked, chat.system_prompt)
             prompt_ids = render_prompt(chat, messages)
             answer_ids = render_completion(chat, messages, prompt_ids, answer)
             scored = len(answer_ids)
             return prompt_ids + answer_ids
 
         with self._seats(client, [model.adapter for model in models]) as seats:
-            ids = await self._tokens(Prompt(models[0], render, len(prompt) + len(answer)), "prompt")
+            characters = sum(len(message["content"]) for message in asked) + len(answer)
+            ids = await self._tokens(Prompt(models[0], render, characters), "prompt")
             if len(ids) > self.context:
                 message = f"prompt and answer have {len(ids)} tokens; the context is {self.context} tokens"
                 raise ServingError(422, "context_length_exceeded", message, "prompt")

@@ -1,4 +1,4 @@
-"""The file of votes: what people prefer, as records that train_dpo reads."""
+"""The files of what people say: votes, thumbs, and votes on samples, one record a line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_VOTES_BYTES = 64 * 2**20
 
 
 class VotesFile:
-    """Append preference records to a JSONL file that only its owner may read."""
+    """Append records to a JSONL file that only its owner may read."""
 
     def __init__(self, path: Path, metrics: Metrics) -> None:
         self.path, self.metrics = path, metrics

@@ -121,6 +121,11 @@ def contradictions(values: Config, origins: dict[str, str], path: str) -> Iterat
             where = origins.get(second) or origins.get(first) or path
             found = attrgetter(second)(values)
             yield f"{where}: {second}: found {found}, wanted a folder apart from that of {first}: one would replace the other"
+    files = {key: getattr(values.serve, key) for key in ("votes_path", "thumbs_path", "queue_votes_path")}
+    for (first, one), (second, other) in combinations(files.items(), 2):
+        if one and other and os.path.abspath(one) == os.path.abspath(other):
+            where = origins.get(f"serve.{second}") or origins.get(f"serve.{first}") or path
+            yield f"{where}: serve.{second}: found {other}, wanted another file than serve.{first}: their records differ"
     for key, problem in question_problems(values):
         yield f"{next((origins[k] for k in parents_of(key) if k in origins), path)}: {key}: {problem}"
 

@@ -505,7 +505,7 @@ class Deid(Section):
     safe_fields: list[str] = Field(
         default_factory=lambda: [
             "id", "_id", "template_id", "role", "label", "labels", "category", "intent", "rule", "split", "source",
-            "language", "lang",
+            "language", "lang", "adapter_sha256",
         ],
         description="Field names whose values stay, at any depth, when `fields` is null; e-mails, numbers, names or secrets there hold the record back.",
     )  # fmt: skip
@@ -566,6 +566,18 @@ class Serve(Section):
     votes_path: OutputPath | None = Field(
         None,
         description="JSONL file to which the playground appends votes as preference records; null turns votes off.",
+    )
+    thumbs_path: OutputPath | None = Field(
+        None,
+        description="JSONL file to which thumbs up and down on single answers are appended, as scripts.train_kto reads them; null turns thumbs off.",
+    )
+    queue_path: str | None = Field(
+        None,
+        description="File of prompts for the page of votes, on samples of `adapter_path`'s adapter as the section `pairs` says; prompts of the validation and test sides are left out. null turns the page off.",
+    )
+    queue_votes_path: OutputPath = Field(
+        "outputs/votes.jsonl",
+        description="File of that page's votes, for `scripts.make_pairs --by votes`; one for each adapter.",
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rapidfuzz.distance import Indel
 
@@ -13,7 +14,9 @@ from scripts.common.schema import Pairs
 from scripts.dataset.chat_format import ChatFormat, UnfitRow
 from scripts.dataset.records import Message, Preference, with_system_prompt
 from scripts.dataset.rendering import RenderedPair, render_and_check
-from scripts.pairs.sampling import Sample
+
+if TYPE_CHECKING:
+    from scripts.pairs.sampling import Sample
 
 # Pairs whose answers hardly differ make DPO lower the likelihood of both (Razin et al. 2024, arXiv:2410.08847). Their
 # measure of likeness needs the model's hidden states; on texts, letters that would have to be changed come close.

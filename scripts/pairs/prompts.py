@@ -5,11 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scripts.common.artifacts import sha256_json
 from scripts.common.errors import UserError
-from scripts.common.schema import Config
-from scripts.dataset.records import DatasetFile, Message, Record, load_datasets, parse_record
+from scripts.common.schema import Config, Data
+from scripts.dataset.columns import PAIR, find_layout
+from scripts.dataset.records import (
+    DatasetFile,
+    Message,
+    Preference,
+    Record,
+    load_datasets,
+    parse_preference,
+    parse_record,
+)
 from scripts.dataset.split import side_of
 
 
@@ -24,23 +34,24 @@ class Prompt:
     seed: int
 
 
-def read_prompts(config: Config) -> tuple[list[DatasetFile], list[Prompt]]:
-    """Read the SFT data and return its different prompts of the training side, in the order of the data.
+def read_prompts(config: Config, queue: str | None = None) -> tuple[list[DatasetFile], list[Prompt]]:
+    """Read the SFT data, or a file of the server's queue, and return its different prompts of the training side in order.
 
     `pairs.max_prompts` draws some by their own hash. They come without the configured system message: an adapter answers
     with the one that it was trained with.
     Raises: UserError when no prompt is on the training side.
     """
     data = config.data.model_copy(update={"system_prompt": None})
-    files = load_datasets(config.sft.dataset_path, parse_record, data, "sft.dataset_path")
-    found: dict[str, Record] = {}
+    key = "serve.queue_path" if queue else "sft.dataset_path"
+    files = load_datasets(queue or config.sft.dataset_path, parse_prompt if queue else parse_record, data, key)
+    found: dict[str, Record | Preference] = {}
     for file in files:
         for record in file.records:
             if side_of(record, data) == "train":
                 found.setdefault(sha256_json(record.prompt), record)
     if not found:
         raise UserError(
-            f"sft.dataset_path: none of its prompts is on the training side (data.validation_ratio: "
+            f"{key}: none of its prompts is on the training side (data.validation_ratio: "
             f"{data.validation_ratio:g}, data.test_ratio: {data.test_ratio:g}), and others are never sampled. Lower these."
         )
     drawn = sorted(found, key=lambda key: sha256_json([config.seed, key]))[: config.pairs.max_prompts]
@@ -50,6 +61,14 @@ def read_prompts(config: Config) -> tuple[list[DatasetFile], list[Prompt]]:
         for key, record in found.items()
         if key in kept
     ]
+
+
+def parse_prompt(row: dict[str, Any], where: str, data: Data) -> Record | Preference:
+    """Map a row of any layout, or one of a prompt alone, to a record whose prompt is asked."""
+    layout = find_layout(row)
+    if layout is None:
+        return parse_record({**row, "completion" if "prompt" in row else "output": "-"}, where, data)
+    return parse_preference(row, where, data) if layout.name == PAIR else parse_record(row, where, data)
 
 
 def seed_of(seed: int, prompt: str) -> int:

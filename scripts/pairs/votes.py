@@ -89,13 +89,14 @@ class Vote(BaseModel):
         return [Candidate(a, b, "person") for a, b in told_apart]
 
 
-def read_votes(path: Path, adapter: str, folder: str) -> list[tuple[str, Vote]]:
+def read_votes(path: Path, adapter: str, folder: str, key: str = "--votes") -> list[tuple[str, Vote]]:
     """Read the votes on the answers of one adapter, by its sha256, each with its place; only the last on each question.
 
+    `key` is what named the file.
     Raises: UserError when a line is no vote, when votes are on another adapter's answers, or when there is none.
     """
     if not path.is_file():
-        raise UserError(f"--votes {path}: no such file.{did_you_mean(path)}")
+        raise UserError(f"{key} {path}: no such file.{did_you_mean(path)}")
     bad: list[str] = []
     votes: dict[str, tuple[str, Vote]] = {}
     others: Counter[str] = Counter()
@@ -123,12 +124,13 @@ def read_votes(path: Path, adapter: str, folder: str) -> list[tuple[str, Vote]]:
         )
     if others:
         named = ", ".join(f"{count} of {sha256[:12]}…" for sha256, count in others.most_common())
+        fix = "Name the adapter that was asked with --from, and keep a file for each."
         raise UserError(
-            f"--votes {path}: holds votes on answers of another adapter ({named}) than {folder} ({adapter[:12]}…). Name "
-            "the adapter that was asked with --from, and keep a file for each."
+            f"{key} {path}: holds votes on answers of another adapter ({named}) than {folder} ({adapter[:12]}…). "
+            f"{fix if key == '--votes' else 'Name another file: each adapter has its own.'}"
         )
     if not votes:
-        raise UserError(f"--votes {path}: the file holds no vote. Vote first, then run this again.")
+        raise UserError(f"{key} {path}: the file holds no vote. Vote first, then run this again.")
     return list(votes.values())
 
 

@@ -5,12 +5,14 @@ import { markdown } from "./markdown.js";
 
 const byId = (id) => document.getElementById(id);
 const SHOWN_AT_FIRST = 3;
+const MOST_SAMPLES = 4; // panes of one model
 const SETTINGS = ["temperature", "top-p", "max-tokens", "seed", "system"];
 const SWITCHES = ["blind", "differences", "markdown"];
 let panes = []; // those that are shown, in their order
 let names = []; // of all models
 let votes = false;
-let voted = true;
+let thumbs = false;
+let revealed = true; // until a blind conversation begins; from its vote on the names stay known
 let examples = [];
 
 class Pane {
@@ -21,6 +23,8 @@ class Pane {
     this.messages = []; // the conversation so far, without the system prompt
     this.sent = null; // the last request, as it was really sent
     this.told = ""; // what is said about the last answer
+    this.speed = ""; // and how fast it came
+    this.sample = 0; // its number among the panes of the model, which makes its seed
     this.failed = "";
     this.repeats = 0; // how often the last question was asked again
     this.running = null;
@@ -30,21 +34,38 @@ class Pane {
     this.part(".curl").addEventListener("click", () => copy(this.asCurl()));
     this.part(".python").addEventListener("click", () => copy(this.asPython()));
     this.part(".best").addEventListener("click", () => vote(this));
+    this.part(".up").addEventListener("click", () => giveThumb(this, true));
+    this.part(".down").addEventListener("click", () => giveThumb(this, false));
+    this.part(".another").addEventListener("click", () => addPane(this.model));
+    this.part(".close").addEventListener("click", () => removePanes((pane) => pane === this));
   }
 
   get answer() { return this.messages.at(-1)?.role === "assistant" ? this.messages.at(-1).content : null; }
 
-  // What the pane says about itself; in blind mode it does not say which model it is until the vote.
+  // What the pane says about itself; in blind mode neither which model it is nor how fast, until the names are known.
   show() {
-    const hidden = byId("blind").checked && !voted, idle = !this.running;
-    this.part("h2").textContent = hidden ? `Model ${String.fromCharCode(65 + panes.indexOf(this))}` : this.model;
-    this.part(".speed").textContent = this.told;
+    const hidden = isBlind(), idle = !this.running, many = samplesOf(this.model).length;
+    const name = many > 1 ? `${this.model} · sample ${this.sample + 1}` : this.model;
+    this.part("h2").textContent = hidden ? this.letter : name;
+    this.part(".speed").textContent = hidden ? this.told : [this.speed, this.told].filter(Boolean).join(" · ");
+    const given = this.messages.at(-1)?.thumb;
+    this.part(".thumbs").hidden = !thumbs || !idle || !this.answer || this.failed !== "";
+    for (const [name, label] of [["up", true], ["down", false]]) {
+      this.part(`.${name}`).classList.toggle("given", given === label);
+      this.part(`.${name}`).disabled = given !== undefined;
+    }
+    this.part(".another").hidden = hidden;
+    this.part(".another").disabled = busy() || many >= MOST_SAMPLES;
+    this.part(".close").hidden = hidden || many < 2;
+    this.part(".close").disabled = busy();
     this.part(".stop").hidden = idle;
     this.part(".regenerate").disabled = !idle || !this.messages.length;
     this.part(".fork").disabled = !idle || !this.messages.length;
     this.part(".curl").disabled = this.part(".python").disabled = !this.sent || hidden;
     this.part(".best").hidden = !(hidden && votes && canVote());
   }
+
+  get letter() { return `Model ${String.fromCharCode(65 + panes.indexOf(this))}`; }
 
   redraw() {
     const turns = this.part(".turns");
@@ -80,11 +101,11 @@ class Pane {
     const system = byId("system").value.trim();
     return {
       model: this.model,
-      messages: system ? [{ role: "system", content: system }, ...this.messages] : [...this.messages],
+      messages: system ? [{ role: "system", content: system }, ...plain(this.messages)] : plain(this.messages),
       temperature: byId("temperature").valueAsNumber,
       top_p: byId("top-p").valueAsNumber,
       max_tokens: byId("max-tokens").valueAsNumber,
-      seed: byId("seed").valueAsNumber + this.repeats,
+      seed: byId("seed").valueAsNumber + this.sample + MOST_SAMPLES * this.repeats,
       stream: true,
       stream_options: { include_usage: true },
     };
@@ -92,7 +113,7 @@ class Pane {
 
   async ask() {
     this.sent = this.request();
-    this.failed = this.told = "";
+    this.failed = this.told = this.speed = "";
     const message = { role: "assistant", content: "" };
     this.messages.push(message); // at once, so that a reload keeps what has come
     this.running = new AbortController();
@@ -127,9 +148,10 @@ class Pane {
     this.running = null;
     if (!message.content && (this.failed || reason === "stopped")) this.messages.pop();
     const seconds = (performance.now() - first) / 1000;
-    this.told = !first ? reason : usage && usage.completion_tokens > 1
-      ? `${usage.completion_tokens} tokens · first ${((first - started) / 1000).toFixed(2)} s · ${((usage.completion_tokens - 1) / seconds).toFixed(1)}/s · ${reason}`
-      : reason;
+    this.told = reason;
+    this.speed = first && usage?.completion_tokens > 1
+      ? `${usage.completion_tokens} tokens · first ${((first - started) / 1000).toFixed(2)} s · ${((usage.completion_tokens - 1) / seconds).toFixed(1)}/s`
+      : "";
   }
 
   stop() { this.running?.abort(); }
@@ -200,6 +222,10 @@ function headers() {
 
 const say = (text) => { byId("status").textContent = text; };
 const busy = () => panes.some((pane) => pane.running);
+const isBlind = () => byId("blind").checked && !revealed;
+const begun = () => panes.some((pane) => pane.messages.length);
+const samplesOf = (model) => panes.filter((pane) => pane.model === model);
+const plain = (messages) => messages.map(({ role, content }) => ({ role, content })); // as the server takes them
 
 function showAll() {
   for (const pane of panes) pane.show();
@@ -208,8 +234,11 @@ function showAll() {
   byId("stop-all").hidden = !busy();
   byId("again").disabled = busy() || !panes.some((pane) => pane.messages.length);
   byId("examples").hidden = !examples.length || panes.some((pane) => pane.messages.length);
-  const secret = byId("blind").checked && !voted;
-  for (const box of byId("models").querySelectorAll("input")) box.disabled = busy() || secret || (box.checked && panes.length === 1);
+  const secret = isBlind();
+  byId("verdicts").hidden = !secret;
+  byId("reveal").disabled = busy();
+  byId("tie").disabled = byId("all-bad").disabled = !secret || !canVote();
+  for (const box of byId("models").querySelectorAll("input")) box.disabled = busy() || secret || (box.checked && samplesOf(box.value).length === panes.length);
 }
 
 const redrawAll = () => {
@@ -219,32 +248,29 @@ const redrawAll = () => {
 
 // A preference needs one question and different answers: the panes agree on all but their last turn.
 function canVote() {
-  const asked = panes.map((pane) => JSON.stringify(pane.messages.slice(0, -1)));
+  const asked = panes.map((pane) => JSON.stringify(plain(pane.messages.slice(0, -1))));
   const answers = new Set(panes.map((pane) => pane.answer));
   return !busy() && answers.size > 1 && !answers.has(null) && asked.every((one) => one === asked[0]);
 }
 
 async function answering(some) {
-  voted = voted && !byId("blind").checked;
   say("Answering…");
   const answers = some.map((pane) => pane.ask().finally(() => { pane.redraw(); showAll(); save(); }));
   showAll();
   await Promise.all(answers);
   redrawAll(); // differences are shown once nothing changes any more
-  say(byId("blind").checked && votes && canVote() ? "Which answer is best?" : "Done.");
-}
-
-function answerAll() {
-  if (byId("blind").checked) {
-    shuffle();
-    voted = false;
-  }
-  answering(panes);
+  const alike = byId("temperature").valueAsNumber === 0 && panes.some((pane) => pane.sample > 0);
+  say(isBlind() && votes && canVote() ? "Which answer is best?"
+    : alike ? "Done. At temperature 0 all samples of one model are the same: raise it in Settings." : "Done.");
 }
 
 function send() {
   const prompt = byId("prompt");
   if (busy() || !byId("composer").reportValidity()) return;
+  if (byId("blind").checked && !begun()) { // inside a conversation no model changes its place
+    shuffle();
+    revealed = false;
+  }
   for (const pane of panes) {
     // A question that got no answer is asked again.
     if (pane.messages.at(-1)?.role === "user") pane.messages.pop();
@@ -252,18 +278,18 @@ function send() {
     pane.repeats = 0;
   }
   prompt.value = "";
-  answerAll();
+  answering(panes);
 }
 
 function again() {
   for (const pane of panes) pane.forgetAnswer();
-  answerAll();
+  answering(panes);
 }
 
 function continueFrom(source) {
   for (const pane of panes) {
     pane.messages = source.messages.map((message) => ({ ...message }));
-    pane.failed = pane.told = "";
+    pane.failed = pane.told = pane.speed = "";
   }
   redrawAll();
   save();
@@ -282,7 +308,7 @@ function shuffle() {
 // The best answer is preferred to each of the others: one preference record for each.
 async function vote(best) {
   const system = byId("system").value.trim();
-  const asked = best.messages.slice(0, -1);
+  const asked = plain(best.messages.slice(0, -1));
   let kept = 0;
   for (const other of panes.filter((pane) => pane.answer !== best.answer)) {
     const record = {
@@ -298,9 +324,44 @@ async function vote(best) {
     }
     kept += 1;
   }
-  voted = true;
-  showAll();
-  say(`You chose ${best.model}; ${kept} preference records kept.`);
+  reveal(`You chose ${best.model}; ${kept} preference records kept.`);
+}
+
+// From here on the names are known, so the rest of the conversation is not blind any more.
+function reveal(text) {
+  revealed = true;
+  redrawAll();
+  save();
+  say(text);
+}
+
+// A tie and answers that are all bad make no preference; bad answers get a thumb down where thumbs are kept.
+async function allBad() {
+  for (const pane of thumbs ? panes : []) {
+    if (pane.messages.at(-1).thumb === undefined && !(await giveThumb(pane, false))) return;
+  }
+  reveal(thumbs ? `All bad: ${panes.length} thumbs down, no preference record.` : "All bad: no preference record.");
+}
+
+async function giveThumb(pane, label) {
+  const message = pane.messages.at(-1), system = byId("system").value.trim(), asked = plain(pane.messages.slice(0, -1));
+  const record = {
+    prompt: system ? [{ role: "system", content: system }, ...asked] : asked,
+    completion: message.content, label, model: pane.model, seed: pane.sent?.seed ?? null,
+  };
+  message.thumb = label; // at once, so that a second click gives no second record
+  pane.show();
+  const response = await fetch("v1/thumbs", { method: "POST", headers: headers(), body: JSON.stringify(record) }).catch((error) => error);
+  if (response.ok) {
+    say(`Thumb ${label ? "up" : "down"} kept.`);
+  } else {
+    delete message.thumb;
+    const body = await response.json?.().catch(() => null);
+    say(`The thumb was not kept: ${body?.error?.message ?? response.message ?? response.status}`);
+  }
+  pane.show();
+  save();
+  return response.ok;
 }
 
 async function copy(text) {
@@ -317,9 +378,10 @@ async function copy(text) {
 function save() {
   const settings = Object.fromEntries(SETTINGS.map((id) => [id, byId(id).value]));
   const switches = Object.fromEntries(SWITCHES.map((id) => [id, byId(id).checked]));
-  const kept = panes.map(({ model, messages, sent, told, failed, repeats }) => ({ model, messages, sent, told, failed, repeats }));
+  const kept = panes.map(({ model, sample, messages, sent, told, speed, failed, repeats }) =>
+    ({ model, sample, messages, sent, told, speed, failed, repeats }));
   try {
-    localStorage.setItem("playground", JSON.stringify({ settings, switches, panes: kept, voted, draft: byId("prompt").value }));
+    localStorage.setItem("playground", JSON.stringify({ settings, switches, panes: kept, revealed, draft: byId("prompt").value }));
   } catch {
     say("Your browser's storage is full: a reload will lose this conversation.");
   }
@@ -333,17 +395,21 @@ function saved() {
   }
 }
 
-function toggle(name, shown) {
-  if (shown) {
-    const pane = new Pane(name);
-    // A pane that joins continues the conversation from the last question that all were asked.
-    pane.messages = (panes[0]?.messages ?? []).map((message) => ({ ...message }));
-    if (pane.answer !== null) pane.messages.pop();
-    panes.push(pane);
-    byId("panes").append(pane.root);
-  } else {
-    panes = panes.filter((pane) => pane.model !== name || (pane.root.remove(), false));
-  }
+function addPane(model) {
+  const pane = new Pane(model), others = samplesOf(model);
+  pane.sample = [...Array(MOST_SAMPLES).keys()].find((number) => others.every((other) => other.sample !== number));
+  // A pane that joins continues the conversation from the last question that all were asked.
+  pane.messages = plain((others[0] ?? panes[0])?.messages ?? []);
+  if (pane.answer !== null) pane.messages.pop();
+  panes.splice(others.length ? panes.indexOf(others.at(-1)) + 1 : panes.length, 0, pane);
+  byId("panes").append(...panes.map((one) => one.root));
+  redrawAll();
+  save();
+  if (others.length && pane.messages.at(-1)?.role === "user") answering([pane]);
+}
+
+function removePanes(which) {
+  panes = panes.filter((pane) => !which(pane) || (pane.root.remove(), false));
   redrawAll();
   save();
 }
@@ -365,6 +431,8 @@ async function start() {
     return;
   }
   votes = body.votes;
+  thumbs = body.thumbs;
+  byId("to-votes").hidden = !body.queue;
   names = body.data.map((model) => model.id);
   const before = (saved().panes ?? []).filter((pane) => names.includes(pane.model));
   const shown = before.length ? before : names.slice(0, SHOWN_AT_FIRST).map((model) => ({ model }));
@@ -373,8 +441,9 @@ async function start() {
   for (const name of names) {
     const label = document.createElement("label"), box = document.createElement("input");
     box.type = "checkbox";
+    box.value = name;
     box.checked = panes.some((pane) => pane.model === name);
-    box.addEventListener("change", () => toggle(name, box.checked));
+    box.addEventListener("change", () => box.checked ? addPane(name) : removePanes((pane) => pane.model === name));
     label.append(box, name);
     byId("models").append(label);
   }
@@ -391,7 +460,7 @@ async function start() {
 }
 
 const { settings = {}, switches = {}, draft = "" } = saved();
-voted = saved().voted ?? true;
+revealed = saved().revealed ?? true;
 for (const id of SETTINGS) if (id in settings) byId(id).value = settings[id];
 for (const id of SWITCHES) if (id in switches) byId(id).checked = switches[id];
 byId("prompt").value = draft;
@@ -404,12 +473,20 @@ byId("composer").addEventListener("submit", (event) => { event.preventDefault();
 byId("stop-all").addEventListener("click", () => panes.forEach((pane) => pane.stop()));
 byId("again").addEventListener("click", again);
 byId("clear").addEventListener("click", () => {
-  for (const pane of panes) Object.assign(pane, { messages: [], sent: null, told: "", failed: "" });
-  voted = true;
+  for (const pane of panes) Object.assign(pane, { messages: [], sent: null, told: "", speed: "", failed: "", repeats: 0 });
+  revealed = true;
   redrawAll();
   save();
 });
-byId("blind").addEventListener("change", () => { voted = true; showAll(); save(); });
+byId("blind").addEventListener("change", () => {
+  revealed = true;
+  showAll();
+  save();
+  if (byId("blind").checked && begun()) say("The names of this conversation are known. Clear begins a blind one.");
+});
+byId("tie").addEventListener("click", () => reveal("A tie: no preference record."));
+byId("all-bad").addEventListener("click", allBad);
+byId("reveal").addEventListener("click", () => reveal("These are the models."));
 for (const id of ["differences", "markdown"]) byId(id).addEventListener("change", () => { redrawAll(); save(); });
 addEventListener("pagehide", save);
 byId("prompt").addEventListener("change", save);

@@ -124,6 +124,12 @@ def test_password_in_a_url_is_refused_at_any_depth_without_being_shown(config_fi
     assert refusal(path) == f"{HEADING}{path}:4: sft.dataset_path.1.path: {PASSWORD}"
 
 
+def test_files_of_what_people_say_are_three(config_file) -> None:
+    path = config_file("serve: {votes_path: runs/said.jsonl, thumbs_path: ./runs/said.jsonl}\n")
+
+    assert "serve.thumbs_path: found ./runs/said.jsonl, wanted another file than serve.votes_path" in refusal(path)
+
+
 def test_url_without_a_password_is_taken(config_file) -> None:
     path = config_file("tracking:\n  mlflow_tracking_uri: http://me@host:5000/a:b@c\n")
 

@@ -307,7 +307,7 @@ def test_personal_data_in_a_safe_field_holds_the_record_back(scrub, field, value
      "Apple Pay", "card_arrival", "Wikipedia", "7c4a8d09ca3762af61e59520943dc26494f8941b", "en"],
 )  # fmt: skip
 def test_ids_and_labels_in_safe_fields_keep_their_value(scrub, value):
-    rows = [{name: value, "text": "All is well."} for name in ("id", "source", "category")]
+    rows = [{name: value, "text": "All is well."} for name in ("id", "source", "category", "adapter_sha256")]
     assert [outcome.row for outcome in scrub(*rows)] == rows
 
 

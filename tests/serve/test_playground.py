@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
+from tests.support.browser import GEOMETRY, needs_browser, picture, running_browser, wait
 from tests.support.serving import Running, running_server, save_teachable_model, teach
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs Debian's chromium and chromium-driver",
-)
+pytestmark = needs_browser
 
 QUESTION = "Who are you?"
 SFT_ANSWER = "I am the SFT model."
@@ -35,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     dpo = teach(folder / "dpo", base, EVIL_ANSWER, (QUESTION,), "dpo")
     serve = {
         "adapter_path": str(dpo), "adapters": {"sft": str(sft)}, "votes_path": str(folder / "votes.jsonl"),
-        "max_context_tokens": 512,
+        "thumbs_path": str(folder / "thumbs.jsonl"), "max_context_tokens": 512,
     }  # fmt: skip
     config = folder / "config.yaml"
     config.write_text(
@@ -47,20 +43,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", "--window-size=1280,900",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with running_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 def open_page(browser, server: Running, panes: int = 3) -> None:
@@ -79,12 +63,6 @@ def page(browser, server: Running):
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(None, seconds, 0.05).until(lambda _: condition())
-
-
 def send(page, text: str) -> None:
     page.find_element("id", "prompt").send_keys(text)
     page.find_element("id", "send").click()
@@ -96,12 +74,6 @@ def answers(page) -> list[str]:
 
 def done(page) -> None:
     wait(lambda: page.find_element("id", "again").is_enabled() and page.find_element("id", "send").is_displayed())
-
-
-def picture(page, name: str) -> None:
-    """Keep a screenshot where SCREENSHOTS names a folder, for a person to look at."""
-    if "SCREENSHOTS" in os.environ:
-        page.save_screenshot(str(Path(os.environ["SCREENSHOTS"]) / name))
 
 
 def test_three_models_answer_and_an_answer_stays_text(page):
@@ -150,6 +122,100 @@ def test_blind_votes_become_preference_records(page, server, tmp_path):
     assert records[0]["prompt"] == [{"role": "user", "content": QUESTION}]
 
 
+def titles(page) -> list[str]:
+    return [title.text for title in page.find_elements("css selector", ".pane h2")]
+
+
+def names_behind(page) -> list[str]:
+    """Return which model each pane really asks, as the next reload would read it."""
+    page.execute_script("dispatchEvent(new Event('pagehide'))")
+    return [pane["model"] for pane in json.loads(page.execute_script("return localStorage.playground"))["panes"]]
+
+
+def test_a_blind_conversation_keeps_its_models_in_their_places_and_hides_speed(page):
+    page.execute_script("document.getElementById('max-tokens').value = 16")
+    page.find_element("id", "blind").click()
+    for turn in range(4):
+        send(page, f"{QUESTION} {turn}")
+        done(page)
+        if turn == 0:
+            order = names_behind(page)
+        assert names_behind(page) == order
+        page.find_element("id", "again").click()
+        done(page)
+        assert names_behind(page) == order
+        assert titles(page) == ["Model A", "Model B", "Model C"]
+        assert not any(re.search(r"\d", item.text) for item in page.find_elements("css selector", ".speed"))
+    page.find_element("id", "reveal").click()
+    assert titles(page) == order
+    assert all("tokens" in item.text for item in page.find_elements("css selector", ".speed"))
+    send(page, QUESTION)
+    done(page)
+    assert titles(page) == order, "what is known stays known"
+    assert not page.find_element("id", "verdicts").is_displayed()
+
+
+def test_a_tie_keeps_no_record_and_all_bad_gives_thumbs_down(page, server):
+    serve = yaml.safe_load(server.config.read_text())["serve"]
+    before = Path(serve["votes_path"]).read_text() if Path(serve["votes_path"]).exists() else ""
+    page.find_element("id", "blind").click()
+    send(page, QUESTION)
+    done(page)
+    picture(page, "playground-blind.png")
+    page.find_element("id", "tie").click()
+    wait(lambda: "A tie" in page.find_element("id", "status").text)
+    assert set(titles(page)) == {"base", "sft", "dpo"}
+    page.find_element("id", "clear").click()
+    send(page, QUESTION)
+    done(page)
+    assert titles(page) == ["Model A", "Model B", "Model C"]
+    page.find_element("id", "all-bad").click()
+    wait(lambda: "3 thumbs down" in page.find_element("id", "status").text)
+    assert before == (Path(serve["votes_path"]).read_text() if Path(serve["votes_path"]).exists() else "")
+    records = [json.loads(line) for line in Path(serve["thumbs_path"]).read_text(encoding="utf-8").splitlines()][-3:]
+    assert [record["label"] for record in records] == [False] * 3
+    assert {record["model"] for record in records} == {"base", "sft", "dpo"}
+
+
+def test_a_thumb_is_kept_once_and_a_reload_knows_it(page, server):
+    path = Path(yaml.safe_load(server.config.read_text())["serve"]["thumbs_path"])
+    before = path.read_text().count("\n") if path.exists() else 0
+    page.execute_script("document.getElementById('max-tokens').value = 16")
+    send(page, QUESTION)
+    done(page)
+    page.find_elements("css selector", ".up")[1].click()
+    wait(lambda: "Thumb up kept." in page.find_element("id", "status").text)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == before + 1
+    record = json.loads(lines[-1])
+    assert (record["completion"], record["label"], record["model"]) == (SFT_ANSWER, True, "sft")
+    page.refresh()
+    wait(lambda: len(page.find_elements("css selector", ".pane")) == 3)
+    assert not page.find_elements("css selector", ".up")[1].is_enabled()
+    assert page.find_elements("css selector", ".up")[0].is_enabled()
+    send(page, QUESTION)  # what a thumb adds to a message is not sent
+    done(page)
+    assert page.find_elements("css selector", ".turns .error") == []
+
+
+def test_panes_of_one_model_sample_with_seeds_of_their_own(page):
+    page.execute_script("document.getElementById('temperature').value = 1")
+    page.find_elements("css selector", ".another")[0].click()
+    wait(lambda: len(page.find_elements("css selector", ".pane")) == 4)
+    assert titles(page)[:2] == ["base · sample 1", "base · sample 2"]
+    send(page, QUESTION)
+    done(page)
+    page.find_elements("css selector", ".regenerate")[0].click()
+    done(page)
+    first, second, *_ = answers(page)
+    page.execute_script("dispatchEvent(new Event('pagehide'))")
+    panes = json.loads(page.execute_script("return localStorage.playground"))["panes"]
+    assert [pane["sent"]["seed"] for pane in panes] == [4, 1, 0, 0]
+    assert first != second
+    page.find_elements("css selector", ".close")[1].click()
+    wait(lambda: titles(page) == ["base", "sft", "dpo"])
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844), (360, 640)])
 def test_no_field_covers_another_and_the_message_field_stays_in_reach(page, width, height):
     page.execute_cdp_cmd(
@@ -169,23 +235,6 @@ def test_no_field_covers_another_and_the_message_field_stays_in_reach(page, widt
     picture(page, f"playground-{width}.png")
     page.find_element("css selector", "summary").click()
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-# All pairs of fields, buttons and labels that cover each other, among those that are seen.
-GEOMETRY = """
-const seen = [...document.querySelectorAll("button, textarea, input, summary, h2, .speed")]
-  .filter((one) => one.checkVisibility() && one.getBoundingClientRect().width > 1)
-  .map((one) => [one.id || one.className || one.textContent, one.getBoundingClientRect()]);
-const overlaps = [];
-for (const [i, [name, a]] of seen.entries()) for (const [other, b] of seen.slice(i + 1)) {
-  const x = Math.min(a.right, b.right) - Math.max(a.left, b.left), y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-  if (x > 1 && y > 1) overlaps.push([name, other]);
-}
-return {
-  overlaps, wide: document.documentElement.scrollWidth,
-  promptBottom: document.getElementById("prompt").getBoundingClientRect().bottom,
-};
-"""
 
 
 def test_nothing_is_lost_on_a_reload(page, server):
@@ -272,7 +321,16 @@ def test_the_page_loads_nothing_from_elsewhere(server):
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
-    for path in ("", "/playground.js", "/markdown.js", "/differences.js", "/playground.css", "/docs", "/docs.css"):
+    for path in (
+        "",
+        "/playground.js",
+        "/markdown.js",
+        "/differences.js",
+        "/playground.css",
+        "/votes",
+        "/docs",
+        "/docs.css",
+    ):
         answer = httpx.get(server.url + path)
         assert answer.status_code == 200
         assert not re.search(r"""(src|href|url|import|fetch)\W{1,3}(https?:)?//""", answer.text), path

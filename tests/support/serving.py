@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -108,8 +109,11 @@ def save_teachable_model(folder: Path) -> Path:
     return folder
 
 
-def teach(folder: Path, base: Path, answer: str, prompts: tuple[str, ...], stage: str = "sft") -> Path:
-    """Save an adapter that gives one known answer to the prompts, so that a mix-up is seen at once."""
+def teach(
+    folder: Path, base: Path, answer: str | tuple[str, ...], prompts: tuple[str, ...], stage: str = "sft"
+) -> Path:
+    """Save an adapter that gives a known answer to the prompts, so that a mix-up is seen at once; or one of several."""
+    answers = (answer,) if isinstance(answer, str) else answer
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -119,13 +123,16 @@ def teach(folder: Path, base: Path, answer: str, prompts: tuple[str, ...], stage
     rows = []
     for prompt in prompts:
         ids = render_prompt(ChatFormat(tokenizer), user_turn(prompt))
-        completion = render_completion(ChatFormat(tokenizer), user_turn(prompt), ids, answer)
-        rows.append((torch.tensor([ids + completion]), torch.tensor([[-100] * len(ids) + completion])))
+        for each in answers:
+            completion = render_completion(ChatFormat(tokenizer), user_turn(prompt), ids, each)
+            rows.append((torch.tensor([ids + completion]), torch.tensor([[-100] * len(ids) + completion])))
+    # Which of several answers comes cannot be learnt, and costs that much per token.
+    floor = math.log(len(answers)) / min(int((labels >= 0).sum()) for _, labels in rows)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for _ in range(400):
         loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in rows) / len(rows)
-        if loss.item() < 0.01:
+        if loss.item() < floor + 0.01 * len(answers):
             break
         optimizer.zero_grad()
         loss.backward()
