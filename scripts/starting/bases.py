@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from scripts.common.paths import ROOT, portable_path
 from scripts.common.schema import Config
 from scripts.model.find import find_local_model
 from scripts.model.memory import parameter_count
+from scripts.starting.asking import Asker
+from scripts.starting.minutes import Speed
 
 CHARACTERS_PER_TOKEN = 3  # of Latin letters, fewer than there are; used where no tokenizer is here
 DEFAULT_PARAMETERS = 1_100_000_000  # of the default base
+LONGEST_SECONDS = 1200  # of an epoch, on the base that is proposed where several are here
 FRAME_TOKENS, TURN_TOKENS = 96, 12  # what a chat template writes around a conversation, and around each message
 
 
@@ -61,6 +64,23 @@ def bases_here() -> list[Base]:
 def default_base() -> Base:
     """Return the base of the configuration's default, which the first run downloads."""
     return Base(Config().base_model_id, None, DEFAULT_PARAMETERS, 2048, 2048, chats=True)
+
+
+def choose_base(count_tokens: Callable[[Base], int], speed: Speed, asker: Asker) -> Base:
+    """Choose among the models that are here: the largest that learns these examples once over in a bearable time.
+
+    One with a chat template is preferred, as only such a model was made to answer.
+    """
+    here = bases_here()
+    here = [base for base in here if base.chats] or here
+    if not here:
+        return default_base()
+    if len(here) == 1:
+        return here[0]
+    bearable = [base for base in here if not speed.flops or speed.training_seconds(base.parameters, count_tokens(base)) <= LONGEST_SECONDS]
+    proposed = bearable[-1] if bearable else here[0]
+    name = asker.choose("which base model?", [base.id for base in here], proposed.id)
+    return next(base for base in here if base.id == name)
 
 
 def _in_folder(folder: Path) -> Iterator[Base]:

@@ -23,13 +23,26 @@ class Speed:
     flops: float  # per second; 0 where nothing is known
     how: str
 
-    def training_minutes(self, parameters: int, tokens: float, read: float = 0) -> float:
+    def training_seconds(self, parameters: int, tokens: float, read: float = 0) -> float:
         """Estimate a run that trains on so many tokens, of all epochs, and reads others without training."""
-        return (START_SECONDS + parameters * (FLOPS_TRAINED * tokens + FLOPS_READ * read) / self.flops) / 60
+        return START_SECONDS + parameters * (FLOPS_TRAINED * tokens + FLOPS_READ * read) / self.flops
 
-    def comparing_minutes(self, parameters: int, prompts: int, answer_tokens: float, models: int) -> float:
-        """Estimate a comparison of so many models."""
-        return (START_SECONDS + WRITTEN_SECONDS * parameters * prompts * answer_tokens * models) / 60
+    def training(self, parameters: int, tokens: float, read: float = 0) -> str:
+        """Say how long a training run takes; nothing where nothing is known."""
+        return in_words(self.training_seconds(parameters, tokens, read)) if self.flops else ""
+
+    def comparing(self, parameters: int, prompts: int, answer_tokens: float, models: int) -> str:
+        """Say how long a comparison of so many models takes."""
+        written = WRITTEN_SECONDS * parameters * prompts * answer_tokens * models
+        return in_words(START_SECONDS + written) if self.flops else ""
+
+
+def in_words(seconds: float) -> str:
+    """Say a duration as an estimate is to be read."""
+    minutes = seconds / 60
+    if minutes > 90:
+        return f"about {minutes / 60:.0f} hours"
+    return f"about {max(1, round(minutes))} minute{'s' * (round(minutes) > 1)}"
 
 
 def measure_speed() -> Speed:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from scripts.common.errors import UserError
 from scripts.common.schema import Data
-from scripts.dataset.records import Record
+from scripts.dataset.records import Preference, Record
 from scripts.dataset.split import Split, split_records
 from scripts.starting.bases import Base
 from scripts.starting.sources import Source
@@ -43,30 +44,51 @@ def choose_sides(sources: Sequence[Source]) -> Data:
     )
 
 
-def choose_split(sources: Sequence[Source], data: Data) -> tuple[Data, Split]:
-    """Split the records of a stage as training will; where a side stays empty, by the first other seed that fills all.
+def split_all(sources: Mapping[str, Sequence[Source]], data: Data) -> tuple[Data, dict[str, Split]]:
+    """Split the records of each stage as training will; where a side stays empty, by the first other seed that fills it.
 
     The side of a prompt is a hash, so ten prompts may leave none for the test.
     """
-    files = [source.file for source in sources]
-    split = split_records(files, data, 0)
-    for seed in range(1, SEEDS_TRIED) if sum(len(file.records) for file in files) < ENOUGH_FOR_A_FIFTH else ():
-        if split.test and split.validation:
+    files = {name: [source.file for source in of_stage] for name, of_stage in sources.items() if of_stage}
+    few = sum(len(file.records) for of_stage in files.values() for file in of_stage) < ENOUGH_FOR_A_FIFTH
+    best: tuple[int, Data, dict[str, Split]] | None = None
+    for seed in range(SEEDS_TRIED if few else 1):
+        drawn = data.model_copy(update={"split_seed": seed})
+        try:
+            splits = {name: split_records(of_stage, drawn, 0) for name, of_stage in files.items()}
+        except UserError:  # no record is left to train on
+            if seed == SEEDS_TRIED - 1 and best is None:
+                raise
+            continue
+        empty = sum(not side for split in splits.values() for side in (split.validation, split.test))
+        if best is None or empty < best[0]:
+            best = (empty, drawn, splits)
+        if not empty:
             break
-        other = data.model_copy(update={"split_seed": seed})
-        tried = split_records(files, other, 0)
-        if bool(tried.test) + bool(tried.validation) > bool(split.test) + bool(split.validation):
-            data, split = other, tried
-    return data, split
+    assert best is not None
+    return best[1], best[2]
 
 
-def choose_rhythm(base: Base, records: int, lengths: Sequence[int], *, preferences: bool = False) -> Rhythm:
+def choose_prompts(splits: Mapping[str, Split]) -> int | None:
+    """Return how many test prompts a comparison should answer; None for all."""
+    tested = sum(len(split.test) for split in splits.values())
+    return MOST_COMPARED if tested > 1.3 * MOST_COMPARED else None
+
+
+def training_tokens(records: Sequence[Record | Preference]) -> Callable[[Base], int]:
+    """Return a function that counts the tokens of records as a base does."""
+    return lambda base: sum(base.count_tokens([conversation_of(record) for record in records]))
+
+
+def choose_rhythm(base: Base, records: Sequence[Record | Preference], train: int, *, preferences: bool = False) -> Rhythm:
     """Choose batch and epochs for a sensible number of optimizer steps on so many training records."""
-    batch = max(2 if preferences else 1, min(LARGEST_BATCH // (1 + preferences), 2 ** int(math.log2(max(1, records / 6)))))
-    per_epoch = math.ceil(records / batch)
+    largest = LARGEST_BATCH // 2 if preferences else LARGEST_BATCH
+    batch = max(2 if preferences else 1, min(largest, 2 ** int(math.log2(max(1, train / 6)))))
+    per_epoch = math.ceil(train / batch)
     epochs = max(1, min(MOST_EPOCHS, math.ceil(WANTED_STEPS / per_epoch)))
     rate = learning_rate_for(base.hidden) / (10 if preferences else 1)
-    return Rhythm(batch, epochs, per_epoch * epochs, rate, round_up(max(lengths, default=1), 64))
+    longest = max(base.count_tokens([conversation_of(record) for record in records]), default=1)
+    return Rhythm(batch, epochs, per_epoch * epochs, rate, round_up(longest, 64))
 
 
 def learning_rate_for(hidden: int) -> float:
@@ -89,7 +111,7 @@ def round_up(number: int, to: int) -> int:
     return math.ceil(number / to) * to
 
 
-def conversation_of(record: Record) -> list[str]:
+def conversation_of(record: Record | Preference) -> list[str]:
     """Return the texts of a record; of a pair, with the longer answer."""
-    messages = [message["content"] for message in record.prompt]
-    return [*messages, max(record.answers, key=len)] if hasattr(record, "chosen") else [*messages, record.answer]
+    last = max(record.answers, key=len) if isinstance(record, Preference) else record.answer
+    return [*(message["content"] for message in record.prompt), last]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from scripts.common.errors import UserError, did_you_mean
 from scripts.common.paths import ROOT, portable_path, resolve
 from scripts.common.schema import Data, RecordField, WeightedDataset
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
-from scripts.dataset.columns import ANSWERS, PAIR, Layout, Row, RowError, describe_missing_layout, find_layout, is_verdict, thumb_of
+from scripts.dataset.columns import ANSWERS, PAIR, Layout, Row, RowError, describe_missing_layout, find_layout, is_verdict, rename, thumb_of
 from scripts.dataset.files import BadRow, read_rows
 from scripts.dataset.records import PARSERS, DatasetFile, describe_reading, load_datasets
 from scripts.starting.asking import Asker, say
@@ -71,6 +71,22 @@ def look_at(names: Sequence[str], asker: Asker, folder: Path, stem: str) -> list
         say(", ".join(str(path) for path in texts))
         sources.append(_from_documents(documents, asker, folder / f"{stem}.jsonl"))
     return sources
+
+
+def better_answers_of(source: Source) -> Source:
+    """Return the better answers of preference pairs as examples for SFT, which starts DPO best (arXiv:2305.18290, section 4).
+
+    Raises: UserError where the pairs do not have their prompt in a column of its own.
+    """
+    mapped = {field: column for column, field in source.dataset.columns.items()}
+    row = next(row for _, row in read_rows(resolve(source.dataset.path)) if not isinstance(row, BadRow))
+    layout = find_layout(rename(row, source.dataset.columns))
+    found = {field: mapped.get(field) or column for field, column in (layout.columns if layout else {}).items()}
+    columns = {found["chosen"]: "completion", found["rejected"]: None}
+    if "prompt" in mapped:
+        columns[mapped["prompt"]] = "prompt"
+    say(f"{source.dataset.path}: SFT first trains the better answers")
+    return _load(resolve(source.dataset.path), columns, SFT)
 
 
 def _find(name: str) -> Path:
@@ -182,7 +198,7 @@ def _ask_for_columns(path: Path, rows: Sequence[Row], asker: Asker) -> Guess:
 
 def describe_columns(columns: dict[str, Any]) -> str:
     """Say what columns are, in words."""
-    return ", ".join(f"{name} → {NAMES.get(field or '', field)}" for name, field in columns.items())
+    return ", ".join(f"{name} → {NAMES.get(field, field) if field else 'not used'}" for name, field in columns.items())
 
 
 def _shorten(value: Any) -> str:
@@ -190,13 +206,13 @@ def _shorten(value: Any) -> str:
     return text[:60] + ("…" if len(text) > 60 else "")
 
 
-def _load(path: Path, columns: dict[str, str], stage: TrainingStage) -> Source:
+def _load(path: Path, columns: Mapping[str, str | None], stage: TrainingStage) -> Source:
     """Read the records as training will, and say what is not used.
 
     Raises: UserError with the reasons where no row can be used.
     """
     written = portable_path(path) if path.resolve().is_relative_to(ROOT) else str(path.resolve())
-    dataset = WeightedDataset(path=written, columns=cast(dict[str, RecordField | None], columns))
+    dataset = WeightedDataset(path=written, columns=cast(dict[str, RecordField | None], dict(columns)))
     key = f"{stage.name}.dataset_path"
 
     def read(data: Data) -> DatasetFile:
