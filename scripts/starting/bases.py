@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError
-from scripts.common.paths import ROOT, portable_path
+from scripts.common.paths import ROOT
 from scripts.common.schema import Config
 from scripts.model.find import find_local_model
 from scripts.model.memory import parameter_count
@@ -85,7 +85,7 @@ def choose_base(count_tokens: Callable[[Base], int], speed: Speed, asker: Asker)
 
 def _in_folder(folder: Path) -> Iterator[Base]:
     for file in sorted(folder.glob("*/config.json")):
-        base = _describe(portable_path(file.parent), file.parent)
+        base = _describe(f"{folder.name}/{file.parent.name}", file.parent)
         if base:
             yield base
 

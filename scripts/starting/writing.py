@@ -87,7 +87,7 @@ def _data_lines(data: Data) -> list[str]:
         f"  test_ratio: {data.test_ratio:g}",
     ]
     if data.split_seed:
-        lines += [*_comment("Chance left a side without records, so the split is drawn another way.", "  "), f"  split_seed: {data.split_seed}"]
+        lines += [*_comment("Which records are held out is drawn by lot; this draw comes closest to the shares above.", "  "), f"  split_seed: {data.split_seed}"]
     if data.merge_turns:
         lines += [*_comment("Consecutive messages of one speaker are joined.", "  "), "  merge_turns: true"]
     if data.on_bad_row == "skip":
@@ -177,6 +177,8 @@ def _eval_lines(proposal: Proposal) -> list[str]:
 
 def _value(value: Any) -> str:
     """Write a value so that YAML reads it as it is."""
+    if isinstance(value, str) and value.isprintable():
+        return "'" + value.replace("'", "''") + "'" if "\\" in value or '"' in value else f'"{value}"'
     return json.dumps(value, ensure_ascii=False)
 
 
