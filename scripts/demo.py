@@ -114,6 +114,7 @@ def measured(outputs: Path, seconds: dict[str, float], flops: float) -> dict[str
         "seconds": {name: round(value) for name, value in seconds.items()},
         "peak_memory_gib": {name: manifest.metrics["peak_memory_gib"] for name, manifest in manifests.items()},
         "verdict": report["verdict"]["text"],
+        "example": shortest_sample(outputs / "comparison"),
         "results": [
             {key: metric[key] for key in ("title", "unit", "n", "models")}
             for metric in report["metrics"]
@@ -121,6 +122,13 @@ def measured(outputs: Path, seconds: dict[str, float], flops: float) -> dict[str
             in ("all_rules", "held_out_loss", "checks_passed", "preference_accuracy", "reward_accuracy")
         ],
     }
+
+
+def shortest_sample(comparison: Path) -> dict[str, str]:
+    """Return the shortest prompt of the comparison and the answers to it: one that no result has chosen."""
+    samples = [json.loads(line) for line in (comparison / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shortest = min(samples, key=lambda sample: (len(sample["prompt"]), sample["source"]))
+    return {"asked": shortest["prompt"], **shortest["answers"]}
 
 
 @entry_point

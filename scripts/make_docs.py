@@ -45,22 +45,10 @@ FAMILIES_FILE = ROOT / "scripts" / "model" / "families.json"  # held by tests/ma
 MAP_FOLDER = ROOT / "scripts"  # where the README with the tree stands
 # The rows of the table of measured stages: title, module, flags, reads, writes.
 MEASURED_STAGES = (
-    ("demo model", "scripts.get_demo_model", "", "package index", "`models/smollm2-135m-instruct`"),
-    ("SFT", "scripts.train_sft", " --config configs/demo.yaml", "`data/sft/sample_sft.jsonl`", "`outputs/sft_adapter`"),
-    (
-        "DPO",
-        "scripts.train_dpo",
-        " --config configs/demo.yaml",
-        "`data/dpo/sample_dpo.jsonl`, the SFT adapter",
-        "`outputs/dpo_adapter`",
-    ),
-    (
-        "comparison",
-        "eval.compare",
-        " --config configs/demo.yaml",
-        "both adapters, held-out data",
-        "`outputs/comparison`",
-    ),
+    ("demo model", "scripts.get_demo_model", "", "`models/smollm2-135m-instruct`"),
+    ("SFT", "scripts.train_sft", " --config configs/demo.yaml", "`outputs/sft_adapter`"),
+    ("DPO", "scripts.train_dpo", " --config configs/demo.yaml", "`outputs/dpo_adapter`"),
+    ("comparison", "eval.compare", " --config configs/demo.yaml", "`outputs/comparison`"),
 )
 
 # What configs/config.yaml states: the keys a reader looks for first.
@@ -285,13 +273,13 @@ def _rows(key: str, field: FieldInfo) -> list[str]:
 def measured_tables() -> str:
     """Render the stages with time and memory, and the demo's result, as one run of `make demo` measured them."""
     run = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
-    lines = ["| stage | command | reads | writes | needs | time | peak memory |", "|---|---|---|---|---|---|---|"]
-    for title, module, flags, reads, writes in MEASURED_STAGES:
+    lines = ["| stage | command | writes | time | peak memory |", "|---|---|---|---|---|"]
+    for title, module, flags, writes in MEASURED_STAGES:
         seconds, gib = run["seconds"].get(module), run["peak_memory_gib"].get(module)
         time = "–" if seconds is None else f"{seconds} s" if seconds < 90 else f"{seconds / 60:.1f} min"
         memory = f"{gib:.1f} GiB" if gib else "–"
         command = f"python -m {module}{flags}"
-        lines.append(f"| {title} | `{command}` | {reads} | {writes} | requirements.txt | {time} | {memory} |")
+        lines.append(f"| {title} | `{command}` | {writes} | {time} | {memory} |")
     total = sum(run["seconds"].values()) / 60
     lines += [
         "",
@@ -304,6 +292,11 @@ def measured_tables() -> str:
         cells = [_with_interval(result["models"].get(name), result["unit"]) for name in ("base", "sft", "dpo")]
         unit = "" if result["unit"] == "share" else f", {result['unit']}"
         lines.append(f"| {result['title']}{unit} | {result['n']} | {' | '.join(cells)} |")
+    if example := run.get("example"):
+        lines += ["", "The shortest prompt of the test side, and how it was answered:", ""]
+        for name, text in example.items():
+            lines += [f"> **{name}**", *(f"> {line}".rstrip() for line in text.split("\n")), ">"]
+        del lines[-1]
     return "\n".join(lines)
 
 

@@ -72,7 +72,6 @@ def load_models(config: Config, machine: Machine) -> Models:
 
     Raises: UserError naming the adapter, what is wrong with it and the stage to run.
     """
-    serve = config.serve
     first, instead_of = find_default(config)
     if first and (first / "config.json").is_file() and not (first / "adapter_config.json").is_file():
         return _load_merged(config, machine, first)

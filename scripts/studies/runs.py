@@ -54,7 +54,9 @@ def run_stage(
                 tick()
         except BaseException:
             while child and child.poll() is None:
-                log.warning("stopping %s", f"{log_file.stem}; the same command continues from there" if log_file else script)
+                log.warning(
+                    "stopping %s", f"{log_file.stem}; the same command continues from there" if log_file else script
+                )
                 child.terminate()
                 with suppress(Interrupted):  # asked again, so is the stage
                     child.wait()

@@ -165,7 +165,9 @@ def initial_weights(folder: Path) -> dict[str, Any]:
 def next_stage(run: Run) -> str | None:
     """Name the stage that continues this adapter with data of this configuration, else the comparison where it can be run."""
     values = run.values
-    planned = [stage for stage in planned_stages(values) if stage.continues == run.stage and not is_sample(values, stage)]
+    planned = [
+        stage for stage in planned_stages(values) if stage.continues == run.stage and not is_sample(values, stage)
+    ]
     return planned[0].script if planned else COMPARE if values.data.test_ratio else None
 
 

@@ -28,8 +28,8 @@ from scripts.dataset.records import Preference, Record
 from scripts.model.adapter import whole_weights
 from scripts.training.callbacks import ProgressAndTracking, training_callbacks
 from scripts.training.resume import Resumption, find_resumption, identity_of, write_state
-from scripts.training.save import log_inputs, print_summary, save_adapter
 from scripts.training.sample import show_answers
+from scripts.training.save import log_inputs, print_summary, save_adapter
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)

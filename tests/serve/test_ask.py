@@ -46,7 +46,9 @@ def seen(answer: str) -> str:
 
 
 def test_base_and_every_trained_adapter_answer_as_the_libraries_do(config, tiny_llama, tmp_path, capsys, monkeypatch):
-    adapters = {stage: save_adapter(tmp_path / stage, tiny_llama, stage, seed=n) for n, stage in enumerate(("sft", "kto"))}
+    adapters = {
+        stage: save_adapter(tmp_path / stage, tiny_llama, stage, seed=n) for n, stage in enumerate(("sft", "kto"))
+    }
     monkeypatch.setenv("COLUMNS", "60")  # below each other
     assert ask.main([*QUESTION.split(), "--config", str(config)]) == 0
     said = capsys.readouterr().out
@@ -71,8 +73,10 @@ def test_an_adapter_of_another_base_in_an_output_folder_is_left_out_and_named(
     save_adapter(tmp_path / "dpo", tiny_gpt2, "dpo")
     assert ask.main([QUESTION, "--config", str(config)]) == 0
     out, err = capsys.readouterr()
-    assert "left out: " in err and "another base" in err
-    assert "sft (" in out and "dpo (" not in out
+    assert "left out: " in err
+    assert "another base" in err
+    assert "sft (" in out
+    assert "dpo (" not in out
 
 
 def test_a_question_comes_through_a_pipe_too(config, tiny_llama):
