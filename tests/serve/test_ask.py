@@ -87,6 +87,11 @@ def test_a_question_comes_through_a_pipe_too(config, tiny_llama):
     assert "\x1b" not in done.stdout
 
 
+def test_an_answer_that_was_cut_says_so_and_what_allows_more(config, tiny_llama, capsys):
+    assert ask.main([QUESTION, "--config", str(config), "--set", "serve.default_max_new_tokens=3"]) == 0
+    assert "base: cut at 3 tokens; --set serve.default_max_new_tokens=" in capsys.readouterr().err
+
+
 def test_no_question_and_a_question_that_does_not_fit_are_one_message(config, capsys):
     done = run_python("-m", "serve.ask", "--config", config, timeout=60)
     assert (done.returncode, "found no question" in done.stderr) == (2, True)
