@@ -37,7 +37,7 @@ from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.run import Run, open_run
 from scripts.common.schema import Config, check_arm_name
-from scripts.common.stages import DPO, SFT
+from scripts.common.stages import COMPARE, DPO, SFT
 from scripts.model.find import find_local_model
 from scripts.studies.plan import Member, Variant, as_flags, as_list, find_variants, parse_vary, plan_members, seeds_of
 from scripts.studies.record import RECORD, Ranked, Record, Result, find_record
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMPARE = "eval.compare"
 VALIDATION, COMPARISON = "validation", "comparison"  # folders: what ranks the variants, and the report
 
 
