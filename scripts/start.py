@@ -26,7 +26,14 @@ from scripts.dataset.split import Split
 from scripts.starting.asking import Asker, say
 from scripts.starting.bases import choose_base
 from scripts.starting.minutes import Speed, measure_speed
-from scripts.starting.settings import answer_limit, choose_prompts, choose_rhythm, choose_sides, split_all, training_tokens
+from scripts.starting.settings import (
+    answer_limit,
+    choose_prompts,
+    choose_rhythm,
+    choose_sides,
+    split_all,
+    training_tokens,
+)
 from scripts.starting.sources import Source, better_answers_of, look_at
 from scripts.starting.writing import Proposal, write_yaml
 
@@ -70,7 +77,9 @@ def check_out(out: Path) -> None:
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out}: found the ending `{out.suffix}`, wanted .yaml.")
     if out.exists():
-        raise UserError(f"--out {out}: exists already, and nothing is overwritten. Choose another name, such as --out {out.with_stem(f'{out.stem}2')}")
+        raise UserError(
+            f"--out {out}: exists already, and nothing is overwritten. Choose another name, such as --out {out.with_stem(f'{out.stem}2')}"
+        )
 
 
 def write_new(path: Path, text: str) -> None:
@@ -115,7 +124,9 @@ def show_advice(config: LoadedConfig, sources: Mapping[str, list[Source]], split
     from scripts.training.advice import FEWEST_TESTED, advise_on_steps, describe_styles
 
     for name, split in splits.items():
-        sides = f"{len(split.train)} to learn from, {len(split.validation)} for validation, {len(split.test)} for the test"
+        sides = (
+            f"{len(split.train)} to learn from, {len(split.validation)} for validation, {len(split.test)} for the test"
+        )
         near = f", {len(split.near_duplicates)} left out as near-duplicates" if split.near_duplicates else ""
         say(f"{name}: {sides}{near}")
         records = [record for source in sources[name] for record in source.file.records]
@@ -140,7 +151,10 @@ def show_advice(config: LoadedConfig, sources: Mapping[str, list[Source]], split
 def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed: Speed) -> None:
     """Say what was chosen, how long it takes, and the next three commands."""
     base, flags = proposal.base, f"--config {shlex.quote(str(out))}"
-    say(f"base: {base.id}, {base.parameters / 1e6:,.0f} M parameters" + ("" if base.folder else ", which is not here: the first run downloads it"))
+    say(
+        f"base: {base.id}, {base.parameters / 1e6:,.0f} M parameters"
+        + ("" if base.folder else ", which is not here: the first run downloads it")
+    )
     if not base.folder:
         say("  without a model hub: python -m scripts.get_demo_model, then start again with another --out")
     if not base.chats:
@@ -172,7 +186,9 @@ def _question(tested: Sequence[Any]) -> str:
     """Return a question to try out, the shortest that is held out, in one line."""
     asked = [" ".join(record.prompt[-1]["content"].split()) for record in tested]
     shortest = min(asked, key=len, default="a question of yours")
-    return shortest if len(shortest) <= LONGEST_SHOWN_PROMPT else f"{shortest[:LONGEST_SHOWN_PROMPT].rpartition(' ')[0]} …"
+    return (
+        shortest if len(shortest) <= LONGEST_SHOWN_PROMPT else f"{shortest[:LONGEST_SHOWN_PROMPT].rpartition(' ')[0]} …"
+    )
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def write_prompts(documents: Sequence[Document], asker: Asker) -> list[dict[str,
     template = asker.ask("  prompt template?", templates[0 if titled else 1])
     rows = [
         {
-            "instruction": template.replace("{title}", document.title or document.beginning).replace("{beginning}", document.beginning),
+            "instruction": template.replace("{title}", document.title or document.beginning).replace(
+                "{beginning}", document.beginning
+            ),
             "output": document.text,
         }
         for document in documents
@@ -146,11 +148,16 @@ def read_log(text: str) -> Log | None:
     counts = Counter(match["speaker"].strip() for match in spoken)
     stamped = sum(match["stamp"] is not None for match in spoken) > len(spoken) / 2
     # A speaker speaks again and again; `Note: ` in a document does not.
-    speakers = {name for name, count in counts.items() if count >= max(2, len(spoken) // 20) or (stamped and count >= 2)}
+    speakers = {
+        name for name, count in counts.items() if count >= max(2, len(spoken) // 20) or (stamped and count >= 2)
+    }
     if not 2 <= len(speakers) <= MOST_SPEAKERS or sum(counts[name] for name in speakers) < 0.8 * len(spoken):
         return None
     filled = [line for line in lines if line.strip()]
-    first = next((number for number, line in enumerate(filled) if (m := LINE.match(line)) and m["speaker"].strip() in speakers), None)
+    first = next(
+        (number for number, line in enumerate(filled) if (m := LINE.match(line)) and m["speaker"].strip() in speakers),
+        None,
+    )
     if first is None or first > 5 or len(spoken) < 4:
         return None
     messages: list[Message] = []
@@ -198,7 +205,9 @@ def write_conversations(log: Log, asker: Asker, path: Path) -> list[dict[str, An
                 "only you know. Start it again without --yes."
             )
         model = asker.choose("  whose answers should the model learn?", names, names[1])
-    say(f"  a chat log: the model learns what {model} writes; {', '.join(name for name in names if name != model)} asks")
+    say(
+        f"  a chat log: the model learns what {model} writes; {', '.join(name for name in names if name != model)} asks"
+    )
     rows = [{"messages": turns} for turns in _conversations(log, model)]
     if len(rows) == 1 and len(rows[0]["messages"]) > 2:
         # One conversation could not be split into sides: each exchange becomes a record.
@@ -218,7 +227,11 @@ def write_conversations(log: Log, asker: Asker, path: Path) -> list[dict[str, An
 def _model_speaker(names: Sequence[str]) -> str | None:
     """Return the speaker whose name says that it answers."""
     said = [name for name in names if SPEAKERS.get(name.casefold()) == ASSISTANT or kind_of(name) == "answer"]
-    said = said or [name for name in names if re.search(r"\b(agent|support|service|team|advis[eo]r|berater\w*|bot)\b", name, re.IGNORECASE)]
+    said = said or [
+        name
+        for name in names
+        if re.search(r"\b(agent|support|service|team|advis[eo]r|berater\w*|bot)\b", name, re.IGNORECASE)
+    ]
     return said[0] if len(said) == 1 else None
 
 
@@ -260,5 +273,7 @@ def write_records(rows: Sequence[dict[str, Any]], path: Path) -> None:
         with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"{path}: is there already with other records, and nothing is overwritten. Move it away.") from None
+        raise UserError(
+            f"{path}: is there already with other records, and nothing is overwritten. Move it away."
+        ) from None
     say(f"  written: {path}, {len(rows)} records to look at")

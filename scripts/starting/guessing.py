@@ -63,13 +63,15 @@ def guess_columns(rows: Sequence[Row]) -> Guess | None:
         return [name for name in among if kinds[name] == kind]
 
     chosen, rejected = named("chosen", texts), named("rejected", texts)
-    thumbs = [
-        name for name in named("label", cells) if all(thumb_of(value) is not None for value in cells[name])
-    ]
+    thumbs = [name for name in named("label", cells) if all(thumb_of(value) is not None for value in cells[name])]
     subjects = named("subject", cells)
     if len(chosen) == len(rejected) == 1:
         question = _one(named("question", cells) or named("message", texts), cells) or _one(subjects, cells)
-        return Guess(_drop_missing({question: "prompt", chosen[0]: "chosen", rejected[0]: "rejected"})) if question else None
+        return (
+            Guess(_drop_missing({question: "prompt", chosen[0]: "chosen", rejected[0]: "rejected"}))
+            if question
+            else None
+        )
     rest = [name for name in texts if name not in thumbs and name not in subjects]
     answer = _one(named("answer", cells), cells)
     question = _one(named("question", cells), cells) or _one([n for n in named("message", texts) if n != answer], cells)

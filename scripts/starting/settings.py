@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from scripts.common.schema import Data
 from scripts.dataset.records import Preference, Record
 from scripts.dataset.split import Split, side_of, split_records
-from scripts.starting.bases import Base
+from scripts.starting.bases import USUAL_FRAME_TOKENS, Base
 from scripts.starting.sources import Source
 
 WANTED_STEPS = 40  # the demo learns its house style in 21, and few records leave fewer good ones
 MOST_EPOCHS = 5
 LARGEST_BATCH = 8
-ENOUGH_FOR_A_FIFTH, ENOUGH_FOR_A_TENTH = 150, 1500  # records, of which so much is held out for the test; of fewer, a quarter
+ENOUGH_FOR_A_FIFTH, ENOUGH_FOR_A_TENTH = (
+    150,
+    1500,
+)  # records, of which so much is held out for the test; of fewer, a quarter
 MOST_COMPARED = 150  # prompts to answer in a comparison, by each model
 SEEDS_TRIED = 50
 
@@ -74,10 +77,12 @@ def choose_prompts(splits: Mapping[str, Split]) -> int | None:
 
 def training_tokens(records: Sequence[Record | Preference]) -> Callable[[Base], int]:
     """Return a function that counts the tokens of records as a base does."""
-    return lambda base: sum(base.count_tokens([conversation_of(record) for record in records]))
+    return lambda base: sum(base.count_tokens([conversation_of(record) for record in records], USUAL_FRAME_TOKENS))
 
 
-def choose_rhythm(base: Base, records: Sequence[Record | Preference], train: int, *, preferences: bool = False) -> Rhythm:
+def choose_rhythm(
+    base: Base, records: Sequence[Record | Preference], train: int, *, preferences: bool = False
+) -> Rhythm:
     """Choose batch and epochs for a sensible number of optimizer steps on so many training records."""
     largest = LARGEST_BATCH // 2 if preferences else LARGEST_BATCH
     batch = max(2 if preferences else 1, min(largest, 2 ** int(math.log2(max(1, train / 6)))))

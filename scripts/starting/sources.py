@@ -12,7 +12,18 @@ from scripts.common.errors import UserError, did_you_mean
 from scripts.common.paths import ROOT, portable_path, resolve
 from scripts.common.schema import Data, RecordField, WeightedDataset
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
-from scripts.dataset.columns import ANSWERS, PAIR, Layout, Row, RowError, describe_missing_layout, find_layout, is_verdict, rename, thumb_of
+from scripts.dataset.columns import (
+    ANSWERS,
+    PAIR,
+    Layout,
+    Row,
+    RowError,
+    describe_missing_layout,
+    find_layout,
+    is_verdict,
+    rename,
+    thumb_of,
+)
 from scripts.dataset.files import BadRow, read_rows
 from scripts.dataset.records import PARSERS, DatasetFile, describe_reading, load_datasets
 from scripts.starting.asking import Asker, say
@@ -94,9 +105,13 @@ def _find(name: str) -> Path:
     if path.is_dir():
         raise UserError(f"{name}: is a folder, wanted files. Name them, such as {name.rstrip('/')}/*.csv")
     if not path.is_file():
-        raise UserError(f"{name}: no such file.{did_you_mean(name) or did_you_mean(ROOT / name) or ' Correct the path.'}")
+        raise UserError(
+            f"{name}: no such file.{did_you_mean(name) or did_you_mean(ROOT / name) or ' Correct the path.'}"
+        )
     if path.suffix.lower() in OFFICE:
-        raise UserError(f"{name}: found the ending `{path.suffix}`, wanted text. Save it as .txt (UTF-8), a table as .csv or .xlsx.")
+        raise UserError(
+            f"{name}: found the ending `{path.suffix}`, wanted text. Save it as .txt (UTF-8), a table as .csv or .xlsx."
+        )
     return path
 
 
@@ -158,7 +173,11 @@ def _thumb_column(rows: Sequence[Row], layout: Layout) -> str | None:
 
 def _as_feedback(layout: Layout, label: str) -> dict[str, str]:
     """Map the columns of a layout to those that KTO reads."""
-    answer = next(layout.columns[field] for field in ANSWERS if field in layout.columns) if {*ANSWERS} & {*layout.columns} else None
+    answer = (
+        next(layout.columns[field] for field in ANSWERS if field in layout.columns)
+        if {*ANSWERS} & {*layout.columns}
+        else None
+    )
     question = layout.columns.get("prompt") or layout.columns.get("instruction") or layout.columns.get("input")
     wanted = {question: "prompt", answer: "completion", label: "label"}
     return {name: field for name, field in wanted.items() if name and name != field}
@@ -238,7 +257,11 @@ def _show(source: Source) -> Source:
     file, stage = source.file, source.stage
     if source.dataset.columns:
         say(f"  columns: {describe_columns(dict(source.dataset.columns))}")
-    what = {"conversations": "examples", "preferences": "pairs of a better and a worse answer", "feedback": "answers with a thumb"}
+    what = {
+        "conversations": "examples",
+        "preferences": "pairs of a better and a worse answer",
+        "feedback": "answers with a thumb",
+    }
     say(f"  usable: {len(file.records)} {what[stage.records]}, for {stage.title}")
     if source.merges_turns:
         say("  consecutive messages of one speaker are joined (data.merge_turns)")

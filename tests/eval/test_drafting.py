@@ -68,7 +68,7 @@ def test_few_answers_get_no_rules() -> None:
 
 
 def test_answers_without_anything_in_common_get_no_greeting() -> None:
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
     assert common_starts([f"{word} is here" for word in words]) == []
 

@@ -58,7 +58,9 @@ def test_columns_are_found_by_names_of_any_language(tmp_path: Path, language: st
 
 def test_a_subject_stands_before_the_message(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
-    path.write_bytes(as_csv(("Asunto", "Mensaje", "Respuesta"), [("Luz", f"No hay luz, {n}", "Ya va un técnico") for n in range(5)]))
+    path.write_bytes(
+        as_csv(("Asunto", "Mensaje", "Respuesta"), [("Luz", f"No hay luz, {n}", "Ya va un técnico") for n in range(5)])
+    )
 
     assert turns(look(path))[0] == ("user", "Luz\n\nNo hay luz, 0")
 
@@ -74,7 +76,10 @@ def test_rows_without_an_answer_are_named_with_their_line(tmp_path: Path, capsys
     assert "Unsere Antwort: is empty" in capsys.readouterr().out or [row.source for row in source.file.bad_rows]
 
 
-NAMED = {"question": ["Frage", "Pregunta", "Customer question", "QUERY text", "demande"], "answer": ["Antwort", "Respuesta", "Our reply", "RÉPONSE", "risposta"]}
+NAMED = {
+    "question": ["Frage", "Pregunta", "Customer question", "QUERY text", "demande"],
+    "answer": ["Antwort", "Respuesta", "Our reply", "RÉPONSE", "risposta"],
+}
 OTHERS = ["Nr", "Datum", "id", "Kategorie", "Region", "Bearbeiter", "Fecha", "País", "status", "column 9"]
 CELL = st.text(st.characters(codec="utf-8", categories=("Lu", "Ll", "Nd", "Lo")), min_size=1, max_size=12)
 
@@ -104,11 +109,9 @@ def test_no_cell_is_lost_without_a_word(table: tuple[list[str], list[dict[str, s
         else:
             path = Path(folder) / "mine.csv"
             path.write_bytes(as_csv(tuple(header), [tuple(row[name] for name in header) for row in rows], form))
-        try:
-            source = look(path)
-        except UserError as error:
-            assert "mine." in str(error)
+        if not any(row[question].strip() and row[answer].strip() for row in rows):
             return
+        source = look(path)
     assert len(source.file.records) + len(source.file.bad_rows) == len(rows)
     said = [row.row for row in source.file.bad_rows]
     used = iter(source.file.records)
@@ -194,7 +197,10 @@ def test_each_file_goes_to_the_stage_that_reads_it(tmp_path: Path, kind: str) ->
 def test_documents_get_prompts_that_differ(tmp_path: Path, capsys: Any) -> None:
     files = [tmp_path / f"{n}.md" for n in range(4)]
     for number, file in enumerate(files):
-        file.write_text(f"# Brief {number}\n\nDer Brief ist nicht lang und das ist gut für den Leser, Nummer {number}.\n", encoding="utf-8")
+        file.write_text(
+            f"# Brief {number}\n\nDer Brief ist nicht lang und das ist gut für den Leser, Nummer {number}.\n",
+            encoding="utf-8",
+        )
 
     source = look(*files)
 
@@ -210,7 +216,10 @@ def test_documents_in_one_file_are_parted_by_lines_of_dashes(tmp_path: Path, mon
 
     source = look(path, asker=Asker(assume=False))
 
-    assert turns(source, 1) == [("user", "Report for us: Report 1"), ("assistant", "Report 1\n\nAll is well at site 1.")]
+    assert turns(source, 1) == [
+        ("user", "Report for us: Report 1"),
+        ("assistant", "Report 1\n\nAll is well at site 1."),
+    ]
 
 
 def test_a_template_that_makes_one_prompt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
