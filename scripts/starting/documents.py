@@ -257,6 +257,38 @@ def _conversations(log: Log, model: str) -> Iterator[list[dict[str, str]]]:
         yield turns
 
 
+# What stands before a turn where one text holds question and answer, as "### Instruction:" or "Human:".
+TURN_NAMES = "|".join(
+    [*SPEAKERS, "instruction", "input", "response", "output", "question", "answer", "q", "a", "frage", "antwort", "pregunta", "respuesta"]
+)  # fmt: skip
+TURN = re.compile(
+    rf"^(?:#{{2,4}}[ \t]*(?P<headed>{TURN_NAMES})[ \t]*:?|(?P<said>{TURN_NAMES})[ \t]*:)", re.IGNORECASE | re.MULTILINE
+)
+INST = re.compile(r"\s*(?:<s>)?\s*\[INST\](?P<question>.*?)\[/INST\](?P<answer>.*?)(?:</s>)?\s*", re.DOTALL)
+
+
+def turns_in(text: str) -> list[dict[str, str]] | None:
+    """Return the turns of a text that holds question and answer behind the usual words; None for any other text."""
+    if found := INST.fullmatch(text):
+        return [
+            {"role": USER, "content": found["question"].strip()},
+            {"role": ASSISTANT, "content": found["answer"].strip()},
+        ]
+    marks = list(TURN.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        return None
+    turns: list[dict[str, str]] = []
+    for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)], strict=True):
+        name = (mark["headed"] or mark["said"]).casefold()
+        role = SPEAKERS.get(name) or (ASSISTANT if kind_of(name) == "answer" else USER)
+        content = text[mark.end() : end].strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = "\n\n".join(part for part in (turns[-1]["content"], content) if part)
+        else:
+            turns.append({"role": role, "content": content})
+    return turns if {turn["role"] for turn in turns} >= {USER, ASSISTANT} else None
+
+
 # --- the file of records
 
 

@@ -34,11 +34,12 @@ from scripts.starting.documents import (
     read_text_file,
     split_documents,
     title_of,
+    turns_in,
     write_conversations,
     write_prompts,
     write_records,
 )
-from scripts.starting.guessing import Guess, cells_of, guess_columns, kind_of
+from scripts.starting.guessing import SHARE, Guess, cells_of, guess_columns, kind_of
 
 OFFICE = (".docx", ".doc", ".odt", ".rtf", ".pdf", ".html", ".htm", ".pages")
 SHOWN = 3
@@ -129,12 +130,7 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
     if layout is None:
         guess = _ask_for_columns(path, rows, asker)
         if guess.document:
-            documents = [
-                Document(text, str(row[guess.title]) if guess.title and row.get(guess.title) else title_of(text))
-                for row in rows
-                if isinstance(text := row.get(guess.document), str) and text.strip()
-            ]
-            return _from_documents(documents, asker, folder / f"{path.stem}.jsonl")
+            return _from_texts(rows, guess.document, guess.title, asker, folder / f"{path.stem}.jsonl")
         return _load(path, guess.columns, _stage_of(guess.columns))
     if layout.name == PAIR:
         guess = guess_columns(rows)
@@ -144,6 +140,25 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
         return _load(path, _as_feedback(layout, layout.columns["label"]), KTO)
     thumb = _thumb_column(rows, layout)
     return _load(path, _as_feedback(layout, thumb), KTO) if thumb else _load(path, {}, SFT)
+
+
+def _from_texts(rows: Sequence[Row], column: str, title: str | None, asker: Asker, records: Path) -> Source:
+    """Make records of a column of texts: conversations where they hold question and answer, else documents."""
+    named = [(row, text) for row in rows if isinstance(text := row.get(column), str) and text.strip()]
+    if len(named) < len(rows):
+        say(f"  {len(rows) - len(named)} rows have no text in {column} and are left out")
+    talks = [turns for _, text in named if (turns := turns_in(text))]
+    if len(talks) >= SHARE * len(named):
+        say(f"  {column} holds question and answer in one text, which are put apart")
+        if len(talks) < len(named):
+            say(f"  {len(named) - len(talks)} texts hold no question and answer and are left out")
+        write_records([{"messages": turns} for turns in talks], records)
+        return _load(records, {}, SFT)
+    others = [name for name in cells_of(rows) if name not in (column, title)]
+    if others:
+        say(f"  not used: {', '.join(others)}")
+    documents = [Document(text, str(row[title]) if title and row.get(title) else title_of(text)) for row, text in named]
+    return _from_documents(documents, asker, records)
 
 
 def _layout_of(rows: Sequence[Row]) -> Layout | None:

@@ -231,6 +231,33 @@ def test_a_template_that_makes_one_prompt_is_refused(tmp_path: Path, monkeypatch
         look(path, asker=Asker(assume=False))
 
 
+TEXTS = {
+    "headings": "### Instruction:\nName fruit {n}.\n\n### Input:\nred\n\n### Response:\nA pear.",
+    "speakers": "Human: Name fruit {n}.\n\nred\nAssistant: A pear.",
+    "INST": "<s>[INST] Name fruit {n}.\n\nred [/INST] A pear. </s>",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_question_and_answer_in_one_text_are_put_apart(tmp_path: Path, kind: str) -> None:
+    path = write_jsonl(tmp_path / "mine.jsonl", [{"text": TEXTS[kind].format(n=n)} for n in range(5)])
+
+    assert turns(look(path), 3) == [("user", "Name fruit 3.\n\nred"), ("assistant", "A pear.")]
+
+
+def test_a_table_of_documents_takes_its_titles_and_names_what_it_leaves_out(tmp_path: Path, capsys: Any) -> None:
+    rows = [
+        {"title": f"Pump {n}", "body": "It is old, and the seal is of the wrong size.", "id": str(n)} for n in range(5)
+    ]
+
+    source = look(write_jsonl(tmp_path / "mine.jsonl", [*rows, {"title": "Empty", "body": "", "id": "9"}]))
+
+    assert turns(source, 1)[0] == ("user", 'Write the text "Pump 1".')
+    shown = capsys.readouterr().out
+    assert "1 rows have no text in body and are left out" in shown
+    assert "not used: id" in shown
+
+
 LOGS = {
     "roles": "User: how are you {n}\nAssistant: fine {n}\n\n",
     "questions and answers": "Frage: wie geht es {n}\nAntwort: gut {n}\nund dir\n\n",
