@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError, not_utf8
-from scripts.dataset.columns import ASSISTANT, SPEAKERS, USER
+from scripts.dataset.columns import ASSISTANT, SPEAKERS, SYSTEM, USER, Row
 from scripts.starting.asking import Asker, say
-from scripts.starting.guessing import kind_of
+from scripts.starting.guessing import are_texts, cells_of, kind_of
 from scripts.training.advice import language_of
 
 ENDINGS = (".txt", ".md", ".markdown", ".text", ".log")
@@ -158,7 +159,8 @@ def read_log(text: str) -> Log | None:
         (number for number, line in enumerate(filled) if (m := LINE.match(line)) and m["speaker"].strip() in speakers),
         None,
     )
-    if first is None or first > 5 or len(spoken) < 4:
+    # A messenger's log may begin with notices, another one begins with somebody who speaks.
+    if first is None or first > (5 if stamped else 0) or len(spoken) < 4:
         return None
     messages: list[Message] = []
     block, notices, day = 0, 0, ""
@@ -255,6 +257,52 @@ def _conversations(log: Log, model: str) -> Iterator[list[dict[str, str]]]:
             else:
                 turns.append({"role": role, "content": message.text})
         yield turns
+
+
+def conversations_in(rows: Sequence[Row]) -> list[list[dict[str, str]]] | None:
+    """Return the conversations of a table with a message in each row; None where no column says who speaks.
+
+    A column whose values repeat row after row tells conversations apart; without one, each question begins another.
+    """
+    cells = cells_of(rows)
+    speaker = next((name for name, values in cells.items() if len(values) == len(rows) and _are_speakers(values)), None)
+    if speaker is None:
+        return None
+    texts = [
+        name for name, values in cells.items() if name != speaker and len(values) == len(rows) and are_texts(values, 1)
+    ]
+    text = max(texts, key=lambda name: sum(len(str(value)) for value in cells[name]), default=None)
+    if text is None:
+        return None
+    others = [name for name, values in cells.items() if name not in (speaker, text) and len(values) == len(rows)]
+    repeats = {name: sum(left == right for left, right in pairwise(map(str, cells[name]))) for name in others}
+    thread = next(
+        (name for name in others if repeats[name] >= len(rows) / 4 and len({*map(str, cells[name])}) > 1), None
+    )
+    say(
+        f"  a message in each row: {speaker} speaks, {text} is what is said"
+        + (f", {thread} tells conversations apart" if thread else "")
+    )
+    if left_out := [name for name in cells if name not in (speaker, text, thread)]:
+        say(f"  not used: {', '.join(left_out)}")
+    found: dict[str, list[dict[str, str]]] = {}
+    number = 0
+    before = ""
+    for row in rows:
+        role = SPEAKERS[str(row[speaker]).strip().casefold()]
+        number += role != ASSISTANT and before == ASSISTANT
+        before = role
+        found.setdefault(str(row[thread]) if thread else str(number), []).append(
+            {"role": role, "content": str(row[text])}
+        )
+    return list(found.values())
+
+
+def _are_speakers(values: Sequence[Any]) -> bool:
+    return {SPEAKERS.get(str(value).strip().casefold()) for value in values} in (
+        {USER, ASSISTANT},
+        {USER, ASSISTANT, SYSTEM},
+    )
 
 
 # What stands before a turn where one text holds question and answer, as "### Instruction:" or "Human:".

@@ -30,6 +30,7 @@ from scripts.starting.asking import Asker, say
 from scripts.starting.documents import (
     ENDINGS,
     Document,
+    conversations_in,
     read_log,
     read_text_file,
     split_documents,
@@ -128,6 +129,10 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
     say(f"{path}: {len(rows)} rows")
     layout = _layout_of(rows)
     if layout is None:
+        if talks := conversations_in(rows):
+            records = folder / f"{path.stem}.jsonl"
+            write_records([{"messages": turns} for turns in talks], records)
+            return _load(records, {}, SFT)
         guess = _ask_for_columns(path, rows, asker)
         if guess.document:
             return _from_texts(rows, guess.document, guess.title, asker, folder / f"{path.stem}.jsonl")

@@ -231,6 +231,20 @@ def test_a_template_that_makes_one_prompt_is_refused(tmp_path: Path, monkeypatch
         look(path, asker=Asker(assume=False))
 
 
+@pytest.mark.parametrize("thread", [True, False])
+def test_a_message_in_each_row_becomes_conversations(tmp_path: Path, thread: bool) -> None:
+    header = ("role", "content", *(["chat"] * thread))
+    rows = [(role, f"{role} {n}", *([f"c{n}"] * thread)) for n in range(5) for role in ("user", "assistant")]
+    path = tmp_path / "mine.csv"
+    path.write_bytes(as_csv(header, rows))
+
+    source = look(path)
+
+    assert [turns(source, n) for n in range(5)] == [
+        [("user", f"user {n}"), ("assistant", f"assistant {n}")] for n in range(5)
+    ]
+
+
 TEXTS = {
     "headings": "### Instruction:\nName fruit {n}.\n\n### Input:\nred\n\n### Response:\nA pear.",
     "speakers": "Human: Name fruit {n}.\n\nred\nAssistant: A pear.",
