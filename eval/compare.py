@@ -111,13 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.dry:
             return show_dry_run(prepare(config, arms, arguments.side), config.values)
         looks = Looks(run.output_dir)
+        comparison = prepare(config, arms, arguments.side, arguments.notes)
 
         from eval.measuring import measure_arms, measured_references
         from eval.tables import build_tables
         from scripts.common.tracking import tracked_run
 
         with tracked_run(config, "comparison", parent_run_id=newest(arms).mlflow.run_id) as tracker:
-            comparison = prepare(config, arms, arguments.side, arguments.notes)
             measured = measure_arms(arms, comparison.base_folder, comparison.prepared)
             references = measured_references(arms, measured)
             tables = build_tables(measured, seeds_by_arm(arms), references, comparison.prepared)
@@ -134,7 +134,9 @@ def newest(arms: Sequence[Arm]) -> Manifest:
 
 
 def prepare(config: LoadedConfig, arms: list[Arm], side: HeldOutSide = TEST, notes: Sequence[str] = ()) -> Comparison:
-    """Find the base, read what is held out, turn it into token ids, and say what of the lineage is not as it should be."""
+    """Read what is held out, find the base, turn it into token ids, and say what of the lineage is not as it should be."""
+    held_out = read_held_out(config, stages_of(arms), side)
+
     from eval.lineage_notes import describe_arms
     from eval.measuring import Prepared
     from eval.question import choose_question, describe_seeds
@@ -144,7 +146,6 @@ def prepare(config: LoadedConfig, arms: list[Arm], side: HeldOutSide = TEST, not
     from scripts.model.shape import position_table
 
     values = config.values
-    held_out = read_held_out(config, stages_of(arms), side)
     base_folder = find_model(values.base_model_id, values.base_model_revision)
     tokenizer = load_tokenizer(base_folder)
     check_made_on_base(arms, base_folder, tokenizer)

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from eval.arms import Arm, Member, find_parent, find_references, members_of
 from eval.checks import passes
 from eval.held_out import HeldOut, Question
@@ -204,8 +206,8 @@ def measure_models(
     `origins` names for each what it started from: the label of that model, by the name under which the KL to it stands.
     """
     measured: dict[str, Measured] = {}
-    for label in origins:
-        log.info("measuring %s", label)
+    for number, label in enumerate(origins, 1):
+        log.info("measuring %s (%d of %d)", label, number, len(origins))
         with loaded.switched_to(label):
             items = prepared.items(chats[label])
             measured[label] = _score(loaded.model, items, prepared.tokenizer.pad_token_id)
@@ -230,9 +232,10 @@ def _score(model: Any, items: Items, pad_token_id: int) -> Measured:
 
 def _answer(model: Any, items: Items, prepared: Prepared, measured: Measured) -> None:
     settings = prepared.config.eval
-    measured.answers = generate_answers(
-        model, prepared.tokenizer, items.prompts, settings.max_new_tokens, settings.batch_size
-    )
+    with tqdm(total=len(items.prompts), desc="answers", unit="answer", leave=False, disable=None) as bar:
+        measured.answers = generate_answers(
+            model, prepared.tokenizer, items.prompts, settings.max_new_tokens, settings.batch_size, bar.update
+        )
     measured.health = health(measured.answers)
     measured.checks = [
         apply_checks(settings.checks, answer.text, question)

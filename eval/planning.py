@@ -13,7 +13,7 @@ from eval.statistics import degrees_of_freedom, visible_gap
 from eval.verdict import METHODS, Question, speaks_of
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
-from scripts.common.question import LOSS, PREFERENCE, REWARD, arm_names
+from scripts.common.question import LOSS, PREFERENCE, REWARD, arm_names, planned_arms
 from scripts.common.schema import Config
 from scripts.common.stages import BASE, planned_stages
 from scripts.dataset.files import find_file
@@ -74,7 +74,8 @@ def plan_of(config: LoadedConfig, seeds: int | None = None) -> list[str]:
     """
     values = config.values
     held_out = read_held_out(config, stages_with_data(values))
-    question = ask(values, arm_names(values), held_out)
+    # A planned question may name an arm that comes from elsewhere; otherwise it is about what this configuration trains.
+    question = ask(values, arm_names(values) if values.eval.plan.question else planned_arms(values), held_out)
     models = values.eval.models or {}
     counts = [len(given) for arm in (question.a, question.b) if isinstance(given := models.get(arm), list)]
     return plan_lines(held_out, values, seeds or values.eval.plan.seeds or shared_seeds(counts), question)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,15 +22,20 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.common.artifacts import read_manifest
-from scripts.common.errors import UserError, entry_point
+from scripts.common.errors import Interrupted, UserError, entry_point
 from scripts.common.machine import hardware
 from scripts.common.paths import ROOT
 from scripts.common.run import set_up_logging
-from scripts.common.stages import DPO, SFT
+from scripts.common.signals import trapped_signals
+from scripts.common.stages import DPO, SFT, TRAINING_STAGES
+from scripts.starting.minutes import in_words, measure_speed
+from scripts.studies.runs import run_stage
 
 log = logging.getLogger(__name__)
 
 CONFIG = "configs/demo.yaml"
+MODEL = "scripts.get_demo_model"
+MEASURED_BEFORE = (ROOT / "outputs" / "demo.json", ROOT / "eval" / "benchmarks" / "demo.json")  # the nearest first
 SMOKE = "outputs/smoke"
 FOLDERS = {
     SFT.script: "sft_adapter",
@@ -73,23 +78,43 @@ def make_smoke_model() -> None:
 
 def run_module(name: str, arguments: Sequence[str], position: str) -> float:
     """Run one stage as a user would, with its progress on the terminal; return the seconds it took."""
-    log.info("[%s] python -m %s %s", position, name, " ".join(arguments))
+    command = f"python -m {shlex.join([name, *arguments])}"
+    log.info("[%s] %s", position, command)
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", name, *arguments], cwd=ROOT, check=False)
-    if done.returncode:
-        raise UserError(f"{name} ended with exit code {done.returncode}; see its message above.")
+    try:
+        code = run_stage(name, arguments, cwd=ROOT)
+    except Interrupted:
+        trains = name in {stage.script for stage in TRAINING_STAGES.values()}
+        log.warning(
+            "interrupted in step %s after %.0f s: %s\n  the steps before it are finished and kept%s",
+            position, time.monotonic() - started, command, f"; to continue this one: {command} --resume" if trains else "",
+        )  # fmt: skip
+        raise
+    if code:
+        raise UserError(f"step {position}, {name}, ended with exit code {code}; see its message above.")
     return time.monotonic() - started
 
 
-def measured(outputs: Path, seconds: dict[str, float]) -> dict[str, Any]:
+def expected_duration(flops: float) -> str:
+    """Say how long the demo will take on a machine of this speed, judged by the last run here, or else by README's."""
+    before = json.loads(next(file for file in MEASURED_BEFORE if file.is_file()).read_text(encoding="utf-8"))
+    seconds = sum(before["seconds"].values())
+    if not flops or not before.get("flops"):
+        return f"{in_words(seconds)} on {before['hardware']}"
+    return f"{in_words(seconds * before['flops'] / flops)} on this machine, judged by a short matrix product"
+
+
+def measured(outputs: Path, seconds: dict[str, float], flops: float) -> dict[str, Any]:
     """Collect what the run measured, for README's table and for comparing machines."""
     manifests = {name: read_manifest(outputs / folder, verify=False) for name, folder in FOLDERS.items()}
     report = json.loads((outputs / "comparison" / "report.json").read_text(encoding="utf-8"))
     return {
         "hardware": hardware(),
+        "flops": round(flops),
         "seconds": {name: round(value) for name, value in seconds.items()},
         "peak_memory_gib": {name: manifest.metrics["peak_memory_gib"] for name, manifest in manifests.items()},
         "verdict": report["verdict"]["text"],
+        "example": shortest_sample(outputs / "comparison"),
         "results": [
             {key: metric[key] for key in ("title", "unit", "n", "models")}
             for metric in report["metrics"]
@@ -99,26 +124,37 @@ def measured(outputs: Path, seconds: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def shortest_sample(comparison: Path) -> dict[str, str]:
+    """Return the shortest prompt of the comparison and the answers to it: one that no result has chosen."""
+    samples = [json.loads(line) for line in (comparison / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shortest = min(samples, key=lambda sample: (len(sample["prompt"]), sample["source"]))
+    return {"asked": shortest["prompt"], **shortest["answers"]}
+
+
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages one after the other and say where to look."""
     arguments = build_parser().parse_args(argv)
     set_up_logging()
     seconds: dict[str, float] = {}
-    if arguments.smoke:
-        make_smoke_model()
-    else:
-        seconds["scripts.get_demo_model"] = run_module("scripts.get_demo_model", [], "1/4")
+    flops = measure_speed().flops
+    log.info("4 steps, %s", "under 2 minutes" if arguments.smoke else expected_duration(flops))
     settings = [part for key, value in SMOKE_SETTINGS.items() for part in ("--set", f"{key}={value}")]
     common = ["--config", CONFIG, *(settings if arguments.smoke else [])]
-    for number, name in enumerate(FOLDERS, 2):
-        seconds[name] = run_module(name, common, f"{number}/4")
+    with trapped_signals():
+        if arguments.smoke:
+            make_smoke_model()
+        else:
+            seconds[MODEL] = run_module(MODEL, [], "1/4")
+        for number, name in enumerate(FOLDERS, 2):
+            seconds[name] = run_module(name, common, f"{number}/4")
     outputs = ROOT / (SMOKE if arguments.smoke else "outputs")
-    (outputs / "demo.json").write_text(json.dumps(measured(outputs, seconds), indent=1) + "\n", encoding="utf-8")
+    (outputs / "demo.json").write_text(json.dumps(measured(outputs, seconds, flops), indent=1) + "\n", encoding="utf-8")
     log.info(
-        "done in %.0f minutes\n  look at   %s (open it in a browser)\n  runs      mlflow ui --port 5000\n  serve     %s",
+        "done in %.0f minutes\n  look at   %s (open it in a browser)\n  ask       %s\n  runs      mlflow ui --port 5000\n  serve     %s",
         sum(seconds.values()) / 60,
         outputs.relative_to(ROOT) / "comparison" / "report.html",
+        f'python -m serve.ask "…" {shlex.join(common)}',
         f"LLM_CONFIG={CONFIG} uvicorn serve.fastapi_server:app --port 8000",
     )
     return 0

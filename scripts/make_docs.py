@@ -45,22 +45,10 @@ FAMILIES_FILE = ROOT / "scripts" / "model" / "families.json"  # held by tests/ma
 MAP_FOLDER = ROOT / "scripts"  # where the README with the tree stands
 # The rows of the table of measured stages: title, module, flags, reads, writes.
 MEASURED_STAGES = (
-    ("demo model", "scripts.get_demo_model", "", "package index", "`models/smollm2-135m-instruct`"),
-    ("SFT", "scripts.train_sft", " --config configs/demo.yaml", "`data/sft/sample_sft.jsonl`", "`outputs/sft_adapter`"),
-    (
-        "DPO",
-        "scripts.train_dpo",
-        " --config configs/demo.yaml",
-        "`data/dpo/sample_dpo.jsonl`, the SFT adapter",
-        "`outputs/dpo_adapter`",
-    ),
-    (
-        "comparison",
-        "eval.compare",
-        " --config configs/demo.yaml",
-        "both adapters, held-out data",
-        "`outputs/comparison`",
-    ),
+    ("demo model", "scripts.get_demo_model", "`models/smollm2-135m-instruct`"),
+    ("SFT", "scripts.train_sft", "`outputs/sft_adapter`"),
+    ("DPO", "scripts.train_dpo", "`outputs/dpo_adapter`"),
+    ("comparison", "eval.compare", "`outputs/comparison`"),
 )
 
 # What configs/config.yaml states: the keys a reader looks for first.
@@ -105,6 +93,7 @@ def documents() -> dict[Path, str]:
     """Render every document that is generated as a whole or in part."""
     parts = {
         ROOT / "README.md": ("measured", measured_tables()),
+        ROOT / "eval" / "README.md": ("measured", result_table()),
         ROOT / "configs" / "README.md": ("keys", key_table()),
         MAP_FOLDER / "README.md": ("tree", tree()),
         MAP_FOLDER / "dataset" / "README.md": ("templates", template_table()),
@@ -283,23 +272,31 @@ def _rows(key: str, field: FieldInfo) -> list[str]:
 
 
 def measured_tables() -> str:
-    """Render the stages with time and memory, and the demo's result, as one run of `make demo` measured them."""
+    """Render time and memory of the stages, the verdict and one answer, as one run of `make demo` measured them."""
     run = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
-    lines = ["| stage | command | reads | writes | needs | time | peak memory |", "|---|---|---|---|---|---|---|"]
-    for title, module, flags, reads, writes in MEASURED_STAGES:
+    lines = ["| stage | time | peak memory | writes |", "|---|---|---|---|"]
+    for title, module, writes in MEASURED_STAGES:
         seconds, gib = run["seconds"].get(module), run["peak_memory_gib"].get(module)
         time = "–" if seconds is None else f"{seconds} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-        memory = f"{gib:.1f} GiB" if gib else "–"
-        command = f"python -m {module}{flags}"
-        lines.append(f"| {title} | `{command}` | {reads} | {writes} | requirements.txt | {time} | {memory} |")
+        lines.append(f"| {title} | {time} | {f'{gib:.1f} GiB' if gib else '–'} | {writes} |")
     total = sum(run["seconds"].values()) / 60
     lines += [
         "",
         f"Measured by `make demo` on {run['hardware']}: {total:.0f} minutes for these stages, set-up not counted.",
     ]
     if "verdict" in run:
-        lines += ["The verdict of that run:", "", f"> {run['verdict']}", ""]
-        lines += ["| held out | n | base | SFT | DPO |", "|---|---|---|---|---|"]
+        lines += ["The verdict of that run:", "", f"> {run['verdict']}"]
+    if example := run.get("example"):
+        lines += ["", "The shortest prompt of the test side, as the base answers it and as SFT does:"]
+        for name in ("asked", "base", "sft"):
+            lines += ["", f"> **{name}:**", *(f"> {line}".rstrip() for line in example[name].split("\n"))]
+    return "\n".join(lines)
+
+
+def result_table() -> str:
+    """Render what the comparison of that run found, measure by measure."""
+    run = json.loads(MEASURED_FILE.read_text(encoding="utf-8"))
+    lines = ["| held out | n | base | SFT | DPO |", "|---|---|---|---|---|"]
     for result in run.get("results", []):
         cells = [_with_interval(result["models"].get(name), result["unit"]) for name in ("base", "sft", "dpo")]
         unit = "" if result["unit"] == "share" else f", {result['unit']}"

@@ -40,7 +40,7 @@ from scripts.common.pairs_manifest import pairs_manifest_path, read_pairs_manife
 from scripts.common.question import default_question
 from scripts.common.run import Run, open_run
 from scripts.common.schema import Config, check_arm_name
-from scripts.common.stages import BASE, SFT, TRAINING_STAGES
+from scripts.common.stages import BASE, COMPARE, SFT, TRAINING_STAGES
 from scripts.model.find import find_local_model
 from scripts.studies.plan import (
     Member,
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMPARE = "eval.compare"
 VALIDATION, COMPARISON = "validation", "comparison"  # folders: what ranks the variants, and the report
 
 

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch = DegenerationWatch(trainer, session.tracker, validation, config.values.kto.stop_on_degeneration)
             with reference_unchanged(trainer):
                 session.train(trainer)
-            session.save(trainer, facts | watch.facts)
+            session.save(trainer, facts | watch.facts, data.split.validation)
     return 0
 
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with training_session(run, machine, start, data.facts, resume=arguments.resume) as session:
             trainer = build_trainer(run, machine, start, train, validation)
             session.train(trainer)
-            session.save(trainer, {})
+            session.save(trainer, {}, data.split.validation)
     return 0
 
 

@@ -13,9 +13,9 @@ import torch
 from scripts.common.artifacts import Manifest, read_manifest
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
-from scripts.common.paths import resolve
+from scripts.common.paths import portable_path, resolve
 from scripts.common.schema import Config
-from scripts.common.stages import ADAPTER_STAGES, BASE, TRAINING_STAGES
+from scripts.common.stages import ADAPTER_STAGES, BASE, DPO, KTO, SFT, TRAINING_STAGES
 from scripts.dataset.chat_format import ChatFormat, template_sha256, tokenizer_sha256
 from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter
@@ -64,6 +64,7 @@ class Models:
     default: str
     source: str  # key and value of the configuration that name the network
     folder: Path  # of the network
+    instead_of: str | None = None  # serve.adapter_path, where another answers in the place of what was never made
 
 
 def load_models(config: Config, machine: Machine) -> Models:
@@ -71,8 +72,7 @@ def load_models(config: Config, machine: Machine) -> Models:
 
     Raises: UserError naming the adapter, what is wrong with it and the stage to run.
     """
-    serve = config.serve
-    first = resolve(serve.adapter_path) if serve.adapter_path else None
+    first, instead_of = find_default(config)
     if first and (first / "config.json").is_file() and not (first / "adapter_config.json").is_file():
         return _load_merged(config, machine, first)
     folder = find_model(config.base_model_id, config.base_model_revision)
@@ -97,7 +97,7 @@ def load_models(config: Config, machine: Machine) -> Models:
     served = {BASE: Served(BASE)} | {
         name: describe(name, paths[name], manifest) for name, manifest in manifests.items()
     }
-    models = Models(network, tokenizer, chats, shape, rows, served, default, source, folder)
+    models = Models(network, tokenizer, chats, shape, rows, served, default, source, folder, instead_of)
     prove_adapters(models, list(manifests))
     return models
 
@@ -118,6 +118,25 @@ def _shape_of(network: Any, source: str) -> ModelShape:
         return ModelShape.of(network.config)
     except (AttributeError, TypeError) as error:  # a network without attention, or with several widths of it
         raise cannot_serve(network, source, " ".join(str(error).split())) from None
+
+
+def find_default(config: Config) -> tuple[Path | None, str | None]:
+    """Return the folder that answers when a request names none, and `serve.adapter_path` where it stands in for that.
+
+    A folder that this configuration would write, and never has, gives way to the adapter that its training continues, and
+    that to the base. Any other path is taken as it is, and is missed where it leads nowhere.
+    """
+    wanted = config.serve.adapter_path
+    if wanted is None:
+        return None, None
+    folder = resolve(wanted)
+    own = [resolve(getattr(config, stage.name).output_dir).absolute() for stage in (KTO, DPO, SFT)]
+    if folder.absolute() not in own or folder.exists() or folder.with_name(f"{folder.name}.old").exists():
+        return folder, None
+    found = next((other for other in own[own.index(folder.absolute()) + 1 :] if other.is_dir()), None)
+    answers = portable_path(found) if found else f"the base, {config.base_model_id},"
+    log.warning("serve.adapter_path: %s was never made, so %s answers in its place", wanted, answers)
+    return found, wanted
 
 
 def _named_adapters(config: Config, first: Path | None) -> tuple[dict[str, Path], str]:

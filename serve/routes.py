@@ -83,15 +83,19 @@ def _answer(job: Job, text: str) -> GenerateAnswer:
 async def compare(request: Request, body: CompareRequest) -> CompareAnswer:
     """Answer one prompt with several models in one batch."""
     service: Service = request.app.state.service
+    jobs = await begin_comparison(service, request.state.client, body)
+    texts = await service.texts(request, jobs)
+    return CompareAnswer(answers=[_answer(job, text) for job, text in zip(jobs, texts, strict=True)])
+
+
+async def begin_comparison(service: Service, client: str, body: CompareRequest) -> list[Job]:
+    """Start a job for each model that a request compares."""
     models = [service.model(name, "adapters") for name in body.adapters or service.models.served]
 
     def render(chat: ChatFormat) -> list[int]:
         return render_prompt(chat, chat.user_turn(body.prompt))
 
-    prompts = [Prompt(model, render, len(body.prompt)) for model in models]
-    jobs = await service.begin(request.state.client, prompts, body)
-    texts = await service.texts(request, jobs)
-    return CompareAnswer(answers=[_answer(job, text) for job, text in zip(jobs, texts, strict=True)])
+    return await service.begin(client, [Prompt(model, render, len(body.prompt)) for model in models], body)
 
 
 @router.post("/v1/score", tags=["generation"])
@@ -185,6 +189,7 @@ def _model_entry(service: Service, model: Served) -> dict[str, Any]:
         "id": model.name, "object": "model", "created": service.started, "owned_by": "llm-finetune-sft-dpo",
         "parent": model.parent, "adapter_sha256": model.sha256, "max_model_len": service.context,
         "default": model.name == service.models.default,
+        "instead_of": service.models.instead_of if model.name == service.models.default else None,
     }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from scripts.common.colour import RED, coloured
+
 EXIT_MISTAKE = 2  # what argparse uses too
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
@@ -116,7 +118,8 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
                 raise
             message, code = f"error: {explained}", EXIT_MISTAKE
         if message:
-            sys.stderr.write(message + "\n")
+            head, colon, rest = message.partition(":")
+            sys.stderr.write(coloured(head + colon, RED, sys.stderr) + rest + "\n")
         return code
 
     return wrapped

@@ -23,6 +23,7 @@ from scripts.common.artifacts import (
     write_manifest,
     write_text_durably,
 )
+from scripts.common.colour import ColouredFormatter
 from scripts.common.config import LoadedConfig
 from scripts.common.distributed import is_main_process, leave_process_group
 from scripts.common.machine import prepare_environment
@@ -108,14 +109,15 @@ def open_run(
 
 def set_up_logging(log_file: Path | None = None) -> None:
     """Send our log to the terminal and to a file; keep chatty libraries to warnings."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    layout, times = "%(asctime)s %(message)s", "%H:%M:%S"
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(ColouredFormatter(layout, times, sys.stderr))
+    handlers: list[logging.Handler] = [terminal]
     if log_file:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
     level = logging.INFO if is_main_process() else logging.ERROR
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
+    logging.basicConfig(level=logging.WARNING, format=layout, datefmt=times, handlers=handlers, force=True)
     for package in ("scripts", "eval", "serve", "__main__"):
         logging.getLogger(package).setLevel(level)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

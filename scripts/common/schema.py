@@ -183,8 +183,9 @@ class Training(Section):
 
 
 class Sft(Training):
-    dataset_path: str | Datasets = Field(
-        "data/sft/sample_sft.jsonl", description="Instruction records: a file, a Hub dataset id, or a weighted list."
+    dataset_path: str | Datasets | None = Field(
+        "data/sft/sample_sft.jsonl",
+        description="Instruction records: a file, a Hub dataset id, or a weighted list; null leaves SFT out of this chain.",
     )
     output_dir: OutputFolder = Field("outputs/sft_adapter", description="Folder of the finished adapter.")
 
@@ -196,8 +197,9 @@ DpoLoss = Literal[
 
 
 class Dpo(Training):
-    dataset_path: str | Datasets = Field(
-        "data/dpo/sample_dpo.jsonl", description="Preference pairs: a file, a Hub dataset id, or a weighted list."
+    dataset_path: str | Datasets | None = Field(
+        "data/dpo/sample_dpo.jsonl",
+        description="Preference pairs: a file, a Hub dataset id, or a weighted list; null leaves DPO out of this chain.",
     )
     output_dir: OutputFolder = Field("outputs/dpo_adapter", description="Folder of the finished adapter.")
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training pairs.")

@@ -24,22 +24,16 @@ class TrainingStage:
     records: RecordKind  # what it trains on, as PARSERS of dataset/records.py reads it
     trl_config: str  # the class of TRL whose fields `<name>.trainer` takes
     continues: str | None  # the stage whose adapter it starts from; its reference model is a frozen copy of that one
-    next_command: str  # what a user runs on the result
 
 
-SFT = TrainingStage(
-    "sft", "SFT", "scripts.train_sft", "conversations", "SFTConfig", None, next_command="scripts.train_dpo"
-)
-DPO = TrainingStage(
-    "dpo", "DPO", "scripts.train_dpo", "preferences", "DPOConfig", continues="sft", next_command="eval.compare"
-)
+SFT = TrainingStage("sft", "SFT", "scripts.train_sft", "conversations", "SFTConfig", continues=None)
+DPO = TrainingStage("dpo", "DPO", "scripts.train_dpo", "preferences", "DPOConfig", continues="sft")
 
-KTO = TrainingStage(
-    "kto", "KTO", "scripts.train_kto", "feedback", "KTOConfig", continues="sft", next_command="eval.compare"
-)
+KTO = TrainingStage("kto", "KTO", "scripts.train_kto", "feedback", "KTOConfig", continues="sft")
 
 TRAINING_STAGES = {stage.name: stage for stage in (SFT, DPO, KTO)}  # in the order in which they are run
 ADAPTER_STAGES = tuple(TRAINING_STAGES)  # manifests of adapters
+COMPARE = "eval.compare"  # the command that measures what they made
 BASE = "base"  # the model without an adapter, beside those that are named after their stage
 MODEL_STAGES = (*ADAPTER_STAGES, "merged")  # manifests of folders that can be served and evaluated
 

@@ -41,7 +41,7 @@ def find_file(name: str, key: str) -> Path | None:
             raise UserError(f"{key}: {name}: is a folder, wanted one file; list several files with their weights.")
     except OSError as error:  # a name that no file can have
         raise UserError(f"{key}: {name}: {error.strerror}. Correct the path.") from None
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|parquet|gz|xlsx?|ods)$", name):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|tsv|parquet|gz|xlsx?|ods|txt|md)$", name):
         return None
     near = did_you_mean(name) or did_you_mean(ROOT / name)
     raise UserError(
@@ -67,22 +67,22 @@ def read_hub(name: str, configuration: str | None, split: str | None, key: str) 
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (file:line, row) of a JSONL, JSON, CSV or Parquet file or of a sheet; what cannot be decoded comes as a BadRow.
+    """Yield (file:line, row) of a JSONL, JSON, CSV, TSV or Parquet file or of a sheet; what cannot be decoded comes as a BadRow.
 
     JSONL, JSON and CSV may be compressed with gzip.
     """
     readers = {
-        ".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, **dict.fromkeys(SHEETS, _sheet_rows)
+        ".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, **dict.fromkeys(SHEETS, _sheet_rows)
     }  # fmt: skip
     ending = path.suffix.lower()
     if ending == ".gz":
         inner = Path(path.stem).suffix.lower()
-        reader = readers.get(inner) if inner in (".jsonl", ".json", ".csv") else None
+        reader = readers.get(inner) if inner in (".jsonl", ".json", ".csv", ".tsv") else None
     else:
         reader = readers.get(ending)
     if reader is None:
-        sheet = " Save the sheet as `CSV UTF-8`." if ending == ".tsv" else ""
-        raise UserError(f"{path}: found the ending `{path.suffix}`, wanted one of {', '.join(readers)}.{sheet}")
+        text = " python -m scripts.start makes records of documents." if ending in (".txt", ".md") else ""
+        raise UserError(f"{path}: found the ending `{path.suffix}`, wanted one of {', '.join(readers)}.{text}")
     return _unpacked(path, reader(path)) if ending == ".gz" else reader(path)
 
 

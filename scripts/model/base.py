@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
+from scripts.common.paths import portable_path
 from scripts.common.schema import Config
 from scripts.dataset.chat_format import plain_template, set_stops_of_base
 from scripts.model.find import blamed_on, gguf_file
 
 log = logging.getLogger(__name__)
+
+LARGE = 2e9  # bytes; less is loaded in a second or two
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -70,9 +74,8 @@ def _stops_in_gguf(file: Path) -> list[int]:
 def load_base(folder: Path, config: Config, machine: Machine) -> Any:
     """Load the frozen base in the chosen dtype, quantised when the configuration asks for it; a GGUF is dequantised."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as logging_of_transformers
 
-    logging_of_transformers.disable_progress_bar()
+    _show_loading(folder)
     if name := gguf_file(folder):
         from transformers import GgufConfig
 
@@ -107,6 +110,18 @@ def load_base(folder: Path, config: Config, machine: Machine) -> Any:
     if machine.device == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
     return model
+
+
+def _show_loading(folder: Path) -> None:
+    """Say what is loaded; where that takes a while and somebody watches, with the library's bar."""
+    from transformers.utils import logging as logging_of_transformers
+
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    log.info("loading %s (%.1f GB)", portable_path(folder), size / 1e9)
+    if size > LARGE and sys.stderr.isatty():
+        logging_of_transformers.enable_progress_bar()
+    else:
+        logging_of_transformers.disable_progress_bar()
 
 
 def copy_out_of_file(parameters: Iterable[Any]) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -25,21 +25,28 @@ log = logging.getLogger(__name__)
 LAST_LINES = 6
 
 
-def run_stage(script: str, arguments: Sequence[str], log_file: Path, tick: Callable[[], None]) -> int:
-    """Run a stage with its output in a file, and return its exit code.
+def run_stage(
+    script: str,
+    arguments: Sequence[str],
+    log_file: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+    cwd: Path | None = None,
+) -> int:
+    """Run a stage with its output in a file or on the terminal, and return its exit code.
 
     It has a process group of its own: on Ctrl-C a terminal asks every process of a group to stop, and a stage that is
     asked twice stops without a checkpoint. A request to stop is passed to the stage, whose end is waited for.
     """
     file = ROOT / (script.replace(".", "/") + ".py")
     child: subprocess.Popen[bytes] | None = None
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as output:
+    if log_file:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") if log_file else nullcontext() as output:
         try:
             with signals_held():
                 child = subprocess.Popen(
-                    [sys.executable, str(file), *arguments],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    [sys.executable, str(file), *arguments], cwd=cwd,
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
             while True:
                 with suppress(subprocess.TimeoutExpired):
@@ -47,7 +54,9 @@ def run_stage(script: str, arguments: Sequence[str], log_file: Path, tick: Calla
                 tick()
         except BaseException:
             while child and child.poll() is None:
-                log.warning("stopping %s; the same command continues from there", log_file.stem)
+                log.warning(
+                    "stopping %s", f"{log_file.stem}; the same command continues from there" if log_file else script
+                )
                 child.terminate()
                 with suppress(Interrupted):  # asked again, so is the stage
                     child.wait()

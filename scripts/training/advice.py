@@ -97,7 +97,7 @@ def describe_styles(answers: Sequence[str], key: str) -> list[str]:
     if len(answers) < FEWEST_COMPARED:
         return []
     advice = []
-    for what, kinds in (("end", map(_ending, answers)), ("are in", map(_language, answers))):
+    for what, kinds in (("end", map(_ending, answers)), ("are in", map(language_of, answers))):
         counts = Counter(kind for kind in kinds if kind)
         for kind, count in counts.most_common()[1:]:
             if count >= SMALLEST_MINORITY * counts.total():
@@ -120,7 +120,7 @@ def _ending(answer: str) -> str:
     return "with punctuation" if last in ENDS or unicodedata.category(last) == "So" else "without punctuation"
 
 
-def _language(answer: str) -> str | None:
+def language_of(answer: str) -> str | None:
     """Name the language of an answer, or its script where that is not Latin; None where it is too short to tell."""
     letters = [character for character in answer if character.isalpha()]
     scripts = Counter(unicodedata.name(letter, "?").split()[0] for letter in letters[:500])

@@ -36,6 +36,7 @@ class ProgressAndTracking(TrainerCallback):
     def __init__(self, tracker: Tracker, stop: StopSignal) -> None:
         self.tracker, self.stop = tracker, stop
         self.bar: Any = None
+        self.evaluating: Any = None
         self.tokens = 0.0
         self.first_step_at = 0.0
         self.first_tokens = 0.0
@@ -46,6 +47,19 @@ class ProgressAndTracking(TrainerCallback):
             torch.manual_seed(args.seed + args.process_index)
         if is_main_process():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        batches = kwargs.get("eval_dataloader")
+        if self.evaluating is None and is_main_process():
+            total = len(batches) if hasattr(batches, "__len__") else None
+            self.evaluating = tqdm(total=total, desc="held-out loss", unit="batch", leave=False, disable=None)
+        if self.evaluating is not None:
+            self.evaluating.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.evaluating is not None:
+            self.evaluating.close()
+            self.evaluating = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         empty_heap()  # an epoch begins with its longest batch

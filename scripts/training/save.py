@@ -14,7 +14,8 @@ from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError
 from scripts.common.question import freeze_plan
 from scripts.common.run import Run
-from scripts.common.stages import TRAINING_STAGES
+from scripts.common.schema import Config
+from scripts.common.stages import COMPARE, TRAINING_STAGES, TrainingStage, planned_stages
 from scripts.common.tracking import Tracker
 from scripts.model.adapter import merge_initialisation
 from scripts.training.start import Start
@@ -161,6 +162,22 @@ def initial_weights(folder: Path) -> dict[str, Any]:
     }
 
 
+def next_stage(run: Run) -> str | None:
+    """Name the stage that continues this adapter with data of this configuration, else the comparison where it can be run."""
+    values = run.values
+    planned = [
+        stage for stage in planned_stages(values) if stage.continues == run.stage and not is_sample(values, stage)
+    ]
+    return planned[0].script if planned else COMPARE if values.data.test_ratio else None
+
+
+def is_sample(values: Config, stage: TrainingStage) -> bool:
+    """Tell whether a stage's data is the sample that comes with the project, while SFT's is one's own."""
+    shipped = Config()
+    own = values.sft.dataset_path != shipped.sft.dataset_path
+    return own and getattr(values, stage.name).dataset_path == getattr(shipped, stage.name).dataset_path
+
+
 def print_summary(run: Run, metrics: dict[str, Any]) -> None:
     """Say in a few lines what came out, where it is and what to do next."""
     stage = TRAINING_STAGES[run.stage]
@@ -174,6 +191,8 @@ def print_summary(run: Run, metrics: dict[str, Any]) -> None:
         f"peak memory    {metrics['peak_memory_gib']:.1f} GiB",
         f"adapter        {run.output_dir}",
         f"MLflow         {runs}",
-        f"next           python -m {stage.next_command} {run.config.flags}",
+        f'talk to it     python -m serve.ask "…" {run.config.flags}',
     ]
+    if following := next_stage(run):
+        lines.append(f"next           python -m {following} {run.config.flags}")
     log.info("%s", "\n  ".join(lines))

@@ -13,14 +13,22 @@ from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
 from scripts.common.artifacts import DatasetFacts
-from scripts.common.distributed import all_reduce_max, broadcast_from_rank_0, is_main_process, world_size
+from scripts.common.distributed import (
+    all_reduce_max,
+    broadcast_from_rank_0,
+    is_main_process,
+    sharding_engine,
+    world_size,
+)
 from scripts.common.errors import Interrupted, UserError
 from scripts.common.machine import Machine, peak_memory_gib
 from scripts.common.run import Run
 from scripts.common.tracking import Tracker, tracked_run
+from scripts.dataset.records import Preference, Record
 from scripts.model.adapter import whole_weights
 from scripts.training.callbacks import ProgressAndTracking, training_callbacks
 from scripts.training.resume import Resumption, find_resumption, identity_of, write_state
+from scripts.training.sample import show_answers
 from scripts.training.save import log_inputs, print_summary, save_adapter
 from scripts.training.start import Start
 
@@ -80,11 +88,16 @@ class Session:
             "processes": world_size(),
         }
 
-    def save(self, trainer: Any, facts: dict[str, Any]) -> None:
-        """Save adapter, tokenizer, curves and manifest; `facts` stand beside what every stage measures."""
+    def save(self, trainer: Any, facts: dict[str, Any], held_out: Sequence[Record | Preference] = ()) -> None:
+        """Save adapter, tokenizer, curves and manifest, then show how it answers the first of the records held out.
+
+        `facts` stand beside what every stage measures.
+        """
         self.metrics |= facts
         if is_main_process():
             save_adapter(self.run, self.start, self.datasets, trainer, self.weights, self.metrics, self.tracker)
+            if not sharding_engine():
+                show_answers(trainer, self.run, self.start.chat, held_out)
 
 
 @contextmanager

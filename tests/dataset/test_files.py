@@ -141,8 +141,7 @@ def test_csv_with_an_open_quote_is_refused(tmp_path: Path) -> None:
         ("a.csv", b"output,instruction,output\na,q,b\n", ":1: the column `output` stands twice. Rename or remove one."),
         ("a.csv", b'instruction,output\nq,"never closed\n', ":2: not valid CSV (unexpected end of data)."),
         ("a.csv", b"instruction,output\rq,a\r", ":1: not valid CSV (a bare carriage return ends a line; save the file with line ends of today, \\n or \\r\\n)."),
-        ("a.txt", b"hello", ": found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet, .xlsx, .xlsm, .xls, .ods."),
-        ("a.tsv", b"sheet", ": found the ending `.tsv`, wanted one of .jsonl, .json, .csv, .parquet, .xlsx, .xlsm, .xls, .ods. Save the sheet as `CSV UTF-8`."),
+        ("a.txt", b"hello", ": found the ending `.txt`, wanted one of .jsonl, .json, .csv, .tsv, .parquet, .xlsx, .xlsm, .xls, .ods. python -m scripts.start makes records of documents."),
     ],
 )  # fmt: skip
 def test_unusable_file_is_reported_in_these_words(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -272,7 +271,7 @@ def test_file_is_found_from_the_working_folder_and_else_from_the_repository(
         ("a.json", b'["caf\xe9"]', "byte 6 is not UTF-8"),
         ("a.csv", b"instruction,output\ncaf\xe9,b\n", "is not UTF-8"),
         ("a.parquet", b"not parquet", "not a Parquet file"),
-        ("a.txt", b"hello", "found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet"),
+        ("a.txt", b"hello", "found the ending `.txt`, wanted one of .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_unusable_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes, said: str) -> None:

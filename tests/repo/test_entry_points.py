@@ -111,6 +111,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "deid": ("common", "dataset", "model"),
     "export": ("common", "dataset", "model"),
     "pairs": ("common", "dataset", "model", "speed"),
+    "starting": ("common", "dataset", "model", "training"),
     "studies": ("common", "dataset", "model", "speed", "training"),
 }
 

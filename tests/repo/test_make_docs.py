@@ -18,7 +18,7 @@ from tests.repo.test_no_dead_keys import keys
 
 GENERATED = (
     "configs/schema.json", "configs/config.yaml", "configs/README.md", "scripts/README.md", "scripts/dataset/README.md",
-    "scripts/model/README.md", "serve/README.md", "README.md",
+    "scripts/model/README.md", "serve/README.md", "eval/README.md", "README.md",
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ NAMES = (
 )  # fmt: skip
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = "\n".join(READMES.values())
+MADE_BY_START = "configs/mydata.yaml"  # of the reader's own file
 
 
 def blocks(*languages: str) -> list[str]:
@@ -65,7 +66,9 @@ def test_every_readme_is_checked() -> None:
 
 
 def test_the_first_readme_stays_short() -> None:
-    assert len(READMES["README.md"].splitlines()) <= 200
+    text = READMES["README.md"]
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1200
 
 
 @pytest.mark.parametrize("command", PYTHON)
@@ -78,7 +81,7 @@ def test_command_exists_and_its_flags_parse(command: str) -> None:
         module, arguments = importlib.import_module(".".join(Path(words[1]).with_suffix("").parts)), words[2:]
         assert file.is_file()
     parsed = module.build_parser().parse_args(arguments)
-    if getattr(parsed, "config", None):
+    if getattr(parsed, "config", None) not in (None, MADE_BY_START):
         load_config(ROOT / parsed.config, getattr(parsed, "overrides", []))
 
 
@@ -220,7 +223,7 @@ FILES = [
 @pytest.mark.parametrize(("name", "path"), FILES)
 def test_named_file_exists(name: str, path: str) -> None:
     made = (
-        "data/sft/mydata.jsonl", "data/sft/sample_pii.deid.jsonl", "data/sft/labelled.jsonl", "scripts/summarise.py",
+        MADE_BY_START, "data/sft/mydata.jsonl", "data/sft/sample_pii.deid.jsonl", "data/sft/labelled.jsonl", "scripts/summarise.py",
         "outputs/comparison/report.html", "outputs/pairs.jsonl", "outputs/pairs.jsonl.manifest.json",
     )  # fmt: skip
     assert path in made or (ROOT / path).exists() or ((ROOT / name).parent / path).exists()

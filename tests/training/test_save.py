@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from scripts import train_sft
 from scripts.common.curves import Curves, read_curves, write_curves
 from scripts.common.errors import UserError
-from scripts.common.schema import Lora
+from scripts.common.schema import Config, Lora
 from scripts.model.adapter import add_lora, load_adapter, merge_initialisation, save_initialisation, whole_weights
-from scripts.training.save import check_saved, draw_curves, flatten, initial_weights
+from scripts.training.save import check_saved, draw_curves, flatten, initial_weights, next_stage
 from tests.support.chain import write_chain
 from tests.support.models import load, take_steps
 
@@ -113,3 +114,19 @@ def test_weights_that_trained_but_were_never_collected_stop_the_run(tiny_llama: 
 
     with pytest.raises(UserError, match=r"embed_tokens\.lora_embedding_A was trained, but what was saved is missing"):
         check_saved(file, [*trained, "base_model.model.model.embed_tokens.lora_embedding_A.default"], weights)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "following"),
+    [
+        ("sft", {}, "scripts.train_dpo"),  # sample data for both
+        ("sft", {"sft": {"dataset_path": "mine.jsonl"}}, "eval.compare"),
+        ("sft", {"sft": {"dataset_path": "mine.jsonl"}, "dpo": {"dataset_path": "pairs.jsonl"}}, "scripts.train_dpo"),
+        ("sft", {"sft": {"dataset_path": "mine.jsonl"}, "kto": {"dataset_path": "thumbs.jsonl"}}, "scripts.train_kto"),
+        ("sft", {"sft": {"dataset_path": "mine.jsonl"}, "data": {"test_ratio": 0}}, None),
+        ("dpo", {}, "eval.compare"),
+    ],
+)
+def test_the_next_step_is_one_that_there_are_data_for(stage: str, sections: dict, following: str | None) -> None:
+    run = SimpleNamespace(stage=stage, values=Config.model_validate(sections))
+    assert next_stage(run) == following

@@ -27,13 +27,14 @@ from scripts.common.artifacts import (
 from scripts.common.config import load_config
 from scripts.dataset.chat_format import ChatFormat, template_sha256, tokenizer_sha256, user_turn
 from scripts.dataset.rendering import render_prompt
+from scripts.dataset.split import side_of
 from scripts.model.base import load_tokenizer
 from scripts.model.fingerprint import base_fingerprint
 from scripts.train_sft import main
 from scripts.training import save, session
 from tests.conftest import write_jsonl
 from tests.support.chain import start_stage, wait_for
-from tests.support.records import one_row
+from tests.support.records import load, one_row
 
 WORDS = ["red", "green", "blue", "amber", "violet", "black", "white", "grey"]
 
@@ -235,9 +236,32 @@ def test_resolved_config_of_the_run_says_where_each_value_came_from(in_finished)
 def test_user_is_reported_the_result_and_the_next_step(in_finished) -> None:
     _, base, seen = in_finished
 
-    for part in ("SFT is done", "held-out loss", "→", "tokens/s", "outputs/sft_adapter", "mlflow ui", "next"):
+    for part in (
+        "SFT is done",
+        "held-out loss",
+        "→",
+        "tokens/s",
+        "outputs/sft_adapter",
+        "mlflow ui",
+        "talk to it",
+        "python -m serve.ask",
+    ):
         assert part in seen
     assert ("c_attn" if "gpt2" in base.name else "q_proj") in seen
+
+
+def test_training_ends_with_a_held_out_prompt_answered_without_and_with_the_adapter(in_finished) -> None:
+    folder, _, seen = in_finished
+    data = load_config("config.yaml").values.data
+    prompts = {
+        row["instruction"]: side_of(record, data)
+        for row, record in zip(rows(), load(folder / "data.jsonl"), strict=True)
+    }
+
+    shown = seen.partition("a prompt that was held out, from ")[2]
+    asked = next(prompt for prompt in prompts if f"\n{prompt}\n" in shown)
+    assert prompts[asked] == "validation"
+    assert re.search(r"^base +sft$", shown, re.MULTILINE)
 
 
 def test_resume_of_a_finished_run_changes_nothing_and_exits_0(in_finished, capsys) -> None:

@@ -1,0 +1,174 @@
+"""Make the pictures of the READMEs, report and playground, from the demo's real output.
+
+Reads the report in `eval.output_dir` and the adapters that `serve` names; writes eval/report.png and serve/playground.png,
+or with --all both pages in two widths, light and dark, to another folder. Needs requirements.txt, chromium and chromedriver.
+
+    python -m scripts.make_pictures --config configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.common.config import LoadedConfig, add_config_arguments, load_config
+from scripts.common.errors import UserError, entry_point
+from scripts.common.paths import ROOT
+from scripts.common.run import set_up_logging
+
+log = logging.getLogger(__name__)
+
+REPORT, PLAYGROUND = Path("eval/report.png"), Path("serve/playground.png")
+WIDTHS = {"1280": (1280, 900), "390": (390, 844)}  # a window, and a phone
+COLOURS = 128  # of a palette: pages of text look the same, and take a third of the bytes
+LONGEST_WAIT = 120  # seconds for the server, and for an answer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--all", type=Path, metavar="FOLDER", help="write every width and scheme there, to look at")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Open the report, ask the playground one question, and keep what the browser shows."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging()
+    config = load_config(arguments.config, arguments.overrides)
+    comparison = Path(config.values.eval.output_dir)
+    if not (comparison / "report.html").is_file():
+        raise UserError(f"eval.output_dir: {comparison} holds no report.html. Run `make demo` first.")
+    with browser() as driver:
+        keep(driver, (comparison / "report.html").resolve().as_uri(), ROOT / REPORT, arguments.all)
+        with server(config) as url:
+            driver.get(url)
+            ask(driver, shortest_prompt(comparison))
+            keep(driver, url, ROOT / PLAYGROUND, arguments.all)
+    return 0
+
+
+def shortest_prompt(comparison: Path) -> str:
+    """Return the prompt that README shows, too."""
+    lines = (comparison / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return min((json.loads(line)["prompt"] for line in lines), key=len)
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Start a browser without a window."""
+    from selenium import webdriver
+
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(programs):
+        raise UserError("found no chromium or no chromedriver. Debian has them as chromium and chromium-driver.")
+    with tempfile.TemporaryDirectory() as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = str(programs[0])
+        for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+@contextmanager
+def server(config: LoadedConfig) -> Iterator[str]:
+    """Serve the models of the configuration, and yield the address of the playground."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", "uvicorn", "serve.fastapi_server:app", "--port", str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "LLM_CONFIG": str(path)})
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(f"{url}/health/ready", process)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Ask until the server answers.
+
+    Raises: UserError when it ends or does not answer in time.
+    """
+    end = time.monotonic() + LONGEST_WAIT
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            urlopen(url).close()
+            return
+        except URLError:
+            time.sleep(0.5)
+    raise UserError("the server did not start; see its message above.")
+
+
+def ask(driver: Any, prompt: str) -> None:
+    """Type a question into the playground and wait for all answers."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(driver, LONGEST_WAIT)
+    wait.until(lambda page: page.find_elements("css selector", ".pane"))
+    driver.execute_script("document.getElementById('prompt').value = arguments[0]", prompt)
+    driver.find_element("id", "send").click()
+    time.sleep(1)
+    wait.until(lambda page: page.find_element("id", "again").is_enabled())
+
+
+def keep(driver: Any, url: str, picture: Path, folder: Path | None) -> None:
+    """Keep the first screen of a page for a README; with a folder, the whole page in every width and scheme."""
+    driver.get(url)
+    if folder is None:
+        shoot(driver, WIDTHS["1280"], "light", picture)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for width, size in WIDTHS.items():
+        for scheme in ("light", "dark"):
+            shoot(driver, size, scheme, folder / f"{picture.stem}-{width}-{scheme}.png")
+
+
+def shoot(driver: Any, size: tuple[int, int], scheme: str, path: Path) -> None:
+    """Save what a window of this size shows in a light or dark scheme."""
+    from PIL import Image
+
+    width, height = size
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < height},
+    )
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    time.sleep(1)
+    Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    log.info("%s: %.0f kB", path, path.stat().st_size / 1e3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
