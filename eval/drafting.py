@@ -62,7 +62,7 @@ def _kept(check: Check, records: Sequence[Record | Preference]) -> int:
 
 def _candidates(answers: Sequence[str], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
     if labels := _labels(answers):
-        yield {"name": "one of the known answers", "regex": rf"\A(?:{'|'.join(map(re.escape, labels))})\Z"}
+        yield {"name": "one of the known answers", "regex": rf"\A(?:{_either(labels)})\Z"}
         yield {"name": "the right answer", "exact_match": True}
         return
     if sum(answer[:1] in ("{", "[") for answer in answers) >= SHARE * len(answers):
@@ -71,7 +71,7 @@ def _candidates(answers: Sequence[str], prompts: Sequence[str]) -> Iterator[dict
     lines = [[line.strip() for line in answer.split("\n") if line.strip()] for answer in answers]
     long = [each for each in lines if len(each) > 1]
     if starts := common_starts([each[0] for each in lines if each]):
-        yield {"name": f"begins with {_quoted(starts)}", "regex": rf"\A(?:{'|'.join(map(re.escape, starts))})"}
+        yield {"name": f"begins with {_quoted(starts)}", "regex": rf"\A(?:{_either(starts)})"}
     if len(long) >= SHARE * len(lines):
         yield from _greeting_line([each[0] for each in long])
         yield from _endings(long)
@@ -125,13 +125,18 @@ def _greeting_line(first: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _endings(lines: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
     """Ask for the sign-off: what the last line, or the one before it, begins with."""
     if ends := common_starts([each[-1] for each in lines]):
-        yield {"name": f"the last line begins with {_quoted(ends)}", "regex": rf"\n[ \t]*(?:{'|'.join(map(re.escape, ends))})[^\n]*\Z"}
+        yield {"name": f"the last line begins with {_quoted(ends)}", "regex": rf"\n[ \t]*(?:{_either(ends)})[^\n]*\Z"}
     several = [each[-2] for each in lines if len(each) > 2]
     if len(several) >= SHARE * len(lines) and (ends := common_starts(several)):
         yield {
             "name": f"the line before the last begins with {_quoted(ends)}",
-            "regex": rf"\n[ \t]*(?:{'|'.join(map(re.escape, ends))})[^\n]*\n\s*[^\n]+\Z",
+            "regex": rf"\n[ \t]*(?:{_either(ends)})[^\n]*\n\s*[^\n]+\Z",
         }
+
+
+def _either(texts: Sequence[str]) -> str:
+    """Write alternatives of a regular expression; re.escape would also mark spaces and hyphens, which people will read."""
+    return "|".join(re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", text) for text in texts)
 
 
 def _quoted(starts: Sequence[str]) -> str:

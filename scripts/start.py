@@ -26,12 +26,19 @@ from scripts.dataset.split import Split
 from scripts.starting.asking import Asker, say
 from scripts.starting.bases import choose_base
 from scripts.starting.minutes import Speed, measure_speed
-from scripts.starting.settings import answer_limit, choose_prompts, choose_rhythm, choose_sides, split_all, training_tokens
+from scripts.starting.settings import (
+    answer_limit,
+    choose_prompts,
+    choose_rhythm,
+    choose_sides,
+    split_all,
+    training_tokens,
+)
 from scripts.starting.sources import Source, better_answers_of, look_at
 from scripts.starting.writing import Proposal, write_yaml
 
 RECORDS_FOLDER = Path("data/sft")
-LONGEST_SHOWN_PROMPT = 120
+LONGEST_SHOWN_PROMPT = 240
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +77,9 @@ def check_out(out: Path) -> None:
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out}: found the ending `{out.suffix}`, wanted .yaml.")
     if out.exists():
-        raise UserError(f"--out {out}: exists already, and nothing is overwritten. Choose another name, such as --out {out.with_stem(f'{out.stem}2')}")
+        raise UserError(
+            f"--out {out}: exists already, and nothing is overwritten. Choose another name, such as --out {out.with_stem(f'{out.stem}2')}"
+        )
 
 
 def write_new(path: Path, text: str) -> None:
@@ -111,17 +120,25 @@ def propose(
 def show_advice(config: LoadedConfig, sources: Mapping[str, list[Source]], splits: Mapping[str, Split]) -> None:
     """Say what the data can show and what in them is probably a mistake."""
     from eval.planning import plan_of
-    from scripts.training.advice import advise_on_records, advise_on_steps
+    from scripts.dataset.records import count_duplicates
+    from scripts.training.advice import FEWEST_TESTED, advise_on_steps, describe_styles
 
     for name, split in splits.items():
-        sides = f"{len(split.train)} to learn from, {len(split.validation)} for validation, {len(split.test)} for the test"
+        sides = (
+            f"{len(split.train)} to learn from, {len(split.validation)} for validation, {len(split.test)} for the test"
+        )
         near = f", {len(split.near_duplicates)} left out as near-duplicates" if split.near_duplicates else ""
         say(f"{name}: {sides}{near}")
         records = [record for source in sources[name] for record in source.file.records]
+        if duplicates := count_duplicates(records):
+            say(f"  note: {duplicates} records repeat an earlier one word for word, and weigh that much more")
         for advice in [
-            *advise_on_records(name, split, records), *advise_on_steps(getattr(config.values, name), name, len(split.train)),
-        ]:  # fmt: skip
+            *describe_styles([record.answer for record in split.train], "your files"),
+            *advise_on_steps(getattr(config.values, name), name, len(split.train)),
+        ]:
             say(f"  note: {advice}")
+        if len(split.test) < FEWEST_TESTED:
+            say(f"  note: {len(split.test)} test records show large gaps alone: more examples help most")
     try:
         lines = plan_of(config)
     except UserError as error:
@@ -134,7 +151,10 @@ def show_advice(config: LoadedConfig, sources: Mapping[str, list[Source]], split
 def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed: Speed) -> None:
     """Say what was chosen, how long it takes, and the next three commands."""
     base, flags = proposal.base, f"--config {shlex.quote(str(out))}"
-    say(f"base: {base.id}, {base.parameters / 1e6:,.0f} M parameters" + ("" if base.folder else ", which is not here: the first run downloads it"))
+    say(
+        f"base: {base.id}, {base.parameters / 1e6:,.0f} M parameters"
+        + ("" if base.folder else ", which is not here: the first run downloads it")
+    )
     if not base.folder:
         say("  without a model hub: python -m scripts.get_demo_model, then start again with another --out")
     if not base.chats:
@@ -163,10 +183,12 @@ def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed:
 
 
 def _question(tested: Sequence[Any]) -> str:
-    """Return a question to try out, one that is held out if a short one is."""
-    asked = [record.prompt[-1]["content"].strip() for record in tested]
-    short = [text for text in asked if "\n" not in text and len(text) <= LONGEST_SHOWN_PROMPT]
-    return min(short, key=len, default="a question of yours")
+    """Return a question to try out, the shortest that is held out, in one line."""
+    asked = [" ".join(record.prompt[-1]["content"].split()) for record in tested]
+    shortest = min(asked, key=len, default="a question of yours")
+    return (
+        shortest if len(shortest) <= LONGEST_SHOWN_PROMPT else f"{shortest[:LONGEST_SHOWN_PROMPT].rpartition(' ')[0]} …"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ class Asker:
         sys.stdout.flush()
         line = sys.stdin.readline()
         if not line:
-            raise UserError(f"{question} There is nobody to ask. Start it on a terminal, or add --yes to assume {default}.")
+            raise UserError(
+                f"{question} There is nobody to ask. Start it on a terminal, or add --yes to assume {default}."
+            )
         return line.strip() or default
 
     def choose(self, question: str, options: Sequence[str], default: str) -> str:

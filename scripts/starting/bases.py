@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError
-from scripts.common.paths import ROOT, portable_path
+from scripts.common.paths import ROOT
 from scripts.common.schema import Config
 from scripts.model.find import find_local_model
 from scripts.model.memory import parameter_count
@@ -19,7 +19,8 @@ from scripts.starting.minutes import Speed
 CHARACTERS_PER_TOKEN = 3  # of Latin letters, fewer than there are; used where no tokenizer is here
 DEFAULT_PARAMETERS = 1_100_000_000  # of the default base
 LONGEST_SECONDS = 1200  # of an epoch, on the base that is proposed where several are here
-FRAME_TOKENS, TURN_TOKENS = 96, 12  # what a chat template writes around a conversation, and around each message
+# What a chat template writes around each message, and around a conversation: at most, and usually.
+TURN_TOKENS, FRAME_TOKENS, USUAL_FRAME_TOKENS = 8, 96, 16
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Base:
     positions: int | None
     chats: bool  # whether it brings a chat template
 
-    def count_tokens(self, conversations: Sequence[Sequence[str]]) -> list[int]:
+    def count_tokens(self, conversations: Sequence[Sequence[str]], frame: int = FRAME_TOKENS) -> list[int]:
         """Count the tokens of conversations, generously: what their templates write is assumed, not rendered."""
         return [
-            sum(lengths) + FRAME_TOKENS + TURN_TOKENS * len(lengths)
+            sum(lengths) + frame + TURN_TOKENS * len(lengths)
             for lengths in (self.count_texts(texts) for texts in conversations)
         ]
 
@@ -77,7 +78,11 @@ def choose_base(count_tokens: Callable[[Base], int], speed: Speed, asker: Asker)
         return default_base()
     if len(here) == 1:
         return here[0]
-    bearable = [base for base in here if not speed.flops or speed.training_seconds(base.parameters, count_tokens(base)) <= LONGEST_SECONDS]
+    bearable = [
+        base
+        for base in here
+        if not speed.flops or speed.training_seconds(base.parameters, count_tokens(base)) <= LONGEST_SECONDS
+    ]
     proposed = bearable[-1] if bearable else here[0]
     name = asker.choose("which base model?", [base.id for base in here], proposed.id)
     return next(base for base in here if base.id == name)
@@ -85,7 +90,7 @@ def choose_base(count_tokens: Callable[[Base], int], speed: Speed, asker: Asker)
 
 def _in_folder(folder: Path) -> Iterator[Base]:
     for file in sorted(folder.glob("*/config.json")):
-        base = _describe(portable_path(file.parent), file.parent)
+        base = _describe(f"{folder.name}/{file.parent.name}", file.parent)
         if base:
             yield base
 
@@ -117,6 +122,8 @@ def _describe(name: str, folder: Path) -> Base | None:
         return None
     text = config.get("text_config") or config
     hidden = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if isinstance(text.get(key), int)), 2048)
-    positions = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)
+    positions = next(
+        (text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None
+    )
     chats = (folder / "chat_template.jinja").is_file() or "chat_template" in described
     return Base(name, folder, parameter_count(folder), hidden, positions, chats)

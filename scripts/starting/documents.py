@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError, not_utf8
-from scripts.dataset.columns import ASSISTANT, SPEAKERS, USER
+from scripts.dataset.columns import ASSISTANT, SPEAKERS, SYSTEM, USER, Row
 from scripts.starting.asking import Asker, say
-from scripts.starting.guessing import kind_of
+from scripts.starting.guessing import are_texts, cells_of, kind_of
 from scripts.training.advice import language_of
 
 ENDINGS = (".txt", ".md", ".markdown", ".text", ".log")
@@ -93,7 +94,9 @@ def write_prompts(documents: Sequence[Document], asker: Asker) -> list[dict[str,
     template = asker.ask("  prompt template?", templates[0 if titled else 1])
     rows = [
         {
-            "instruction": template.replace("{title}", document.title or document.beginning).replace("{beginning}", document.beginning),
+            "instruction": template.replace("{title}", document.title or document.beginning).replace(
+                "{beginning}", document.beginning
+            ),
             "output": document.text,
         }
         for document in documents
@@ -146,12 +149,18 @@ def read_log(text: str) -> Log | None:
     counts = Counter(match["speaker"].strip() for match in spoken)
     stamped = sum(match["stamp"] is not None for match in spoken) > len(spoken) / 2
     # A speaker speaks again and again; `Note: ` in a document does not.
-    speakers = {name for name, count in counts.items() if count >= max(2, len(spoken) // 20) or (stamped and count >= 2)}
+    speakers = {
+        name for name, count in counts.items() if count >= max(2, len(spoken) // 20) or (stamped and count >= 2)
+    }
     if not 2 <= len(speakers) <= MOST_SPEAKERS or sum(counts[name] for name in speakers) < 0.8 * len(spoken):
         return None
     filled = [line for line in lines if line.strip()]
-    first = next((number for number, line in enumerate(filled) if (m := LINE.match(line)) and m["speaker"].strip() in speakers), None)
-    if first is None or first > 5 or len(spoken) < 4:
+    first = next(
+        (number for number, line in enumerate(filled) if (m := LINE.match(line)) and m["speaker"].strip() in speakers),
+        None,
+    )
+    # A messenger's log may begin with notices, another one begins with somebody who speaks.
+    if first is None or first > (5 if stamped else 0) or len(spoken) < 4:
         return None
     messages: list[Message] = []
     block, notices, day = 0, 0, ""
@@ -198,7 +207,9 @@ def write_conversations(log: Log, asker: Asker, path: Path) -> list[dict[str, An
                 "only you know. Start it again without --yes."
             )
         model = asker.choose("  whose answers should the model learn?", names, names[1])
-    say(f"  a chat log: the model learns what {model} writes; {', '.join(name for name in names if name != model)} asks")
+    say(
+        f"  a chat log: the model learns what {model} writes; {', '.join(name for name in names if name != model)} asks"
+    )
     rows = [{"messages": turns} for turns in _conversations(log, model)]
     if len(rows) == 1 and len(rows[0]["messages"]) > 2:
         # One conversation could not be split into sides: each exchange becomes a record.
@@ -218,7 +229,11 @@ def write_conversations(log: Log, asker: Asker, path: Path) -> list[dict[str, An
 def _model_speaker(names: Sequence[str]) -> str | None:
     """Return the speaker whose name says that it answers."""
     said = [name for name in names if SPEAKERS.get(name.casefold()) == ASSISTANT or kind_of(name) == "answer"]
-    said = said or [name for name in names if re.search(r"\b(agent|support|service|team|advis[eo]r|berater\w*|bot)\b", name, re.IGNORECASE)]
+    said = said or [
+        name
+        for name in names
+        if re.search(r"\b(agent|support|service|team|advis[eo]r|berater\w*|bot)\b", name, re.IGNORECASE)
+    ]
     return said[0] if len(said) == 1 else None
 
 
@@ -244,6 +259,84 @@ def _conversations(log: Log, model: str) -> Iterator[list[dict[str, str]]]:
         yield turns
 
 
+def conversations_in(rows: Sequence[Row]) -> list[list[dict[str, str]]] | None:
+    """Return the conversations of a table with a message in each row; None where no column says who speaks.
+
+    A column whose values repeat row after row tells conversations apart; without one, each question begins another.
+    """
+    cells = cells_of(rows)
+    speaker = next((name for name, values in cells.items() if len(values) == len(rows) and _are_speakers(values)), None)
+    if speaker is None:
+        return None
+    texts = [
+        name for name, values in cells.items() if name != speaker and len(values) == len(rows) and are_texts(values, 1)
+    ]
+    text = max(texts, key=lambda name: sum(len(str(value)) for value in cells[name]), default=None)
+    if text is None:
+        return None
+    others = [name for name, values in cells.items() if name not in (speaker, text) and len(values) == len(rows)]
+    repeats = {name: sum(left == right for left, right in pairwise(map(str, cells[name]))) for name in others}
+    thread = next(
+        (name for name in others if repeats[name] >= len(rows) / 4 and len({*map(str, cells[name])}) > 1), None
+    )
+    say(
+        f"  a message in each row: {speaker} speaks, {text} is what is said"
+        + (f", {thread} tells conversations apart" if thread else "")
+    )
+    if left_out := [name for name in cells if name not in (speaker, text, thread)]:
+        say(f"  not used: {', '.join(left_out)}")
+    found: dict[str, list[dict[str, str]]] = {}
+    number = 0
+    before = ""
+    for row in rows:
+        role = SPEAKERS[str(row[speaker]).strip().casefold()]
+        number += role != ASSISTANT and before == ASSISTANT
+        before = role
+        found.setdefault(str(row[thread]) if thread else str(number), []).append(
+            {"role": role, "content": str(row[text])}
+        )
+    return list(found.values())
+
+
+def _are_speakers(values: Sequence[Any]) -> bool:
+    return {SPEAKERS.get(str(value).strip().casefold()) for value in values} in (
+        {USER, ASSISTANT},
+        {USER, ASSISTANT, SYSTEM},
+    )
+
+
+# What stands before a turn where one text holds question and answer, as "### Instruction:" or "Human:".
+TURN_NAMES = "|".join(
+    [*SPEAKERS, "instruction", "input", "response", "output", "question", "answer", "q", "a", "frage", "antwort", "pregunta", "respuesta"]
+)  # fmt: skip
+TURN = re.compile(
+    rf"^(?:#{{2,4}}[ \t]*(?P<headed>{TURN_NAMES})[ \t]*:?|(?P<said>{TURN_NAMES})[ \t]*:)", re.IGNORECASE | re.MULTILINE
+)
+INST = re.compile(r"\s*(?:<s>)?\s*\[INST\](?P<question>.*?)\[/INST\](?P<answer>.*?)(?:</s>)?\s*", re.DOTALL)
+
+
+def turns_in(text: str) -> list[dict[str, str]] | None:
+    """Return the turns of a text that holds question and answer behind the usual words; None for any other text."""
+    if found := INST.fullmatch(text):
+        return [
+            {"role": USER, "content": found["question"].strip()},
+            {"role": ASSISTANT, "content": found["answer"].strip()},
+        ]
+    marks = list(TURN.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        return None
+    turns: list[dict[str, str]] = []
+    for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)], strict=True):
+        name = (mark["headed"] or mark["said"]).casefold()
+        role = SPEAKERS.get(name) or (ASSISTANT if kind_of(name) == "answer" else USER)
+        content = text[mark.end() : end].strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = "\n\n".join(part for part in (turns[-1]["content"], content) if part)
+        else:
+            turns.append({"role": role, "content": content})
+    return turns if {turn["role"] for turn in turns} >= {USER, ASSISTANT} else None
+
+
 # --- the file of records
 
 
@@ -260,5 +353,7 @@ def write_records(rows: Sequence[dict[str, Any]], path: Path) -> None:
         with path.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"{path}: is there already with other records, and nothing is overwritten. Move it away.") from None
+        raise UserError(
+            f"{path}: is there already with other records, and nothing is overwritten. Move it away."
+        ) from None
     say(f"  written: {path}, {len(rows)} records to look at")

@@ -56,20 +56,22 @@ class Guess:
 def guess_columns(rows: Sequence[Row]) -> Guess | None:
     """Return what the columns of rows probably are; None where neither names nor texts tell."""
     cells = cells_of(rows)
-    texts = [name for name, values in cells.items() if _are_texts(values)]
+    texts = [name for name, values in cells.items() if are_texts(values)]
     kinds = {name: kind_of(name) for name in cells}
 
     def named(kind: str, among: Iterable[str]) -> list[str]:
         return [name for name in among if kinds[name] == kind]
 
     chosen, rejected = named("chosen", texts), named("rejected", texts)
-    thumbs = [
-        name for name in named("label", cells) if all(thumb_of(value) is not None for value in cells[name])
-    ]
+    thumbs = [name for name in named("label", cells) if all(thumb_of(value) is not None for value in cells[name])]
     subjects = named("subject", cells)
     if len(chosen) == len(rejected) == 1:
         question = _one(named("question", cells) or named("message", texts), cells) or _one(subjects, cells)
-        return Guess(_drop_missing({question: "prompt", chosen[0]: "chosen", rejected[0]: "rejected"})) if question else None
+        return (
+            Guess(_drop_missing({question: "prompt", chosen[0]: "chosen", rejected[0]: "rejected"}))
+            if question
+            else None
+        )
     rest = [name for name in texts if name not in thumbs and name not in subjects]
     answer = _one(named("answer", cells), cells)
     question = _one(named("question", cells), cells) or _one([n for n in named("message", texts) if n != answer], cells)
@@ -134,12 +136,13 @@ def _one(names: Sequence[str], cells: Mapping[str, list[Any]]) -> str | None:
     return max(names, key=lambda name: _median([len(str(value)) for value in cells[name]]), default=None)
 
 
-def _are_texts(values: Sequence[Any]) -> bool:
+def are_texts(values: Sequence[Any], words: int = WORDS_OF_TEXT) -> bool:
+    """Tell whether cells are texts: letters in nearly all, and so many words in the middle one."""
     texts = [value for value in values if isinstance(value, str) and any(map(str.isalpha, value))]
     if len(texts) < SHARE * len(values):
         return False
     unspaced = any("\u3040" <= character <= "\u9fff" for text in texts[:20] for character in text)
-    return unspaced or _median([len(text.split()) for text in texts]) >= WORDS_OF_TEXT
+    return unspaced or _median([len(text.split()) for text in texts]) >= words
 
 
 def _median(numbers: Sequence[int]) -> int:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scripts.common.errors import UserError
 from scripts.common.schema import Data
 from scripts.dataset.records import Preference, Record
-from scripts.dataset.split import Split, split_records
-from scripts.starting.bases import Base
+from scripts.dataset.split import Split, side_of, split_records
+from scripts.starting.bases import USUAL_FRAME_TOKENS, Base
 from scripts.starting.sources import Source
 
 WANTED_STEPS = 40  # the demo learns its house style in 21, and few records leave fewer good ones
 MOST_EPOCHS = 5
 LARGEST_BATCH = 8
-ENOUGH_FOR_A_FIFTH, ENOUGH_FOR_A_TENTH = 150, 1500  # records, of which 0.2 and 0.1 make 30 and 150 for the test
+ENOUGH_FOR_A_FIFTH, ENOUGH_FOR_A_TENTH = (
+    150,
+    1500,
+)  # records, of which so much is held out for the test; of fewer, a quarter
 MOST_COMPARED = 150  # prompts to answer in a comparison, by each model
 SEEDS_TRIED = 50
 
@@ -35,7 +38,7 @@ class Rhythm:
 def choose_sides(sources: Sequence[Source]) -> Data:
     """Choose how many records are held out, and a split that leaves none of the sides empty where few are there."""
     total = sum(len(source.file.records) for source in sources)
-    test = 0.3 if total < ENOUGH_FOR_A_FIFTH else 0.2 if total < ENOUGH_FOR_A_TENTH else 0.1
+    test = 0.25 if total < ENOUGH_FOR_A_FIFTH else 0.2 if total < ENOUGH_FOR_A_TENTH else 0.1
     return Data(
         test_ratio=test,
         validation_ratio=0.1,
@@ -45,28 +48,25 @@ def choose_sides(sources: Sequence[Source]) -> Data:
 
 
 def split_all(sources: Mapping[str, Sequence[Source]], data: Data) -> tuple[Data, dict[str, Split]]:
-    """Split the records of each stage as training will; where a side stays empty, by the first other seed that fills it.
+    """Split the records of each stage as training will; of few records, by the seed that comes closest to the shares.
 
-    The side of a prompt is a hash, so ten prompts may leave none for the test.
+    The side of a prompt is a hash, so chance may leave ten prompts without one for the test, and forty with half as many
+    to learn from. Nothing is known of any outcome yet.
     """
     files = {name: [source.file for source in of_stage] for name, of_stage in sources.items() if of_stage}
-    few = sum(len(file.records) for of_stage in files.values() for file in of_stage) < ENOUGH_FOR_A_FIFTH
-    best: tuple[int, Data, dict[str, Split]] | None = None
-    for seed in range(SEEDS_TRIED if few else 1):
-        drawn = data.model_copy(update={"split_seed": seed})
-        try:
-            splits = {name: split_records(of_stage, drawn, 0) for name, of_stage in files.items()}
-        except UserError:  # no record is left to train on
-            if seed == SEEDS_TRIED - 1 and best is None:
-                raise
-            continue
-        empty = sum(not side for split in splits.values() for side in (split.validation, split.test))
-        if best is None or empty < best[0]:
-            best = (empty, drawn, splits)
-        if not empty:
-            break
-    assert best is not None
-    return best[1], best[2]
+    records = [record for of_stage in files.values() for file in of_stage for record in file.records]
+    if len(records) < ENOUGH_FOR_A_FIFTH:
+        drawn = [data.model_copy(update={"split_seed": seed}) for seed in range(SEEDS_TRIED)]
+        data = min(drawn, key=lambda each: _distance(records, each))
+    return data, {name: split_records(of_stage, data, 0) for name, of_stage in files.items()}
+
+
+def _distance(records: Sequence[Record | Preference], data: Data) -> float:
+    """Count how many records the sides have too many or too few; the seeds that are tried first win a tie."""
+    sides = Counter(side_of(record, data) for record in records)
+    wanted = {"test": data.test_ratio, "validation": data.validation_ratio}
+    off = sum(abs(sides[side] - max(1, ratio * len(records))) for side, ratio in wanted.items())
+    return off if off > 2 else 0
 
 
 def choose_prompts(splits: Mapping[str, Split]) -> int | None:
@@ -77,10 +77,12 @@ def choose_prompts(splits: Mapping[str, Split]) -> int | None:
 
 def training_tokens(records: Sequence[Record | Preference]) -> Callable[[Base], int]:
     """Return a function that counts the tokens of records as a base does."""
-    return lambda base: sum(base.count_tokens([conversation_of(record) for record in records]))
+    return lambda base: sum(base.count_tokens([conversation_of(record) for record in records], USUAL_FRAME_TOKENS))
 
 
-def choose_rhythm(base: Base, records: Sequence[Record | Preference], train: int, *, preferences: bool = False) -> Rhythm:
+def choose_rhythm(
+    base: Base, records: Sequence[Record | Preference], train: int, *, preferences: bool = False
+) -> Rhythm:
     """Choose batch and epochs for a sensible number of optimizer steps on so many training records."""
     largest = LARGEST_BATCH // 2 if preferences else LARGEST_BATCH
     batch = max(2 if preferences else 1, min(largest, 2 ** int(math.log2(max(1, train / 6)))))

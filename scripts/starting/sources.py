@@ -12,22 +12,35 @@ from scripts.common.errors import UserError, did_you_mean
 from scripts.common.paths import ROOT, portable_path, resolve
 from scripts.common.schema import Data, RecordField, WeightedDataset
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
-from scripts.dataset.columns import ANSWERS, PAIR, Layout, Row, RowError, describe_missing_layout, find_layout, is_verdict, rename, thumb_of
+from scripts.dataset.columns import (
+    ANSWERS,
+    PAIR,
+    Layout,
+    Row,
+    RowError,
+    describe_missing_layout,
+    find_layout,
+    is_verdict,
+    rename,
+    thumb_of,
+)
 from scripts.dataset.files import BadRow, read_rows
 from scripts.dataset.records import PARSERS, DatasetFile, describe_reading, load_datasets
 from scripts.starting.asking import Asker, say
 from scripts.starting.documents import (
     ENDINGS,
     Document,
+    conversations_in,
     read_log,
     read_text_file,
     split_documents,
     title_of,
+    turns_in,
     write_conversations,
     write_prompts,
     write_records,
 )
-from scripts.starting.guessing import Guess, cells_of, guess_columns, kind_of
+from scripts.starting.guessing import SHARE, Guess, cells_of, guess_columns, kind_of
 
 OFFICE = (".docx", ".doc", ".odt", ".rtf", ".pdf", ".html", ".htm", ".pages")
 SHOWN = 3
@@ -94,9 +107,13 @@ def _find(name: str) -> Path:
     if path.is_dir():
         raise UserError(f"{name}: is a folder, wanted files. Name them, such as {name.rstrip('/')}/*.csv")
     if not path.is_file():
-        raise UserError(f"{name}: no such file.{did_you_mean(name) or did_you_mean(ROOT / name) or ' Correct the path.'}")
+        raise UserError(
+            f"{name}: no such file.{did_you_mean(name) or did_you_mean(ROOT / name) or ' Correct the path.'}"
+        )
     if path.suffix.lower() in OFFICE:
-        raise UserError(f"{name}: found the ending `{path.suffix}`, wanted text. Save it as .txt (UTF-8), a table as .csv or .xlsx.")
+        raise UserError(
+            f"{name}: found the ending `{path.suffix}`, wanted text. Save it as .txt (UTF-8), a table as .csv or .xlsx."
+        )
     return path
 
 
@@ -112,14 +129,13 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
     say(f"{path}: {len(rows)} rows")
     layout = _layout_of(rows)
     if layout is None:
+        if talks := conversations_in(rows):
+            records = folder / f"{path.stem}.jsonl"
+            write_records([{"messages": turns} for turns in talks], records)
+            return _load(records, {}, SFT)
         guess = _ask_for_columns(path, rows, asker)
         if guess.document:
-            documents = [
-                Document(text, str(row[guess.title]) if guess.title and row.get(guess.title) else title_of(text))
-                for row in rows
-                if isinstance(text := row.get(guess.document), str) and text.strip()
-            ]
-            return _from_documents(documents, asker, folder / f"{path.stem}.jsonl")
+            return _from_texts(rows, guess.document, guess.title, asker, folder / f"{path.stem}.jsonl")
         return _load(path, guess.columns, _stage_of(guess.columns))
     if layout.name == PAIR:
         guess = guess_columns(rows)
@@ -129,6 +145,25 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
         return _load(path, _as_feedback(layout, layout.columns["label"]), KTO)
     thumb = _thumb_column(rows, layout)
     return _load(path, _as_feedback(layout, thumb), KTO) if thumb else _load(path, {}, SFT)
+
+
+def _from_texts(rows: Sequence[Row], column: str, title: str | None, asker: Asker, records: Path) -> Source:
+    """Make records of a column of texts: conversations where they hold question and answer, else documents."""
+    named = [(row, text) for row in rows if isinstance(text := row.get(column), str) and text.strip()]
+    if len(named) < len(rows):
+        say(f"  {len(rows) - len(named)} rows have no text in {column} and are left out")
+    talks = [turns for _, text in named if (turns := turns_in(text))]
+    if len(talks) >= SHARE * len(named):
+        say(f"  {column} holds question and answer in one text, which are put apart")
+        if len(talks) < len(named):
+            say(f"  {len(named) - len(talks)} texts hold no question and answer and are left out")
+        write_records([{"messages": turns} for turns in talks], records)
+        return _load(records, {}, SFT)
+    others = [name for name in cells_of(rows) if name not in (column, title)]
+    if others:
+        say(f"  not used: {', '.join(others)}")
+    documents = [Document(text, str(row[title]) if title and row.get(title) else title_of(text)) for row, text in named]
+    return _from_documents(documents, asker, records)
 
 
 def _layout_of(rows: Sequence[Row]) -> Layout | None:
@@ -158,7 +193,11 @@ def _thumb_column(rows: Sequence[Row], layout: Layout) -> str | None:
 
 def _as_feedback(layout: Layout, label: str) -> dict[str, str]:
     """Map the columns of a layout to those that KTO reads."""
-    answer = next(layout.columns[field] for field in ANSWERS if field in layout.columns) if {*ANSWERS} & {*layout.columns} else None
+    answer = (
+        next(layout.columns[field] for field in ANSWERS if field in layout.columns)
+        if {*ANSWERS} & {*layout.columns}
+        else None
+    )
     question = layout.columns.get("prompt") or layout.columns.get("instruction") or layout.columns.get("input")
     wanted = {question: "prompt", answer: "completion", label: "label"}
     return {name: field for name, field in wanted.items() if name and name != field}
@@ -238,7 +277,11 @@ def _show(source: Source) -> Source:
     file, stage = source.file, source.stage
     if source.dataset.columns:
         say(f"  columns: {describe_columns(dict(source.dataset.columns))}")
-    what = {"conversations": "examples", "preferences": "pairs of a better and a worse answer", "feedback": "answers with a thumb"}
+    what = {
+        "conversations": "examples",
+        "preferences": "pairs of a better and a worse answer",
+        "feedback": "answers with a thumb",
+    }
     say(f"  usable: {len(file.records)} {what[stage.records]}, for {stage.title}")
     if source.merges_turns:
         say("  consecutive messages of one speaker are joined (data.merge_turns)")

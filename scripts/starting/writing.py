@@ -53,9 +53,13 @@ def write_yaml(proposal: Proposal, given: Sequence[str]) -> str:
     """Return the text of the configuration."""
     base, data = proposal.base, proposal.data
     lines = [
-        *_comment(f"Written by `python -m scripts.start {' '.join(given)}`; change what you like. configs/README.md has every key."),
+        *_comment(
+            f"Written by `python -m scripts.start {' '.join(given)}`; change what you like. configs/README.md has every key."
+        ),
         "",
-        *_comment("The model that training starts from. It stays as it is: what is learnt goes into a small adapter beside it."),
+        *_comment(
+            "The model that training starts from. It stays as it is: what is learnt goes into a small adapter beside it."
+        ),
         f"base_model_id: {_value(base.id)}",
     ]
     if base.folder:
@@ -87,12 +91,18 @@ def _data_lines(data: Data) -> list[str]:
         f"  test_ratio: {data.test_ratio:g}",
     ]
     if data.split_seed:
-        lines += [*_comment("Chance left a side without records, so the split is drawn another way.", "  "), f"  split_seed: {data.split_seed}"]
+        lines += [
+            *_comment("Which records are held out is drawn by lot; this draw comes closest to the shares above.", "  "),
+            f"  split_seed: {data.split_seed}",
+        ]
     if data.merge_turns:
         lines += [*_comment("Consecutive messages of one speaker are joined.", "  "), "  merge_turns: true"]
     if data.on_bad_row == "skip":
         lines += [
-            *_comment("Rows that cannot be used are set aside, with the reason, in rejects.jsonl beside the adapter; `stop` would refuse the file.", "  "),
+            *_comment(
+                "Rows that cannot be used are set aside, with the reason, in rejects.jsonl beside the adapter; `stop` would refuse the file.",
+                "  ",
+            ),
             "  on_bad_row: skip",
         ]
     return lines
@@ -107,17 +117,32 @@ def _stage_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
             DPO.name: "No pairs of a better and a worse answer were given. python -m scripts.make_pairs makes some of the adapter's own answers.",
             KTO.name: "No answers with a thumb were given.",
         }  # fmt: skip
-        lines += [*_comment(f"{why[name]} A file named here is trained on by python -m {stage.script}.", "  "), "  dataset_path: null"]
+        lines += [
+            *_comment(f"{why[name]} A file named here is trained on by python -m {stage.script}.", "  "),
+            "  dataset_path: null",
+        ]
     else:
         lines += _dataset_lines(proposal, stage)
     lines += [f"  output_dir: {proposal.outputs}/{name}_adapter"]
     if stage.continues:
         starts = SFT.name in proposal.rhythms
         if starts:
-            lines += [*_comment("It continues the adapter of SFT, and stays close to it.", "  "), f"  init_from: {proposal.outputs}/{stage.continues}_adapter"]
+            lines += [
+                *_comment("It continues the adapter of SFT, and stays close to it.", "  "),
+                f"  init_from: {proposal.outputs}/{stage.continues}_adapter",
+            ]
         else:
-            lines += [*_comment("It starts from the base, as there is no SFT before it.", "  "), "  init_from: null", "  reference: base"]
-        lines += [*_comment("How strongly it is held to where it started: larger changes less. 0.1 is the usual start.", "  "), "  beta: 0.1"]
+            lines += [
+                *_comment("It starts from the base, as there is no SFT before it.", "  "),
+                "  init_from: null",
+                "  reference: base",
+            ]
+        lines += [
+            *_comment(
+                "How strongly it is held to where it started: larger changes less. 0.1 is the usual start.", "  "
+            ),
+            "  beta: 0.1",
+        ]
     if rhythm:
         lines += [
             *_comment(
@@ -129,7 +154,9 @@ def _stage_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
             f"  per_device_train_batch_size: {rhythm.batch}",
             *_comment("How far each step goes. If the loss jumps about, halve it; if little changes, double it.", "  "),
             f"  learning_rate: {rhythm.learning_rate:.0e}".replace("e-0", "e-"),
-            *_comment("The longest record in tokens, which are pieces of words; a longer one is refused, never cut.", "  "),
+            *_comment(
+                "The longest record in tokens, which are pieces of words; a longer one is refused, never cut.", "  "
+            ),
             f"  max_length: {rhythm.max_length}",
         ]
     return lines
@@ -138,7 +165,10 @@ def _stage_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
 def _dataset_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
     lines = []
     if stage is SFT and proposal.chosen_as_answers:
-        lines += _comment("No examples were given, so SFT trains the better answers of your pairs: DPO starts best from a model that writes like them.", "  ")
+        lines += _comment(
+            "No examples were given, so SFT trains the better answers of your pairs: DPO starts best from a model that writes like them.",
+            "  ",
+        )
     lines += ["  dataset_path:"]
     for source in proposal.sources[stage.name]:
         lines += [f"    - path: {_value(source.dataset.path)}"]
@@ -154,18 +184,33 @@ def _dataset_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
 
 def _eval_lines(proposal: Proposal) -> list[str]:
     lines = [
-        *_comment("The report of python -m eval.compare: base and adapters answer the test questions, and every answer is held against the checks."),
+        *_comment(
+            "The report of python -m eval.compare: base and adapters answer the test questions, and every answer is held against the checks."
+        ),
         "eval:",
         f"  output_dir: {proposal.outputs}/comparison",
         *_comment("The longest answer in tokens, a little more than your own need.", "  "),
         f"  max_new_tokens: {proposal.max_new_tokens}",
     ]
     if proposal.max_prompts:
-        lines += [*_comment("Of the many test questions, so many are answered.", "  "), f"  max_prompts: {proposal.max_prompts}"]
+        lines += [
+            *_comment("Of the many test questions, so many are answered.", "  "),
+            f"  max_prompts: {proposal.max_prompts}",
+        ]
     if not proposal.checks:
-        return [*lines, *_comment("Rules for answers, such as {name: short, max_words: 80}. Yours had nothing in common that a rule could say.", "  "), "  checks: []"]
+        return [
+            *lines,
+            *_comment(
+                "Rules for answers, such as {name: short, max_words: 80}. Yours had nothing in common that a rule could say.",
+                "  ",
+            ),
+            "  checks: []",
+        ]
     lines += [
-        *_comment("Rules that nearly all of your own answers keep. Remove what is chance, and add what matters to you: configs/README.md.", "  "),
+        *_comment(
+            "Rules that nearly all of your own answers keep. Remove what is chance, and add what matters to you: configs/README.md.",
+            "  ",
+        ),
         "  checks:",
     ]
     for draft in proposal.checks:
@@ -177,8 +222,17 @@ def _eval_lines(proposal: Proposal) -> list[str]:
 
 def _value(value: Any) -> str:
     """Write a value so that YAML reads it as it is."""
+    if isinstance(value, str) and value.isprintable():
+        return "'" + value.replace("'", "''") + "'" if "\\" in value or '"' in value else f'"{value}"'
     return json.dumps(value, ensure_ascii=False)
 
 
 def _comment(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        110,
+        initial_indent=f"{indent}# ",
+        subsequent_indent=f"{indent}# ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -271,7 +271,7 @@ def test_file_is_found_from_the_working_folder_and_else_from_the_repository(
         ("a.json", b'["caf\xe9"]', "byte 6 is not UTF-8"),
         ("a.csv", b"instruction,output\ncaf\xe9,b\n", "is not UTF-8"),
         ("a.parquet", b"not parquet", "not a Parquet file"),
-        ("a.txt", b"hello", "found the ending `.txt`, wanted one of .jsonl, .json, .csv, .parquet"),
+        ("a.txt", b"hello", "found the ending `.txt`, wanted one of .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_unusable_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes, said: str) -> None:
