@@ -12,20 +12,8 @@ from pathlib import Path
 import pytest
 
 from scripts.common.artifacts import read_manifest
-from tests.conftest import ROOT, run_python, save_tiny_model
-
-GREETINGS = ["Hello", "Good morning", "Dear team", "Hi there"]
-THINGS = ["parcel", "invoice", "refund", "password", "lamp", "chair", "order", "ticket", "key", "coat"]
-
-
-def emails() -> bytes:
-    """Return 40 e-mails with their answers: semicolons, a byte-order mark, line breaks in cells, names of one's own."""
-    rows = ["Eingang;Antwort;Datum"]
-    for number, thing in enumerate(THINGS):
-        for turn, greeting in enumerate(GREETINGS):
-            asked = f'"{greeting},\nwhere is my {thing}; I wait since day {number + turn}?"'
-            rows.append(f'{asked};"Dear customer,\n\nyour {thing} is on its way.\n\nKind regards";2026-11-{turn + 1}')
-    return b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\r\n"
+from tests.conftest import ROOT, save_tiny_model
+from tests.support.emails import HEADER, as_csv, emails
 
 
 def section(title: str) -> str:
@@ -55,7 +43,7 @@ def fresh_clone(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     save_tiny_model(folder / "models" / "tiny")
-    (folder / "emails.csv").write_bytes(emails())
+    (folder / "emails.csv").write_bytes(as_csv(HEADER, emails()))
     return folder
 
 
@@ -101,11 +89,3 @@ def test_the_adapter_is_compared_and_sharpened_with_pairs_of_its_own_answers(clo
     type_in(clone, second)
     assert (clone / "outputs/mydata/comparison/report.html").is_file()
     read_manifest(clone / "outputs/mydata/dpo_adapter", stages=("dpo",))
-
-
-def test_a_cut_in_the_file_is_named_with_its_line(clone: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "emails.csv"
-    broken.write_bytes(emails()[:-60] + b"\xff")
-    done = run_python("-m", "scripts.start", broken, "--yes", "--out", tmp_path / "mine.yaml", cwd=clone)
-    assert done.returncode == 2
-    assert re.search(r"emails\.csv:\d+: ", done.stderr)
