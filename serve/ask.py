@@ -142,6 +142,10 @@ async def answer_all(service: Service, asked: Sequence[str] | Iterator[str], con
     """Answer one question after the other."""
     await service.start()
     try:
+        answering = (
+            f"{m.name} ({portable_path(m.path)})" if m.path else m.name for m in service.models.served.values()
+        )
+        console.print(f"answering: {', '.join(answering)}\n", soft_wrap=True, markup=False)
         for question in asked:
             await answer(service, question, console)
     finally:
@@ -162,7 +166,7 @@ async def answer(service: Service, question: str, console: Console) -> None:
 
     try:
         jobs = await begin_comparison(service, CLIENT, CompareRequest(prompt=question))
-        names = [_label(service, job.model) for job in jobs]
+        names = [job.model for job in jobs]
         texts = dict.fromkeys(names, "")
         with Live(Answers(texts), console=console, refresh_per_second=8, vertical_overflow="ellipsis") as live:
             async for number, piece in merged(jobs):
@@ -174,11 +178,6 @@ async def answer(service: Service, question: str, console: Console) -> None:
     if cut := [job.model for job in jobs if job.finish_reason == "length"]:
         limit = len(jobs[0].out) if len(cut) == 1 else max(len(job.out) for job in jobs)
         log.warning("%s: cut at %d tokens; --set serve.default_max_new_tokens=… allows more", ", ".join(cut), limit)
-
-
-def _label(service: Service, name: str) -> str:
-    path = service.models.served[name].path
-    return f"{name} ({portable_path(path)})" if path else name
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from scripts.demo import run_module
 def main(argv=None):
     set_up_logging()
     with trapped_signals():
-        run_module("scripts.train_sft", ["--config", "configs/demo.yaml", "--set", f"sft.dataset_path={sys.argv[1]}"], "2/4")
+        run_module("scripts.train_sft", ["--config", "configs/demo.yaml"], "2/4")
     return 0
 
 sys.exit(main())
@@ -64,17 +64,21 @@ def test_the_example_is_the_shortest_prompt_however_it_was_answered(tmp_path) ->
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_says_what_it_was_doing_and_how_to_continue(tmp_path, number: signal.Signals) -> None:
-    pipe = tmp_path / "records.jsonl"
-    os.mkfifo(pipe)  # the stage waits for records that never come
-    command = [sys.executable, "-c", RUN, str(pipe)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(2)
+    waits = "import sys, time\nif 'train_sft.py' in ' '.join(sys.orig_argv):\n    time.sleep(60)\n"
+    (tmp_path / "sitecustomize.py").write_text(waits)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stderr
+    assert "[2/4] python -m scripts.train_sft" in process.stderr.readline()
+    time.sleep(0.2)
     process.send_signal(number)
     said = process.communicate(timeout=30)[1]
 
     assert process.returncode == 128 + number
     assert "interrupted in step 2/4 after " in said
-    assert f"to continue this one: python -m scripts.train_sft --config configs/demo.yaml --set sft.dataset_path={pipe} --resume" in said  # fmt: skip
+    assert "to continue this one: python -m scripts.train_sft --config configs/demo.yaml --resume" in said
     assert "Traceback" not in said
 
 

@@ -54,7 +54,7 @@ def test_base_and_every_trained_adapter_answer_as_the_libraries_do(config, tiny_
     said = capsys.readouterr().out
     places = []
     for name, adapter in (("base", None), *adapters.items()):
-        places.append(said.index(f"{name} "))
+        places.append(said.index(f"{name} ─"))
         assert seen(own_answer(tiny_llama, adapter)) in seen(said[places[-1] :])
     assert places == sorted(places)
 
