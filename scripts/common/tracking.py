@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -61,8 +62,8 @@ class Tracker:
             f"{Path(path).name} ({context})",
             sha256[:32],
             "local",
-            f'{{"uri": "{path}"}}',
-            profile=f'{{"num_rows": {records}}}',
+            json.dumps({"uri": path}),
+            profile=json.dumps({"num_rows": records}),
         )
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
         self._send(lambda: self._client.log_inputs(self.run_id, datasets=[entry]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +42,7 @@ def run_stage(script: str, arguments: Sequence[str], log_file: Path, tick: Calla
                 child = subprocess.Popen(
                     [sys.executable, str(file), *arguments],
                     stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same for Windows
                 )  # fmt: skip
             while True:
                 with suppress(subprocess.TimeoutExpired):
@@ -48,7 +51,10 @@ def run_stage(script: str, arguments: Sequence[str], log_file: Path, tick: Calla
         except BaseException:
             while child and child.poll() is None:
                 log.warning("stopping %s; the same command continues from there", log_file.stem)
-                child.terminate()
+                if os.name == "nt":  # where `terminate` is a kill
+                    child.send_signal(getattr(signal, "CTRL_BREAK_EVENT"))  # noqa: B009 (mypy runs elsewhere too)
+                else:
+                    child.terminate()
                 with suppress(Interrupted):  # asked again, so is the stage
                     child.wait()
             raise

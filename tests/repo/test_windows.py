@@ -160,7 +160,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     folder = tmp_path_factory.mktemp("chain") / "Größe"
     folder.mkdir()
     shutil.copy(empty_store, folder / "mlflow.db")
-    write_jsonl(folder / "raw.jsonl", [{"instruction": f"call Anna Schmidt, anna{n}@example.org", "output": SAID} for n in range(6)])
+    write_jsonl(
+        folder / "raw.jsonl",
+        [{"instruction": f"call Anna Schmidt, anna{n}@example.org", "output": SAID} for n in range(6)],
+    )
     write_jsonl(folder / "ask.jsonl", [{"prompt": f"say {n}", "model": "sft", "max_new_tokens": 4} for n in range(3)])
     (folder / "serve.keys").write_text("a-key-of-some-length\n")
     (folder / "deid.key").write_bytes(b"k" * 32)
@@ -269,11 +272,19 @@ def stop_on_windows(folder: Path, arguments: list[str], ready: Callable[[str], b
 @pytest.mark.slow
 def test_ctrl_break_stops_training_with_a_checkpoint_from_which_it_continues(chain: Path) -> None:
     folder = chain.parent
-    long = [*CONFIG, "--set", f"sft.output_dir={folder}/out/stopped", "--set", "sft.trainer={max_steps: 400, save_steps: 1000}"]
+    long = [
+        *CONFIG,
+        "--set",
+        f"sft.output_dir={folder}/out/stopped",
+        "--set",
+        "sft.trainer={max_steps: 400, save_steps: 1000}",
+    ]
     arguments = ["-m", "scripts.train_sft", *(part.format(folder=folder) for part in long)]
     run_dir = folder / "out/stopped.run"
 
-    code, said = stop_on_windows(folder, arguments, lambda text: (run_dir / "state.json").exists(), folder / "stopped.log")
+    code, said = stop_on_windows(
+        folder, arguments, lambda text: (run_dir / "state.json").exists(), folder / "stopped.log"
+    )
 
     assert code == 143, said[-3000:]
     assert "--resume continues from there" in said
@@ -294,7 +305,9 @@ def test_server_reads_its_key_file_takes_votes_and_ends_on_ctrl_break(chain: Pat
         except httpx.HTTPError:
             return False
         assert httpx.post(f"{url}/v1/generate", json={"prompt": "say 1"}).status_code == 401
-        answered.append(httpx.post(f"{url}/v1/generate", json={"prompt": "say 1", "max_new_tokens": 3}, headers=headers, timeout=60))
+        answered.append(
+            httpx.post(f"{url}/v1/generate", json={"prompt": "say 1", "max_new_tokens": 3}, headers=headers, timeout=60)
+        )
         return True
 
     code, said = stop_on_windows(
@@ -314,7 +327,9 @@ def test_study_passes_ctrl_break_on_and_the_same_command_continues(chain: Path) 
     arguments = ["-m", "scripts.study", *(part.format(folder=folder) for part in CONFIG), *more]
     run_dir = folder / "out/again/seed-0/sft_adapter.run"
 
-    code, said = stop_on_windows(folder, arguments, lambda text: (run_dir / "state.json").exists(), folder / "study.log")
+    code, said = stop_on_windows(
+        folder, arguments, lambda text: (run_dir / "state.json").exists(), folder / "study.log"
+    )
 
     assert code == 143, said[-3000:]
     assert list((run_dir / "checkpoints").glob("checkpoint-*")), "the stage below got the request and not a kill"

@@ -62,7 +62,12 @@ MESSAGES = {
 
 caller = sys._getframe
 real = types.SimpleNamespace(**{name: value for name, value in vars(os).items() if callable(value)})
-real.io_open, real.signal, real.getsignal, real.raise_signal = io.open, signal.signal, signal.getsignal, signal.raise_signal
+real.io_open, real.signal, real.getsignal, real.raise_signal = (
+    io.open,
+    signal.signal,
+    signal.getsignal,
+    signal.raise_signal,
+)
 registry = os.environ["WINDOWS"]
 real.close(real.open(os.path.join(registry, str(os.getpid())), os.O_CREAT | os.O_WRONLY))
 
@@ -117,10 +122,10 @@ def locked_files():
     found = set()
     with real.io_open("/proc/locks", encoding="utf-8") as lines:
         for line in lines:
-            fields = line.split()
-            if "FLOCK" in fields:
-                major, minor, inode = fields[5].split(":")
-                found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+            if match := re.search(
+                r": FLOCK .* (\w+):(\w+):(\d+) ", line
+            ):  # a process that waits has an arrow before it
+                found.add((os.makedev(int(match[1], 16), int(match[2], 16)), int(match[3])))
     return found
 
 
@@ -155,7 +160,11 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 def check_name(path):
     name = os.path.basename(os.fspath(path))
     name = name.decode() if isinstance(name, bytes) else name
-    if re.search(r'[<>:"|?*\\\x00-\x1f]', name) or name != name.rstrip(". ") and name not in (".", "..") or RESERVED.fullmatch(name):
+    if (
+        re.search(r'[<>:"|?*\\\x00-\x1f]', name)
+        or (name not in (".", "..") and name != name.rstrip(". "))
+        or RESERVED.fullmatch(name)
+    ):
         refuse(123, path)
 
 
@@ -421,7 +430,8 @@ def seen_as(module, facts, missing):
     module.__class__ = type(
         "WindowsModule",
         (types.ModuleType,),
-        {name: fact(name, value) for name, value in facts.items()} | {name: gap(name) for name in missing if name in names},
+        {name: fact(name, value) for name, value in facts.items()}
+        | {name: gap(name) for name in missing if name in names},
     )
 
 
@@ -443,12 +453,17 @@ memory_info = psutil.Process.memory_info
 
 def windows_memory_info(self):
     info = memory_info(self)
-    return types.SimpleNamespace(**info._asdict(), peak_wset=info.rss) if is_ours(caller(1).f_globals["__name__"]) else info
+    return (
+        types.SimpleNamespace(**info._asdict(), peak_wset=info.rss)
+        if is_ours(caller(1).f_globals["__name__"])
+        else info
+    )
 
 
 psutil.Process.memory_info = windows_memory_info
 
 _offline = importlib.util.spec_from_file_location(
-    "offline_guard", os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "offline", "sitecustomize.py")
+    "offline_guard",
+    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "offline", "sitecustomize.py"),
 )
 _offline.loader.exec_module(importlib.util.module_from_spec(_offline))
