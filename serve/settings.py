@@ -30,18 +30,16 @@ def load_api_keys(serve: Serve) -> list[str]:
     if serve.api_keys_file:
         path = Path(serve.api_keys_file)
         try:
-            others = stat.S_IMODE(path.stat().st_mode) & 0o077 if os.name != "nt" else 0
+            mode = stat.S_IMODE(path.stat().st_mode)
             lines += path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise UserError(f"serve.api_keys_file: {path}: {error.strerror}. Correct the path.") from None
-        if others:
-            raise UserError(
-                f"serve.api_keys_file: {path}: others can read it (mode {others:o}). Run `chmod 600 {path}`."
-            )
         if os.name == "nt":  # whose permission bits say nothing about other users
             log.warning(
                 "serve.api_keys_file: on Windows who may read %s is not checked; keep it in your user folder", path
             )
+        elif mode & 0o077:
+            raise UserError(f"serve.api_keys_file: {path}: others can read it (mode {mode:o}). Run `chmod 600 {path}`.")
     return _checked_keys(lines, "SERVE_API_KEYS / serve.api_keys_file")
 
 

@@ -39,7 +39,7 @@ REFUSED = {
     "rename the current folder": ("os.mkdir('d'); os.chdir('d'); os.rename('../d', '../e')", 32),
     "rename onto a file": ("open('a', 'w').close(); open('b', 'w').close(); os.rename('a', 'b')", 183),
     "delete a read-only file": ("open('a', 'w').close(); os.chmod('a', 0o444); os.unlink('a')", 5),
-    "read a locked file": ("import filelock; filelock.FileLock('l').acquire(); open('l').read()", 33),
+    "read a locked file": ("import filelock; lock = filelock.FileLock('l'); lock.acquire(); open('l').read()", 33),
     "make a link": ("os.symlink('a', 'b')", 1314),
     "a colon in a name": ("open('a:b', 'w')", 123),
     "a device's name": ("os.mkdir('aux')", 123),
