@@ -182,12 +182,12 @@ def chain(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
 
 
 CONFIG = ["--config", "{folder}/config.yaml"]
-DEID = ["scripts/deid_presidio.py", "--in", "{folder}/raw.jsonl", *CONFIG]
+DEID = ["{root}/scripts/deid_presidio.py", "--in", "{folder}/raw.jsonl", *CONFIG]
 STAGES: dict[str, list[str]] = {
     "doctor": ["-m", "scripts.doctor", *CONFIG],
     "dry run": ["-m", "scripts.train_sft", "--dry-run", *CONFIG],
     "SFT": ["-m", "scripts.train_sft", *CONFIG],
-    "SFT with workers, in place of the first": ["scripts/train_sft.py", *CONFIG, "--set", "sft.trainer={max_steps: 2, dataloader_num_workers: 1}"],
+    "SFT with workers, in place of the first": ["{root}/scripts/train_sft.py", *CONFIG, "--set", "sft.trainer={max_steps: 2, dataloader_num_workers: 1}"],
     "DPO": ["-m", "scripts.train_dpo", *CONFIG],
     "KTO": ["-m", "scripts.train_kto", *CONFIG],
     "pairs": ["-m", "scripts.make_pairs", *CONFIG, "--by", "demonstrations", "--out", "{folder}/pairs.jsonl"],
@@ -197,16 +197,16 @@ STAGES: dict[str, list[str]] = {
     "verify": ["-m", "eval.verify", "{folder}/out/comparison"],
     "judge at the terminal": ["-m", "eval.judge", *CONFIG, "--by", "human"],
     "judge's page": ["-m", "eval.judge", *CONFIG, "--by", "html"],
-    "lm-eval": ["eval/run_lmeval.py", *CONFIG, "--model_path", "{folder}/out/sft_adapter", "--task", "domain", "--limit", "2"],
-    "export": ["scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter"],
-    "export again": ["scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter"],
-    "export to GGUF": ["scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter", "--format", "gguf"],
+    "lm-eval": ["{root}/eval/run_lmeval.py", *CONFIG, "--model_path", "{folder}/out/sft_adapter", "--task", "domain", "--limit", "2"],
+    "export": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter"],
+    "export again": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter"],
+    "export to GGUF": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter", "--format", "gguf"],
     "batch": ["-m", "serve.batch", "{folder}/ask.jsonl", "--out", "{folder}/answers.jsonl", *CONFIG],
     "study": ["-m", "scripts.study", *CONFIG, "--set", "tracking.log_adapter=false"],
     "deid": [*DEID, "--out", "{folder}/clean.jsonl", "--sample", "2"],
     "deid with workers, in place of the first": [*DEID, "--out", "{folder}/clean.jsonl", "--overwrite", "--workers", "2"],
     "deid encrypted": [*DEID, "--out", "{folder}/secret.jsonl", "--operator", "encrypt"],
-    "deid decrypted": ["scripts/deid_presidio.py", "--in", "{folder}/secret.jsonl", "--out", "{folder}/back.jsonl", "--decrypt"],
+    "deid decrypted": ["{root}/scripts/deid_presidio.py", "--in", "{folder}/secret.jsonl", "--out", "{folder}/back.jsonl", "--decrypt"],
 }  # fmt: skip
 TYPED = {"judge at the terminal": "a\nb\nq\n"}
 
@@ -214,8 +214,10 @@ TYPED = {"judge at the terminal": "a\nb\nq\n"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stage(chain: Path, name: str) -> None:
-    arguments = [part.format(folder=chain.parent) for part in STAGES[name]]
-    done = run_on_windows(*arguments, text=TYPED.get(name, ""), DEID_KEY_FILE=str(chain.parent / "deid.key"))
+    arguments = [part.format(folder=chain.parent, root=ROOT) for part in STAGES[name]]
+    done = run_on_windows(
+        *arguments, cwd=chain.parent, text=TYPED.get(name, ""), DEID_KEY_FILE=str(chain.parent / "deid.key")
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
     assert "Traceback" not in said, said[-3000:]
@@ -253,7 +255,7 @@ def stop_on_windows(folder: Path, arguments: list[str], ready: Callable[[str], b
     """Start a command, press Ctrl-Break when its output is ready for it, and return exit code and output."""
     with windows() as there, log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=there | {"LLM_CONFIG": str(folder / "config.yaml")}, stdout=output,
+            [sys.executable, *arguments], cwd=folder, env=there | {"LLM_CONFIG": str(folder / "config.yaml")}, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

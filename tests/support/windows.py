@@ -20,7 +20,7 @@ CTRL_BREAK = 21  # the number that signal.SIGBREAK has on Windows
 def windows() -> Iterator[dict[str, str]]:
     """Yield the environment of processes that share one double of Windows."""
     with tempfile.TemporaryDirectory(prefix="windows-") as processes:
-        path = os.pathsep.join([str(DOUBLE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        path = os.pathsep.join([str(DOUBLE), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         yield {**os.environ, "WINDOWS": processes, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
