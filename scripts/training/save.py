@@ -70,7 +70,7 @@ def run_name(values: Config, stage: str) -> str:
     paths = [section.dataset_path] if isinstance(section.dataset_path, str) else section.dataset_path or []
     data = "+".join(Path(getattr(each, "path", str(each))).stem for each in paths)
     loss, beta = getattr(section, "loss_type", ""), getattr(section, "beta", None)
-    how = [text for text in (loss, "" if beta is None else f"beta {beta:g}") if text] or [
+    how = [text for text in (loss if loss != stage else "", "" if beta is None else f"beta {beta:g}") if text] or [
         f"lr {section.learning_rate:g}"
     ]
     return " ".join([TRAINING_STAGES[stage].title, *how, f"· {data} · seed {values.seed}"])
