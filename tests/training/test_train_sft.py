@@ -224,7 +224,7 @@ def test_mlflow_run_holds_params_metrics_datasets_and_artifacts(in_finished) -> 
     assert {name.partition(".")[0] for name in run.data.params} == {*save.DECISIVE, "sft"}
     assert run.data.tags["summary.steps"] == str(manifest.metrics["steps"])
     (version,) = client.search_model_versions("name = 'llm-finetune-sft-dpo-sft'")
-    model = client.get_logged_model(version.model_id)
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert (version.run_id, model.source_run_id) == (run.info.run_id, run.info.run_id)
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
     assert model.tags["artifact_sha256"] == manifest.sha256
