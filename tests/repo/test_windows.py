@@ -174,8 +174,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
         study={"output_dir": str(out / "study"), "seeds": 2},
         export={"output_dir": str(out / "merged"), "gguf_dir": str(out / "gguf")},
         lmeval={"output_dir": str(out / "lmeval")},
-        serve={"adapter_path": str(out / "sft_adapter"), "dpo_adapter_path": str(out / "dpo_adapter"), "max_context_tokens": 64,
-               "max_concurrent": 2, "api_keys_file": str(folder / "serve.keys"), "votes_file": str(folder / "votes.jsonl")},
+        serve={"adapter_path": str(out / "sft_adapter"), "max_context_tokens": 64,
+               "max_concurrent": 2, "api_keys_file": str(folder / "serve.keys"), "votes_path": str(folder / "votes.jsonl")},
         eval={"output_dir": str(out / "comparison"), "max_new_tokens": 6, "max_prompts": 6},
         deid={"rampart": "off"},
     )  # fmt: skip
@@ -208,13 +208,19 @@ STAGES: dict[str, list[str]] = {
     "deid encrypted": [*DEID, "--out", "{folder}/secret.jsonl", "--operator", "encrypt"],
     "deid decrypted": ["{root}/scripts/deid_presidio.py", "--in", "{folder}/secret.jsonl", "--out", "{folder}/back.jsonl", "--decrypt"],
 }  # fmt: skip
+
+
+def filled(argument: str, folder: Path) -> str:
+    return argument.replace("{folder}", str(folder)).replace("{root}", str(ROOT))
+
+
 TYPED = {"judge at the terminal": "a\nb\nq\n"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stage(chain: Path, name: str) -> None:
-    arguments = [part.format(folder=chain.parent, root=ROOT) for part in STAGES[name]]
+    arguments = [filled(part, chain.parent) for part in STAGES[name]]
     done = run_on_windows(
         *arguments, cwd=chain.parent, text=TYPED.get(name, ""), DEID_KEY_FILE=str(chain.parent / "deid.key")
     )
@@ -281,7 +287,7 @@ def test_ctrl_break_stops_training_with_a_checkpoint_from_which_it_continues(cha
         "--set",
         "sft.trainer={max_steps: 400, save_steps: 1000}",
     ]
-    arguments = ["-m", "scripts.train_sft", *(part.format(folder=folder) for part in long)]
+    arguments = ["-m", "scripts.train_sft", *(filled(part, folder) for part in long)]
     run_dir = folder / "out/stopped.run"
 
     code, said = stop_on_windows(
@@ -326,7 +332,7 @@ def test_server_reads_its_key_file_takes_votes_and_ends_on_ctrl_break(chain: Pat
 def test_study_passes_ctrl_break_on_and_the_same_command_continues(chain: Path) -> None:
     folder = chain.parent
     more = ["--set", f"study.output_dir={folder}/out/again", "--set", "sft.trainer={max_steps: 200}", "--seeds", "1"]
-    arguments = ["-m", "scripts.study", *(part.format(folder=folder) for part in CONFIG), *more]
+    arguments = ["-m", "scripts.study", *(filled(part, folder) for part in CONFIG), *more]
     run_dir = folder / "out/again/seed-0/sft_adapter.run"
 
     code, said = stop_on_windows(
