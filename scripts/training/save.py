@@ -65,7 +65,7 @@ def parameters_of(values: Config, stage: str) -> dict[str, Any]:
 
 
 def run_name(values: Config, stage: str) -> str:
-    """Name a run so that it is told from others in a list: method, what it turns on, data and seed."""
+    """Name a run so that a list tells it from others: method, what it turns on, data and seed."""
     section = getattr(values, stage)
     paths = [section.dataset_path] if isinstance(section.dataset_path, str) else section.dataset_path or []
     data = "+".join(Path(getattr(each, "path", str(each))).stem for each in paths)
