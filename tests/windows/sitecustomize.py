@@ -427,12 +427,10 @@ def seen_as(module, facts, missing):
 
         return property(look)
 
-    module.__class__ = type(
-        "WindowsModule",
-        (types.ModuleType,),
-        {name: fact(name, value) for name, value in facts.items()}
-        | {name: gap(name) for name in missing if name in names},
-    )
+    own = {name: fact(name, value) for name, value in facts.items()}
+    own |= {name: gap(name) for name in missing if name in names}
+    own["__reduce__"] = lambda self: (importlib.import_module, (self.__name__,))  # modules are hashed by dill
+    module.__class__ = type("WindowsModule", (types.ModuleType,), own)
 
 
 seen_as(os, {"name": "nt"}, NO_SUCH_OS)
