@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -74,7 +75,8 @@ def _obstacle(config: Config) -> str | None:
     if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
         return "a quantised base cannot be"
     compiler = _compiler()
-    if not shutil.which(compiler):
+    asked = ["/help"] if compiler == "cl" else ["--version"]
+    if not shutil.which(compiler) or subprocess.run([compiler, *asked], capture_output=True).returncode:
         return f"there is no working C++ compiler ({compiler})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's headers are not installed (Debian: python3-dev)"
