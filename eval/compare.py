@@ -46,6 +46,7 @@ from scripts.common.stages import BASE
 
 if TYPE_CHECKING:
     from eval.measuring import Measured, Prepared
+    from eval.metrics import Metric
     from eval.report import Report
     from eval.tables import Table
     from eval.verdict import Question
@@ -117,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from eval.tables import build_tables
         from scripts.common.tracking import tracked_run
 
-        with tracked_run(config, "comparison", parent_run_id=newest(arms).mlflow.run_id) as tracker:
+        name = f"comparison of {', '.join(arm.name for arm in arms)} · {arguments.side} side"
+        with tracked_run(config, "comparison", name=name, parent_run_id=newest(arms).mlflow.run_id) as tracker:
             measured = measure_arms(arms, comparison.base_folder, comparison.prepared)
             references = measured_references(arms, measured)
             tables = build_tables(measured, seeds_by_arm(arms), references, comparison.prepared)
@@ -126,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert report.verdict is not None
     log.info("%s\n  report  %s", report.verdict.text, run.output_dir / "report.html")
     return 0
+
+
+def told(metric: Metric) -> str:
+    """Name a metric for a list of runs: a check by its words, as its number depends on the order in the configuration."""
+    return metric.title if re.fullmatch(r"check_\d+", metric.name) else metric.name
 
 
 def newest(arms: Sequence[Arm]) -> Manifest:
@@ -248,11 +255,14 @@ def publish_report(
         looks.add(side, [member.manifest.sha256 for member in members_of(comparison.arms)])
     run.publish(part, manifest)
     figures = {
-        re.sub(r"[^\w./ -]", "_", f"eval/{metric.name}/{name}"): each.value
+        re.sub(r"[^\w./ -]", "_", f"eval/{told(metric)}/{name}"): each.value
         for metric in report.metrics
         for name, each in metric.models.items()
     }
     tracker.log_metrics({key: value for key, value in figures.items() if value is not None})
+    if report.verdict:
+        tracker.describe(report.verdict.text)
+        tracker.set_tag("outcome", report.verdict.outcome)
     tracker.log_artifact(run.output_dir)
 
 

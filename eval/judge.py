@@ -140,10 +140,12 @@ def publish_votes(run: Run, manifest: Manifest, report: Report, file: VotesFile)
     shutil.copytree(run.output_dir, part, dirs_exist_ok=True)
     write_report(part, report)
     run.publish(part, manifest)
-    with tracked_run(run.config, "judge", parent_run_id=manifest.mlflow.run_id) as tracker:
+    name = f"judged by {', '.join(sorted({row['judge'] for row in rows}))} · {run.output_dir.name}"
+    with tracked_run(run.config, "judge", name=name, parent_run_id=manifest.mlflow.run_id) as tracker:
         for row in rows:
             name = re.sub(r"[^\w.-]+", "_", f"{row['judge']} {row['a']} over {row['b']}")
             tracker.log_metrics({f"eval/judge/{name}": row["value"]})
+        tracker.describe("\n\n".join(row["text"] for row in rows))
         tracker.log_artifact(run.output_dir)
     for row in rows:
         log.info("%s", row["text"])

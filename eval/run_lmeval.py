@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scripts.common.tracking import tracked_run
 
         parents = [candidate.manifest.mlflow.run_id for candidate in candidates if candidate.manifest]
-        with tracked_run(config, "eval", parent_run_id=parents[-1] if parents else None) as tracker:
+        name = f"lm-eval {', '.join(arguments.task)} · {', '.join(Path(path).name for path in arguments.model_path)}"
+        with tracked_run(config, "eval", name=name, parent_run_id=parents[-1] if parents else None) as tracker:
             entries, basis = evaluate(candidates, arguments.task, arguments.limit, config)
             metrics = publish_results(run, entries, basis, candidates, tracker)
     log.info(

@@ -13,8 +13,6 @@ import argparse
 import itertools
 import json
 import logging
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +23,7 @@ from typing import Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.common.artifacts import locked_run_dir, sha256_file, write_text_durably
+from scripts.common.artifacts import locked_run_dir, replace_durably, sha256_file, write_text_durably
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError, entry_point
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_gold(gold)
     started = time.monotonic()
     sample = Sample(arguments.sample, config.seed) if arguments.sample else None
-    with trapped_signals(), locked_run_dir(out) as run_dir:
+    with trapped_signals(), locked_run_dir(out, passing=True) as run_dir:
         part, quarantine = run_dir / out.name, run_dir / "quarantine.jsonl"
         with unchanged(source) as source_facts, load_workers(config, source, key) as workers:
             tally = scrub_file(workers, source, part, quarantine, sample)
@@ -110,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if sample:
             write_sheet(sheet_path(out), sample, out.name, report.output.sha256)
-        publish(run_dir, part, out, quarantine, report)
+        publish(part, out, quarantine, report)
     return conclude(tally, settings, out)
 
 
@@ -242,7 +240,7 @@ def timing_of(tally: Tally, workers: Workers, seconds: float) -> Timing:
     )
 
 
-def publish(run_dir: Path, part: Path, out: Path, quarantine: Path, report: Report) -> None:
+def publish(part: Path, out: Path, quarantine: Path, report: Report) -> None:
     """Put report and output in their places, the output last: what has its name is finished and vouched for."""
     path = report_path(out)
     write_text_durably(path.with_suffix(".html"), render_html(report))
@@ -252,10 +250,7 @@ def publish(run_dir: Path, part: Path, out: Path, quarantine: Path, report: Repo
         quarantine.replace(held_back)
     else:
         held_back.unlink(missing_ok=True)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(out)
-    shutil.rmtree(run_dir)
+    replace_durably(part, out)
 
 
 def conclude(tally: Tally, settings: Deid, out: Path) -> int:
@@ -276,11 +271,10 @@ def conclude(tally: Tally, settings: Deid, out: Path) -> int:
 
 def restore(source: Path, out: Path) -> int:
     """Write the records of an encrypted output with their original values."""
-    with locked_run_dir(out) as run_dir:
+    with locked_run_dir(out, passing=True) as run_dir:
         part = run_dir / out.name
         log.info("%d records restored", decrypt_file(source, part, read_key()))
-        part.replace(out)
-        shutil.rmtree(run_dir)
+        replace_durably(part, out)
     return 0
 
 

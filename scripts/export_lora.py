@@ -84,7 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_space(parts.base_folder, run.run_dir, parts.dtype)
         with (
             work_folders(run) as (folder, logits),
-            tracked_run(config, "merged", parent_run_id=parts.manifest.mlflow.run_id) as tracker,
+            tracked_run(
+                config,
+                "merged",
+                name=f"export of {Path(parts.adapter).name} · {parts.dtype}",
+                parent_run_id=parts.manifest.mlflow.run_id,
+            ) as tracker,
         ):
             tracker.log_params({"adapter": parts.adapter, "base_model_id": parts.base_id, "dtype": parts.dtype})
             proof = merge_and_save(parts, folder, logits)

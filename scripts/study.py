@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scripts.common.tracking import tracked_run
 
         flags = ["--config", arguments.config, *(part for item in overrides for part in ("--set", item))]
-        with tracked_run(config, "study", earlier=record.mlflow_run_id, resume=True) as tracker:
+        name = f"study of {len(variants)} variants · {len(seeds_of(config.values))} seeds"
+        with tracked_run(config, "study", name=name, earlier=record.mlflow_run_id, resume=True) as tracker:
             record.mlflow_run_id = tracker.run_id
             record.save(run.output_dir)
             (run.output_dir / MANIFEST).unlink(missing_ok=True)  # until this run ends the folder is not finished

@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from scripts.common.errors import UserError
 from scripts.common.machine import choose_machine, prepare_environment
 from scripts.common.run import set_up_logging
+from scripts.common.signals import STOPPING
 from serve import openai_api, pages, routes
 from serve.connections import bounded_connections
 from serve.errors import ServingError
@@ -127,7 +128,7 @@ def draining_on_signals(service: Service) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
 
     def handle(number: int, frame: Any) -> None:
         loop.call_soon_threadsafe(service.drain)

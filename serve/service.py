@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +96,7 @@ class Service:
             deadline_seconds=serve.deadline_seconds,
             queue_timeout_seconds=serve.queue_timeout_seconds,
             # The server's own orderly end; a supervisor then starts it again.
-            on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+            on_death=lambda: signal.raise_signal(signal.SIGTERM),  # os.kill would be a kill on Windows
         )
         self.adapters = LiveAdapters(self.models, self.engine, self.metrics, serve.adapters_root)
         self.vocabulary = self.models.network.config.get_text_config(decoder=True).vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from scripts.common.config import DEFAULT_CONFIG, load_config
 from scripts.common.errors import UserError
 from scripts.common.schema import Config, Serve
+
+log = logging.getLogger(__name__)
 
 
 def load_settings() -> Config:
@@ -31,7 +34,11 @@ def load_api_keys(serve: Serve) -> list[str]:
             lines += path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise UserError(f"serve.api_keys_file: {path}: {error.strerror}. Correct the path.") from None
-        if mode & 0o077:
+        if os.name == "nt":  # whose permission bits say nothing about other users
+            log.warning(
+                "serve.api_keys_file: on Windows who may read %s is not checked; keep it in your user folder", path
+            )
+        elif mode & 0o077:
             raise UserError(f"serve.api_keys_file: {path}: others can read it (mode {mode:o}). Run `chmod 600 {path}`.")
     return _checked_keys(lines, "SERVE_API_KEYS / serve.api_keys_file")
 

@@ -1,5 +1,6 @@
 """What the stages share. Started without its packages, a stage says how to get them instead of showing a traceback."""
 
+import io
 import sys
 from types import TracebackType
 
@@ -19,3 +20,7 @@ def _explain(kind: type[BaseException], error: BaseException, trace: "TracebackT
 
 
 sys.excepthook = _explain
+if sys.platform == "win32":  # a console takes every letter there; a pipe or a file only those of an old code page
+    for _stream in (sys.stdout, sys.stderr):
+        if isinstance(_stream, io.TextIOWrapper) and not _stream.isatty():
+            _stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -8,8 +8,9 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+LOCK = "lock"
+RENAME_TRIES, RENAME_SECONDS = 10, 0.2  # on Windows virus scanners and indexers open new files for a moment
 SPLIT_KEY_VERSION = 1  # of cluster_of and side_of in dataset/split.py: how a record comes to its side
 LOADED = (".safetensors", ".json", ".jinja")  # what libraries read on their own account
 # How an adapter reads and writes conversations, beside tokenizer and template.
@@ -291,11 +294,17 @@ def check_replaceable(output_dir: str | Path, stage: str, key: str) -> None:
 def write_text_durably(path: Path, text: str) -> None:
     """Replace a small file so that a crash leaves the old text or the new one, never half of either."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+    _when_free(lambda: part.replace(path))
+
+
+def replace_durably(part: Path, path: Path) -> None:
+    """Put a finished file in the place of another, once it is on the disk."""
+    _fsync(part)
+    _when_free(lambda: part.replace(path))
 
 
 def run_dir_of(output_dir: str | Path) -> Path:
@@ -304,14 +313,14 @@ def run_dir_of(output_dir: str | Path) -> Path:
 
 
 @contextmanager
-def locked_run_dir(output_dir: str | Path) -> Iterator[Path]:
+def locked_run_dir(output_dir: str | Path, *, passing: bool = False) -> Iterator[Path]:
     """Hold `<output_dir>.run/`, the place for work in progress, for this process alone.
 
-    The lock dies with the process, so a killed run leaves nothing to clean up.
+    The lock dies with the process, so a killed run leaves nothing to clean up. A `passing` folder goes when all went well.
     """
     output_dir, run_dir = Path(output_dir), run_dir_of(output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / "lock")
+    lock = FileLock(run_dir / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -321,8 +330,24 @@ def locked_run_dir(output_dir: str | Path) -> Iterator[Path]:
     try:
         repair_interrupted_publish(output_dir)
         yield run_dir
+        if passing:
+            _empty(run_dir)
     finally:
         lock.release()
+    if passing:
+        with suppress(OSError):  # another process has taken the folder since
+            run_dir.rmdir()
+
+
+def _empty(run_dir: Path) -> None:
+    """Remove what a run worked on; Windows lets nobody remove a lock that is held, and filelock does it on release."""
+    for path in run_dir.iterdir():
+        if path.name == LOCK and os.name == "nt":
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def wait_until_free(output_dir: str | Path) -> None:
@@ -330,7 +355,7 @@ def wait_until_free(output_dir: str | Path) -> None:
     run_dir = run_dir_of(output_dir)
     if not run_dir.is_dir():
         return
-    lock = FileLock(run_dir / "lock")
+    lock = FileLock(run_dir / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -340,16 +365,28 @@ def wait_until_free(output_dir: str | Path) -> None:
 
 
 def publish(part: Path, output_dir: str | Path) -> None:
-    """Put a complete folder in its place by renaming; the previous one goes only after the new one stands."""
+    """Put a complete folder in its place by renaming; the previous one goes only after the new one stands.
+
+    Raises: UserError on Windows when another program has a file of the previous one open.
+    """
     output_dir = Path(output_dir)
     old = output_dir.with_name(output_dir.name + ".old")
     _fsync_tree(part)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     if old.exists():
         shutil.rmtree(old)
-    if output_dir.exists():
-        output_dir.rename(old)
-    part.rename(output_dir)
+    try:
+        if output_dir.exists():
+            _when_free(lambda: output_dir.rename(old))
+        _when_free(lambda: part.rename(output_dir))
+    except PermissionError:
+        repair_interrupted_publish(output_dir)
+        if os.name != "nt":
+            raise
+        raise UserError(
+            f"{output_dir}: another program has a file in it open, so Windows does not let it be replaced. Close that program "
+            f"(a server, an editor, a window of the folder). The finished result is in {part}; rename it, or run again."
+        ) from None
     _fsync(output_dir.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -369,10 +406,23 @@ def _fsync_tree(folder: Path) -> None:
     _fsync(folder)
 
 
+def _when_free(move: Callable[[], Any]) -> None:
+    """Move a file or folder; on Windows wait a little for programs that have it open."""
+    for tries_left in reversed(range(RENAME_TRIES if os.name == "nt" else 1)):
+        try:
+            move()
+            return
+        except PermissionError:
+            if not tries_left:
+                raise
+            time.sleep(RENAME_SECONDS)
+
+
 def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs only what is open for writing; elsewhere a file without write permission is synced too.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

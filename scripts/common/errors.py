@@ -20,6 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+IN_USE = (32, 33)  # ERROR_SHARING_VIOLATION and ERROR_LOCK_VIOLATION of Windows
 # What torch, C libraries and the loader of shared objects say.
 NO_MEMORY_TEXTS = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
 # What safetensors (Rust) and torch.save say of a full disk; neither raises an OSError.
@@ -88,6 +89,10 @@ def explain_lack(error: Exception) -> str | None:
         return (
             f"memory ran out ({reason}). Lower the batch (per_device_train_batch_size, eval.batch_size, lmeval.batch_size), "
             "max_length, max_new_tokens or the workers, choose a smaller base model, or close other programs."
+        )
+    if isinstance(error, OSError) and getattr(error, "winerror", None) in IN_USE:
+        return (
+            f"{error.filename or 'a file'}: another program has it open. Close that program and run the command again."
         )
     if isinstance(error, OSError) and error.errno in UNUSABLE:
         return f"{error.filename or 'a file'}: {error.strerror}. Correct the path or its permissions."

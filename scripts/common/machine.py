@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3
 MALLOC_SETTINGS = ((M_MMAP_THRESHOLD, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20))
 
+# By whether Apple's GPU is there. The proofs of this project were never run on one, so nothing is trained on it.
+NO_GPU = {False: "no GPU", True: "Apple's GPU (mps) is not used, since nothing here is proven on it"}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -61,7 +64,7 @@ def choose_machine(config: Config) -> Machine:
     device = "cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu"
     reasons = [
         f"device {device}: "
-        + ("asked for" if wanted.device != "auto" else "a GPU is there" if device == "cuda" else "no GPU")
+        + ("asked for" if wanted.device != "auto" else "a GPU is there" if device == "cuda" else NO_GPU[has_mps()])
     ]
     fast, why = bf16_support(device)
     if wanted.dtype == "auto":
@@ -121,6 +124,13 @@ def bf16_support(device: str) -> tuple[bool, str]:
     if torch.cpu._is_avx512_bf16_supported():
         return True, "the CPU has AVX512-BF16"
     return False, "the CPU has neither AMX nor AVX512-BF16"
+
+
+def has_mps() -> bool:
+    """Say whether torch sees the GPU of an Apple processor."""
+    import torch
+
+    return torch.backends.mps.is_available()
 
 
 def available_cores() -> int:

@@ -316,7 +316,7 @@ class Kto(Training):
 
 class Performance(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to compute; `auto` takes a GPU when there is one."
+        "auto", description="Where to compute; `auto` takes a CUDA GPU when there is one. Apple's GPU is not used."
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
@@ -598,7 +598,7 @@ class Tracking(Section):
         "sqlite:///mlflow.db", description="MLflow store: sqlite:///…, http(s)://… or a folder."
     )
     experiment: str = Field("llm-finetune-sft-dpo", description="Name of the MLflow experiment.")
-    log_adapter: bool = Field(True, description="Copy the finished adapter into the MLflow run.")
+    log_adapter: bool = Field(True, description="Put the finished adapter into MLflow, as a registered model.")
     parent_run_id: str | None = Field(
         None,
         description="MLflow run under which the run of each stage stands; null takes that of the adapter it continues. A study gives its own.",

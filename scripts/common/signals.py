@@ -1,4 +1,4 @@
-"""Turn SIGINT and SIGTERM into an orderly end."""
+"""Turn SIGINT and SIGTERM, on Windows Ctrl-Break too, into an orderly end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from scripts.common.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
 
 log = logging.getLogger(__name__)
 
+# On Windows nobody can send SIGTERM, which ends a process there at once. Ctrl-Break is what reaches it instead.
+BREAK = getattr(signal, "SIGBREAK", None)
+STOPPING = tuple(number for number in (signal.SIGINT, signal.SIGTERM, BREAK) if number is not None)
+
 
 class StopSignal:
     """Remember a request to stop until the training loop reaches a step where it can."""
@@ -21,7 +25,7 @@ class StopSignal:
         self.deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        again, self.exit_code = self.exit_code, EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        again, self.exit_code = self.exit_code, EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
         if again or not self.deferred:  # a second signal does not wait
             # Python swallows what is raised inside a finaliser; training then stops at its first step by the exit code.
             raise Interrupted(self.exit_code)
@@ -30,9 +34,9 @@ class StopSignal:
 
 @contextmanager
 def trapped_signals() -> Iterator[StopSignal]:
-    """Turn SIGINT and SIGTERM into an orderly end for the length of the block."""
+    """Turn a request to stop into an orderly end for the length of the block."""
     stop = StopSignal()
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield stop
     finally:
@@ -52,12 +56,11 @@ def signals_held() -> Iterator[None]:
             came.clear()
             signal.raise_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {int(number): signal.signal(number, hold) for number in numbers}
+    previous = {int(number): signal.signal(number, hold) for number in STOPPING}
     try:
         yield
     finally:
-        for number in numbers:
+        for number in STOPPING:
             signal.signal(number, previous[number])
         for caught in came:
             signal.raise_signal(caught)

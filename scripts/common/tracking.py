@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from scripts.common.signals import signals_held
 
 log = logging.getLogger(__name__)
 
+NOTE = "mlflow.note.content"  # what MLflow shows as a run's description
+# MLflow's pages ask for the kind of an experiment they do not know; "genai_development" is the other answer.
+KIND, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
 RETRY_SECONDS = 60
 METRICS_SECONDS = 2  # between deliveries: each takes a store 5 to 20 ms or, far away, more than a step
 METRICS_AT_ONCE = 1000  # MLflow takes no more
@@ -61,8 +65,8 @@ class Tracker:
             f"{Path(path).name} ({context})",
             sha256[:32],
             "local",
-            f'{{"uri": "{path}"}}',
-            profile=f'{{"num_rows": {records}}}',
+            json.dumps({"uri": path}),
+            profile=json.dumps({"num_rows": records}),
         )
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
         self._send(lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
@@ -77,6 +81,39 @@ class Tracker:
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
         self._send(lambda: self._client.set_tag(self.run_id, key, value))
+
+    def describe(self, text: str) -> None:
+        """Set the description of the run, in Markdown."""
+        self.set_tag(NOTE, text)
+
+    def log_model(self, folder: Path, name: str, registered: str, kind: str, tags: Mapping[str, str]) -> None:
+        """Put a folder into the store once, as a model of this run and a version of a registered model.
+
+        A store that knows no such models keeps the folder `adapter` in the run instead, as earlier versions of MLflow do.
+        """
+        self._send(lambda: self._put_model(folder, name, registered, kind, tags))
+
+    def _put_model(self, folder: Path, name: str, registered: str, kind: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.exceptions import MlflowException
+
+        client, experiment = self._client, self._client.get_run(self.run_id).info.experiment_id
+        try:
+            model = client.create_logged_model(experiment, name, self.run_id, dict(tags), model_type=kind)
+        except (MlflowException, NotImplementedError) as error:
+            log.info("this MLflow store keeps no models (%s); the adapter is in the run", _first_line(error))
+            client.log_artifacts(self.run_id, str(folder), "adapter")
+            return
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+        with suppress(MlflowException):  # it is there already
+            client.create_registered_model(registered)
+        try:
+            source = f"models:/{model.model_id}"
+            client.create_model_version(registered, source, self.run_id, dict(tags), model_id=model.model_id)
+        except MlflowException as error:  # tried again, it would be put into the store a second time
+            log.warning("the model is in MLflow, but not registered as %s: %s", registered, _first_line(error))
 
     def _send(self, delivery: Callable[[], Any]) -> None:
         if self._client is None:
@@ -137,7 +174,9 @@ def open_store(config: LoadedConfig) -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks; our warning says it in a line
     try:
         mlflow.set_tracking_uri(uri)
-        mlflow.set_experiment(config.values.tracking.experiment)
+        experiment = mlflow.set_experiment(config.values.tracking.experiment)
+        if KIND not in experiment.tags:
+            mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, KIND, MODEL_TRAINING)
     except Exception as error:  # the store decides what it raises
         raise _cannot_open(config, error) from None
 
@@ -147,12 +186,14 @@ def tracked_run(
     config: LoadedConfig,
     stage: str,
     *,
+    name: str | None = None,
     parent_run_id: str | None = None,
     earlier: str | None = None,
     resume: bool = False,
 ) -> Iterator[Tracker]:
     """Open a run and close it as FINISHED, KILLED or FAILED with its traceback.
 
+    `name` is what the list of runs shows; without one it is that of the stage.
     `earlier` is the run of an interrupted try: it is continued, or marked KILLED where its process died silently.
     `tracking.parent_run_id` of the configuration takes precedence over `parent_run_id`.
     """
@@ -178,7 +219,7 @@ def tracked_run(
                 mlflow.MlflowClient().set_terminated(earlier, "KILLED")
             mlflow.start_run(
                 run_id=earlier if resume and status_before else None,
-                run_name=stage,
+                run_name=name or stage,
                 tags=tags,
                 parent_run_id=parent_run_id if _status(parent_run_id) else None,  # it may lie in another store
                 log_system_metrics=True,

@@ -247,7 +247,8 @@ def check_operators(settings: Deid) -> bytes | None:
 def read_key() -> bytes:
     """Read the secret key from the file that DEID_KEY_FILE names."""
     name = os.environ.get(KEY_VARIABLE)
-    how = "head -c 32 /dev/urandom > deid.key && export DEID_KEY_FILE=deid.key"
+    make = "python -c \"import secrets; open('deid.key', 'wb').write(secrets.token_bytes(32))\""
+    how = f"{make}; " + ('$env:DEID_KEY_FILE="deid.key"' if os.name == "nt" else "export DEID_KEY_FILE=deid.key")
     if not name:
         raise UserError(
             f"{KEY_VARIABLE} is not set; hash, encrypt and file-wide surrogates need a key. For a new one: {how}"

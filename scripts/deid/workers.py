@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from scripts.deid.scrubbing import Outcome, scrub_chunk
 Chunk = list[tuple[int, str, Any]]
 # A chunk is what one call searches; its bounds depend on the file alone, so any number of workers finds the same.
 CHUNK_RECORDS, CHUNK_CHARACTERS = 256, 100_000
+MOST_ON_WINDOWS = 61  # processes that one call there can wait for
 
 _detector: Detector | None = None
 _replacer: Replacer | None = None
@@ -45,7 +47,8 @@ class Workers:
     """Scrub chunks in this process or in several others."""
 
     def __init__(self, count: int, settings: Deid, seed: int, key: bytes | None, usual: str = "") -> None:
-        self.count, self.arguments = count, (settings, seed, key, usual)
+        self.count = min(count, MOST_ON_WINDOWS) if sys.platform == "win32" else count
+        self.arguments = (settings, seed, key, usual)
         # More threads per process only get in each other's way; the libraries read this when they are imported.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.pool: ProcessPoolExecutor | None = None

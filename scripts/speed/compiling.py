@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ log = logging.getLogger(__name__)
 
 # A third of a CPU step is saved. Two cores of a recent CPU train at 0.3 to 0.6 · 10¹² FLOP/s and compile for 25 to 50 s.
 REPAID_FROM_FLOP = 8e13
+TRIAL = """#include <omp.h>
+#include <vector>
+extern "C" int threads() {
+  std::vector<int> seen(64);
+  #pragma omp parallel
+  seen[omp_get_thread_num() % 64] = omp_get_num_threads();
+  return seen[0];
+}
+"""
 FLOP_PER_WEIGHT = 4  # and token: forward, and the gradient of the activations
 
 
@@ -43,6 +53,7 @@ def choose_compilation(
         return False, "layers not compiled: on a GPU only when asked for"
     obstacle = _obstacle(config)
     if setting is True:
+        obstacle = obstacle or _compiler_fault()
         if obstacle:
             raise UserError(f"performance.compile: found true, but {obstacle}. Set it to auto or false.")
         return True, "answer head compiled: asked for" if lean else "layers compiled: asked for"
@@ -52,6 +63,8 @@ def choose_compilation(
         return False, f"layers not compiled: {obstacle}"
     flop = FLOP_PER_WEIGHT * parameter_count(base_folder) * tokens
     repaid = flop >= REPAID_FROM_FLOP
+    if repaid and (fault := _compiler_fault()):
+        return False, f"layers not compiled: {fault}"
     work = f"{flop / 1e12:.0f} TFLOP of work {'repay' if repaid else 'do not repay'} the time it takes"
     return repaid, f"layers {'' if repaid else 'not '}compiled: {work}"
 
@@ -61,11 +74,32 @@ def _obstacle(config: Config) -> str | None:
         return "performance.fast_path is off"
     if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
         return "a quantised base cannot be"
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler) or subprocess.run([compiler, "--version"], capture_output=True).returncode:
+    compiler = _compiler()
+    asked = ["/help"] if compiler == "cl" else ["--version"]
+    if not shutil.which(compiler) or subprocess.run([compiler, *asked], capture_output=True).returncode:
         return f"there is no working C++ compiler ({compiler})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's headers are not installed (Debian: python3-dev)"
+    return None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+
+
+def _compiler_fault() -> str | None:
+    """Build a small library as torch would: a compiler may be there and lack OpenMP, its linker or its environment."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "trial.cpp"
+        source.write_text(TRIAL, encoding="utf-8")
+        try:
+            CppBuilder("trial", [str(source)], CppTorchOptions(warning_all=False), folder).build()
+        except Exception as error:  # of several types, and torch's own are not public
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "error" in line.lower()), lines[0]).strip()
+            return f"there is no working C++ compiler ({_compiler()}): {reason[:200]}"
     return None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +49,7 @@ def run_stage(
                 child = subprocess.Popen(
                     [sys.executable, str(file), *arguments], cwd=cwd,
                     stdin=subprocess.DEVNULL, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True,
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same for Windows
                 )  # fmt: skip
             while True:
                 with suppress(subprocess.TimeoutExpired):
@@ -57,7 +60,10 @@ def run_stage(
                 log.warning(
                     "stopping %s", f"{log_file.stem}; the same command continues from there" if log_file else script
                 )
-                child.terminate()
+                if os.name == "nt":  # where `terminate` is a kill
+                    child.send_signal(getattr(signal, "CTRL_BREAK_EVENT"))  # noqa: B009 (mypy runs elsewhere too)
+                else:
+                    child.terminate()
                 with suppress(Interrupted):  # asked again, so is the stage
                     child.wait()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from scripts.model.adapter import merge_initialisation
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
+
+DECISIVE = ("base_model_id", "base_model_revision", "seed", "quantization", "lora", "data", "performance")
 
 
 def draw_curves(curves: Curves, path: Path) -> None:
@@ -46,13 +49,31 @@ def draw_curves(curves: Curves, path: Path) -> None:
 
 def log_inputs(tracker: Tracker, run: Run, datasets: Sequence[DatasetFacts]) -> None:
     """Record config and data before the work starts."""
-    tracker.log_params(flatten(run.values.model_dump(mode="json")))
+    tracker.log_params(parameters_of(run.values, run.stage))
     tracker.log_artifact(run.run_dir / "config.resolved.yaml")
     for entry in datasets:
         if report_path(entry.path).is_file():
             tracker.log_artifact(report_path(entry.path), "deid")
         tracker.log_dataset(entry.path, entry.sha256, "train", entry.train or 0)
         tracker.log_dataset(entry.path, entry.sha256, "validation", entry.validation or 0)
+
+
+def parameters_of(values: Config, stage: str) -> dict[str, Any]:
+    """Return what decides this stage's result: its own section and what all training stages share."""
+    tree = values.model_dump(mode="json", include={*DECISIVE, stage})
+    return flatten({**tree, stage: {key: value for key, value in tree[stage].items() if key != "output_dir"}})
+
+
+def run_name(values: Config, stage: str) -> str:
+    """Name a run so that a list tells it from others: method, what it turns on, data and seed."""
+    section = getattr(values, stage)
+    paths = [section.dataset_path] if isinstance(section.dataset_path, str) else section.dataset_path or []
+    data = "+".join(Path(getattr(each, "path", str(each))).stem for each in paths)
+    loss, beta = getattr(section, "loss_type", ""), getattr(section, "beta", None)
+    how = [text for text in (loss if loss != stage else "", "" if beta is None else f"beta {beta:g}") if text] or [
+        f"lr {section.learning_rate:g}"
+    ]
+    return " ".join([TRAINING_STAGES[stage].title, *how, f"· {data} · seed {values.seed}"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -116,12 +137,19 @@ def save_adapter(
         ),
     )
     shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
-    tracker.log_metrics({f"summary/{key}": value for key, value in metrics.items() if isinstance(value, int | float)})
+    for key, value in metrics.items():  # as tags: a metric of one value would be drawn as a chart with one bar
+        if isinstance(value, int | float):
+            tracker.set_tag(f"summary.{key}", f"{value:.6g}")
+    if metrics["held_out_loss"] is not None:
+        tracker.log_metrics({"summary/held_out_loss": metrics["held_out_loss"]})  # by which runs are sorted
     tracker.set_tag("artifact_sha256", manifest.sha256)
     tracker.log_artifact(run.output_dir / "curves.png")
     tracker.log_artifact(run.output_dir / MANIFEST)
     if values.tracking.log_adapter:
-        tracker.log_artifact(run.output_dir, "adapter")
+        registered = re.sub(r"[/:]", "-", f"{values.tracking.experiment}-{run.stage}")
+        tags = {"artifact_sha256": manifest.sha256, "base_model_id": values.base_model_id, "seed": str(values.seed)}
+        name = re.sub(r"[/:.%\"' ]+", "-", run_name(values, run.stage).replace("· ", ""))
+        tracker.log_model(run.output_dir, name, registered, "LoRA adapter", tags)
 
 
 def check_saved(file: Path, trained: Iterable[str], weights: dict[str, Any]) -> None:

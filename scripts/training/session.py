@@ -29,7 +29,7 @@ from scripts.model.adapter import whole_weights
 from scripts.training.callbacks import ProgressAndTracking, training_callbacks
 from scripts.training.resume import Resumption, find_resumption, identity_of, write_state
 from scripts.training.sample import show_answers
-from scripts.training.save import log_inputs, print_summary, save_adapter
+from scripts.training.save import log_inputs, print_summary, run_name, save_adapter
 from scripts.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,12 @@ def training_session(
     identity = identity_of(run, machine, start, datasets)
     resumption = broadcast_from_rank_0(lambda: find_resumption(run.run_dir, identity, resume, world_size()))
     with tracked_run(
-        run.config, run.stage, parent_run_id=start.parent_run_id, earlier=resumption.mlflow_run_id, resume=resume
+        run.config,
+        run.stage,
+        name=run_name(run.values, run.stage),
+        parent_run_id=start.parent_run_id,
+        earlier=resumption.mlflow_run_id,
+        resume=resume,
     ) as tracker:
         log_inputs(tracker, run, datasets)
         session = Session(run, start, datasets, identity, resumption, tracker)

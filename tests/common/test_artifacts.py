@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -451,24 +450,6 @@ def test_whole_folder_is_on_the_disk_before_it_is_renamed_and_the_rename_after(
     publish(part, out)
 
     assert synced == {path.stat().st_ino: "old" for path in (out, *out.rglob("*"))} | {tmp_path.stat().st_ino: "new"}
-
-
-def test_publish_works_where_a_folder_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Windows."""
-    opened = []
-
-    def open_file(path: Path, flags: int) -> int:
-        if path.is_dir():
-            raise PermissionError(13, "Permission denied")
-        opened.append(path.name)
-        return os.open(path, flags)
-
-    part = make_artifact(tmp_path / "part")
-    windows = SimpleNamespace(name="nt", O_RDONLY=os.O_RDONLY, open=open_file, fsync=os.fsync, close=os.close)
-    monkeypatch.setattr(artifacts, "os", windows)
-    publish(part, tmp_path / "out")
-
-    assert sorted(opened) == ["manifest.json", "more.txt", "weights.bin"], "files are still brought to the disk"
 
 
 def test_publish_replaces_the_old_folder_whole(tmp_path: Path) -> None:

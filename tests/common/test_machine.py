@@ -9,7 +9,7 @@ import torch
 
 from scripts.common import machine as machine_module
 from scripts.common.errors import UserError
-from scripts.common.machine import Machine, available_cores, check_launch
+from scripts.common.machine import Machine, available_cores, check_launch, choose_machine
 from scripts.common.schema import Config, Performance, Quantization
 from tests.conftest import ROOT
 
@@ -86,3 +86,15 @@ def test_a_type_that_the_processor_cannot_compute_is_warned_of(
     machine_module.choose_machine(Config(performance=Performance(device="cpu", dtype=dtype)))
 
     assert ("25 to 30 times as long" in caplog.text) == warned
+
+
+def test_on_an_apple_gpu_training_stays_on_the_cpu_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: False)
+
+    machine = choose_machine(Config())
+
+    assert (machine.device, machine.dtype) == ("cpu", torch.float32)
+    assert any("mps" in reason for reason in machine.reasons)

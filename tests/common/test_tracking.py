@@ -66,6 +66,47 @@ def test_finished_run_holds_what_was_sent(config, tmp_path: Path) -> None:
     assert text_of(tracker, "adapter/a.txt") == "inner"
 
 
+def test_an_adapter_is_a_model_of_its_run_and_a_version_in_the_registry(config, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("weights")
+    for seed in ("0", "1"):
+        with tracked_run(config, "dpo", name=f"DPO beta 0.1 · seed {seed}") as tracker:
+            tracker.describe("**Better**")
+            tracker.log_model(adapter, f"DPO-seed-{seed}", "mine-dpo", "LoRA adapter", {"seed": seed})
+
+    run, client = run_of(tracker), mlflow.MlflowClient()
+    last, first = client.search_model_versions("name = 'mine-dpo'")
+    model = client.get_logged_model(last.source.removeprefix("models:/"))
+    assert (run.info.run_name, run.data.tags["mlflow.note.content"]) == ("DPO beta 0.1 · seed 1", "**Better**")
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    assert (model.name, model.status, model.model_type, last.tags) == (
+        "DPO-seed-1",
+        "READY",
+        "LoRA adapter",
+        {"seed": "1"},
+    )
+    assert [file.path for file in client.list_logged_model_artifacts(model.model_id)] == ["adapter_model.safetensors"]
+    assert client.list_artifacts(tracker.run_id) == [], "the weights are stored once"
+    assert [int(version.version) for version in (last, first)] == [2, 1]
+    assert client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_store_without_models_keeps_the_adapter_in_the_run(config, tmp_path: Path, monkeypatch) -> None:
+    """As servers before MLflow 3."""
+
+    def unknown(*arguments: object, **more: object) -> None:
+        raise mlflow.exceptions.MlflowException("no such endpoint")
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/weights").write_text("x")
+    monkeypatch.setattr(mlflow.MlflowClient, "create_logged_model", unknown)
+    with tracked_run(config, "sft") as tracker:
+        tracker.log_model(tmp_path / "adapter", "a", "mine-sft", "LoRA adapter", {})
+
+    assert text_of(tracker, "adapter/weights") == "x"
+
+
 def test_the_configured_parent_comes_before_that_of_the_stage(config, write_config) -> None:
     with tracked_run(config, "study") as study:
         pass

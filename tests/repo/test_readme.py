@@ -99,7 +99,7 @@ def test_every_command_is_of_a_kind_that_is_checked() -> None:
     """Beside those of this project: the server, MLflow's page, requests to the server, and setting up by hand."""
     kinds = (
         r"(\w+=\S+ )*(uvicorn|mlflow) ", "make ", "curl ", "Invoke-RestMethod ", "pip install( -r \\S+)+$", r"pip install --no-deps \S+==\S+$", "(python3|py) -m venv ",
-        "torchrun ", "accelerate launch ", r"(source )?\.venv\S+/?activate", r"vllm serve ",
+        "torchrun ", "accelerate launch ", r"\$env:[A-Z_]+ = ", r"(source )?\.venv\S+/?activate", r"vllm serve ",
     )  # fmt: skip
     unchecked = [c for c in COMMANDS if c not in PYTHON + TESTS and not re.match("|".join(kinds), c, re.IGNORECASE)]
     assert unchecked == []
@@ -197,6 +197,34 @@ def test_a_share_is_stated_only_with_the_command_that_measures_it() -> None:
     free = re.sub(r"<!-- (measured|keys|verdict).*?: generated -->.*?<!-- end of .*? -->", "", text, flags=re.DOTALL)
     stated = [paragraph for paragraph in free.split("\n\n") if re.search(r"\d %", paragraph)]
     assert [paragraph for paragraph in stated if not re.search(r"`make [\w-]+`|95 % interval", paragraph)] == []
+
+
+# Lines that PowerShell would not take: variables before a command, joined and continued lines, bash's own words.
+BASH_ONLY = r"^[A-Z_]+=|&&|\|\||\\$|\$\(|<\(|^(export|source|rm|cp|mkdir|test|cat|head|sed|awk|make|python3) "
+POWERSHELL = [line.strip() for block in blocks("powershell") for line in block.splitlines() if line.strip()]
+
+
+def test_powershell_lines_are_powershell() -> None:
+    assert len(POWERSHELL) >= 12
+    assert [line for line in POWERSHELL if re.search(BASH_ONLY, line)] == []
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"\bmake ([a-z]+)\b", READMES["README.md"])) & {"demo", "smoke", "test", "setup"})
+)
+def test_what_make_does_for_a_newcomer_can_be_typed_in_powershell(target: str) -> None:
+    recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe
+    commands = re.findall(r"\$\(RUN\) (.*)", recipe[1])
+    assert {f"python {command}" for command in commands} <= set(POWERSHELL)
+
+
+def test_what_only_bash_takes_has_a_line_for_powershell() -> None:
+    lines = {line.strip() for block in blocks("bash") for line in block.splitlines() if line.strip()}
+    only = {line for line in lines if re.search(BASH_ONLY, line) and not line.startswith("make ")}
+    twins = {"source .venv/bin/activate": r".venv\Scripts\Activate.ps1", "python3 -m venv .venv": "py -m venv .venv"}
+    assert {line for line in only if twins.get(line) not in POWERSHELL and not re.match(r"[A-Z_]+=\S+ ", line)} == set()
+    assert any(line.startswith("$env:") for line in POWERSHELL), "how a variable before a command is written"
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake (?:-\S+ )?([a-z-]+)\b", " ".join(COMMANDS)))))

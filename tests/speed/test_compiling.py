@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 from pathlib import Path
@@ -74,6 +75,38 @@ def test_what_cannot_be_compiled_is_not_and_says_why(
         choose_compilation(
             Config(performance=Performance(compile=True, **slow), **changes), CPU, tiny_llama, False, 1e18
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "script", "said"),
+    [
+        ("clang++", 'for each in "$@"; do case "$each" in *openmp*) echo "clang: error: unsupported option -fopenmp" >&2; exit 1;; esac; done; exec g++ "$@"', "unsupported option -fopenmp"),
+        ("c++-without-linker", 'case "$*" in *-version*) exec g++ --version;; esac; echo "ld: error: cannot find crti.o" >&2; exit 1', "cannot find crti.o"),
+        ("cl", "exit 3", "cl"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_is_there_and_cannot_build_leaves_the_run_uncompiled(
+    tmp_path: Path, tiny_llama: Path, name: str, script: str, said: str
+) -> None:
+    """As Apple's clang, which answers `--version` and has no OpenMP."""
+    compiler = tmp_path / name
+    compiler.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    code = (
+        "import torch; from pathlib import Path; from scripts.common.machine import Machine\n"
+        "from scripts.common.schema import Config, Performance\n"
+        "from scripts.speed.compiling import choose_compilation\n"
+        "machine = Machine('cpu', torch.float32, 1, 1, ())\n"
+        f"print(choose_compilation(Config(), machine, Path({str(tiny_llama)!r}), False, 1e18))\n"
+        f"choose_compilation(Config(performance=Performance(compile=True)), machine, Path({str(tiny_llama)!r}), False, 1)\n"
+    )
+
+    done = run_python("-c", code, CXX=str(compiler), PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    assert done.stdout.startswith("(False, 'layers not compiled: there is no working C++ compiler"), done.stderr[-2000:]
+    assert said in done.stdout
+    assert "performance.compile: found true, but there is no working C++ compiler" in done.stderr
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -220,9 +220,25 @@ def test_mlflow_run_holds_params_metrics_datasets_and_artifacts(in_finished) -> 
     assert contexts.keys() == {"train", "validation"}
     assert contexts["train"].digest == manifest.datasets[0].sha256[:32]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"config.resolved.yaml", "manifest.json", "curves.png", "adapter"} <= names
-    copied = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "adapter")}
+    assert {"config.resolved.yaml", "manifest.json", "curves.png"} <= names
+    assert (
+        run.info.run_name
+        == f"SFT lr {manifest.section['learning_rate']:g} · {Path(manifest.datasets[0].path).stem} · seed 0"
+    )
+    assert {name.partition(".")[0] for name in run.data.params} == {*save.DECISIVE, "sft"}
+    assert run.data.tags["summary.steps"] == str(manifest.metrics["steps"])
+    (version,) = client.search_model_versions("name = 'llm-finetune-sft-dpo-sft'")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert (version.run_id, model.source_run_id) == (run.info.run_id, run.info.run_id)
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    assert model.tags["artifact_sha256"] == manifest.sha256
+    copied = {item.path for item in client.list_logged_model_artifacts(model.model_id)}
     assert {"adapter_model.safetensors", "manifest.json"} <= copied
+    copies = [
+        path for path in folder.rglob("adapter_model.safetensors") if "mlruns" in path.parts or "models" in path.parts
+    ]
+    assert len(copies) == 1, "the weights are in the store once"
+    assert client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
     assert run.data.tags["stage"] == "sft"
 
 
