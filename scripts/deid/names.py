@@ -258,6 +258,7 @@ def _short(text: str) -> Iterator[Span]:
 
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
 _LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
+_TWO = re.compile(r"(?P<first>[^\W\d_]{2,})\s(?:and|und|et|y|e|en|&)\s(?P<second>[^\W\d_]{2,})(?:\s.+)?")
 _LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*|\d[\d.,/]*)\W*$")
 _LEADING = re.compile(
     r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+",
@@ -280,6 +281,7 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
     trimmed = []
     if language != "en":
         spans = [part for span in spans for part in _between_days(text, span, language)]
+    spans = [part for span in spans for part in _couple(text, span)]
     for span in spans:
         if span.entity == "PERSON":
             surface = text[span.start : span.end]
@@ -304,6 +306,16 @@ def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
             yield span._replace(start=start, end=span.start + day.start())
             start = span.start + day.end()
     yield span._replace(start=start)
+
+
+def _couple(text: str, span: Span) -> Iterator[Span]:
+    """Part the two of `Anna and Peter Schmidt`, so that each of them is one person."""
+    pair = _TWO.fullmatch(text, span.start, span.end) if span.entity == "PERSON" else None
+    if pair and pair["first"].casefold() in given_names() and pair["second"].casefold() in given_names():
+        yield span._replace(end=pair.end("first"))
+        yield span._replace(start=pair.start("second"))
+    else:
+        yield span
 
 
 def extend_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
