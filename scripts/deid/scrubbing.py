@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from scripts.common.schema import Deid
@@ -52,6 +53,11 @@ class Leaf:
     whole: str | None
     kept: str = ""  # what it is when it is never replaced, so that a finding holds the record back
     spans: list[Span] = field(default_factory=list)
+
+    @cached_property
+    def folded(self) -> str:
+        """Return the text in small letters."""
+        return self.text.casefold()
 
     def view(self) -> tuple[str, list[tuple[int, int, int]]]:
         """Return the text as it is searched next, and (start there, start here, length) of its untouched pieces."""
@@ -317,6 +323,7 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
             elif span.entity not in NER_ENTITIES and _is_distinctive(surface):
                 values[surface.casefold()] = span.entity
     forms = {form: entity for form, entity in {**values, **tokens}.items() if form not in allowed}
+    forms = {form: entity for form, entity in forms.items() if _stands_open(form, leaves)}
     changed: set[int] = set()
     if not forms:
         return changed
@@ -329,6 +336,14 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
         if hits and leaf.add(hits):
             changed.add(id(leaf))
     return changed
+
+
+def _stands_open(form: str, leaves: Sequence[Leaf]) -> bool:
+    """Say whether a text may hold a form outside its findings; that spares most records a pattern of their own."""
+    return any(
+        leaf.folded.count(form) > sum(leaf.text[span.start : span.end].casefold().count(form) for span in leaf.spans)
+        for leaf in leaves
+    )
 
 
 def name_tokens(surface: str) -> set[str]:

@@ -492,7 +492,9 @@ def test_surrogates_are_of_the_language_of_the_record_and_of_the_file_where_they
     assert of_file.replace(1, texts, "de") == of_file.replace(2, texts, "en")
 
 
-@pytest.mark.parametrize("field", ["question", "Answer", "context", "query", "response", "response_j", "system_prompt", "value"])
+@pytest.mark.parametrize(
+    "field", ["question", "Answer", "context", "query", "response", "response_j", "system_prompt", "value"]
+)
 def test_the_fields_that_training_reads_as_texts_are_prose(detector, field):
     from scripts.deid.scrubbing import read_leaves
 
