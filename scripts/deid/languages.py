@@ -88,8 +88,7 @@ def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
         return len(speaking) > 1 and len(speaking) > against
     if not speaking:
         return not against and small >= 4 and share > 0.999
-    # One word alone speaks only for a sentence: addresses and lists of names hold words of any language.
-    return sum(found[word] for word in speaking) > against and (len(speaking) > 1 or (not against and small > 1))
+    return sum(found[word] for word in speaking) > against and (len(speaking) > 1 or not against)
 
 
 @cache
