@@ -1,8 +1,9 @@
 """Measure the de-identification stage: recall, precision, leaking records, over-flagging, speed and memory.
 
-Reads labelled or clean JSONL files, or this repository's two labelled sets when none is named: one that the rules were
-tuned on and one that they were not. Writes a table by type and style to the terminal and, with --out, the figures as JSON.
-Runs the command line of the stage, so it measures what a user gets. Needs requirements.extra.txt.
+Reads labelled or clean JSONL files, or this repository's labelled sets when none is named, each in two halves: one that the
+rules were tuned on and one that they were not. Writes tables by type, style and language to the terminal and, with --out, the
+figures as JSON. Runs the command line of the stage, so it measures what a user gets; then times the stage beside plain
+Presidio. Needs requirements.extra.txt.
 
     python -m eval.benchmarks.deid
 """
@@ -10,6 +11,7 @@ Runs the command line of the stage, so it measures what a user gets. Needs requi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import subprocess
@@ -22,12 +24,14 @@ from typing import Any
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from eval.benchmarks.deid_speed import compare
 from scripts.common.deid_report import report_path
 from scripts.common.errors import UserError, entry_point
 from scripts.common.paths import ROOT
 from scripts.common.run import set_up_logging
 from scripts.dataset.files import BadRow, read_rows
 from scripts.deid.evaluation import share as share_of
+from scripts.deid.languages import READABLE
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="records without personal data; repeatable",
     )
     parser.add_argument(
-        "--speed-mb", type=float, default=1.0, metavar="MB", help="size of the speed run; 0 leaves it out"
+        "--speed-mb", type=float, default=1.0, metavar="MB", help="size of the speed runs; 0 leaves them out"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="turns beside plain Presidio; 0 leaves it out")
     parser.add_argument("--workers", default="auto", help="processes of the speed run (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="passed on")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
@@ -113,19 +118,21 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def measure(path: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
     """Measure one file."""
     gold = write_rows(folder / "gold.jsonl", list(texts_of(path)))
-    one = write_rows(folder / "one.jsonl", [{"text": "x"}])  # the stage needs an input; the gold file is what counts
+    # The stage needs an input; what counts is the gold file.
+    one = write_rows(folder / "one.jsonl", [{"text": "x"}])
     return dict(run_stage(one, folder / "one.deid.jsonl", "--evaluate", str(gold), *flags)["evaluation"])
 
 
+def texts_for_speed(paths: Sequence[Path], megabytes: float) -> list[str]:
+    """Return texts of all the files up to a size, each of them once: a repeated text is read only once in its chunk."""
+    texts = list(dict.fromkeys(row["text"] for path in paths for row in texts_of(path)))
+    sizes = itertools.accumulate(map(len, texts))
+    return [text for text, size in zip(texts, sizes, strict=True) if size <= megabytes * 1e6]
+
+
 def measure_speed(paths: Sequence[Path], megabytes: float, folder: Path, flags: list[str]) -> dict[str, Any]:
-    """Scrub about so many megabytes of all the files' texts and return characters per second and the peak memory."""
-    texts = [row["text"] for path in paths for row in texts_of(path)]
-    rows: list[dict[str, Any]] = []
-    size = 0
-    while texts and size < megabytes * 1e6:
-        text = texts[len(rows) % len(texts)]
-        rows.append({"id": len(rows), "text": text})
-        size += len(text)
+    """Scrub up to so many megabytes of the files' texts and return characters per second and the peak memory."""
+    rows = [{"id": number, "text": text} for number, text in enumerate(texts_for_speed(paths, megabytes))]
     source = write_rows(folder / "speed.jsonl", rows)
     report = run_stage(source, folder / "speed.deid.jsonl", *flags)
     return {**report["timing"], "records": len(rows), "held_back": report["counts"]["quarantined"]}
@@ -155,6 +162,10 @@ def show(name: str, result: dict[str, Any]) -> None:
     line("records that leak", result["leaking_records"])
     line("records without personal data touched", result["touched_clean_records"])
     line("records that lose a plain number", result["records_losing_numbers"])
+    line("other letters and digits flagged", result["flagged_characters_without_personal_data"])
+    if result["by_style"] and {*result["by_style"]} <= {*READABLE}:
+        show_languages(result["by_style"])
+        return
     for style, part in result["by_style"].items():
         for title, key in (
             ("covered", "recall"),
@@ -163,7 +174,26 @@ def show(name: str, result: dict[str, Any]) -> None:
         ):
             if part[key]["total"] and (key == "recall" or style in ("clean", "maths")):
                 line(f"  {style}: {title}", part[key])
-    line("other letters and digits flagged", result["flagged_characters_without_personal_data"])
+
+
+def show_comparison(figures: dict[str, Any]) -> None:
+    """Print the speeds beside plain Presidio's."""
+    say(
+        f"one core of {figures['machine']}, {figures['records']} texts, {figures['characters']:,} characters, "
+        f"medians of {figures['rounds']} alternating rounds:"
+    )
+    for name, speed in figures["characters_per_second"].items():
+        ratio = f"  {figures['ratio'][name]:.2f} of plain Presidio" if name in figures["ratio"] else ""
+        say(f"  {name:<18}{speed:>8,} characters/s{ratio}")
+
+
+def show_languages(languages: dict[str, Any]) -> None:
+    """Print what is found and lost in each language."""
+    say("  language    names covered          all spans covered      other letters flagged   held back")
+    for language, part in languages.items():
+        cells = [part[key] for key in ("names", "recall", "flagged_characters_without_personal_data")]
+        columns = "".join(f"{cell['share']:>8.3f} {cell['hits']:>5}/{cell['total']:<8}" for cell in cells)
+        say(f"  {language:<8}{columns}{part['held_back']:>8}")
 
 
 @entry_point
@@ -193,6 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"speed: {speed['characters_per_second']:,} characters/s with {speed['workers']} workers, "
                 f"largest process {speed['peak_memory_gib']:.2f} GiB"
             )
+        if arguments.speed_mb and arguments.rounds:
+            english = [*arguments.gold, *arguments.clean] or [TUNING, UNSEEN]
+            figures["beside_plain_presidio"] = compare(texts_for_speed(english, arguments.speed_mb), arguments.rounds)
+            show_comparison(figures["beside_plain_presidio"])
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -506,8 +506,8 @@ class Deid(Section):
     )
     safe_fields: list[str] = Field(
         default_factory=lambda: [
-            "id", "_id", "template_id", "role", "label", "labels", "category", "intent", "rule", "split", "source",
-            "language", "lang", "adapter_sha256",
+            "id", "_id", "template_id", "role", "label", "labels", "kto_tag", "weight", "category", "intent", "rule", "split",
+            "source", "language", "lang", "adapter_sha256",
         ],
         description="Field names whose values stay, at any depth, when `fields` is null; e-mails, numbers, names or secrets there hold the record back.",
     )  # fmt: skip

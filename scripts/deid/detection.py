@@ -47,8 +47,10 @@ _NEXT_SENTENCE = re.compile(r"(?<=\d [A-Z][a-z][a-z])\.\s(?=\d{1,3}\b)|(?<=\d [A
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
 _YEAR = re.compile(r"(?:18|19|20)\d\d")
 _HEADING = re.compile(r":\s")
-# A digit, or a capitalised word that does not begin a sentence.
-_LEFT_OVER = re.compile(r"\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w")
+# Three digits, or a capitalised word that does not begin a sentence.
+_LEFT_OVER = re.compile(
+    r"\d[\d ./:-]?\d[\d ./:-]?\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w"
+)
 _WINDOW, _OVERLAP = 20_000, 400
 
 
@@ -167,7 +169,7 @@ def trim_dates(text: str, spans: Sequence[Span]) -> list[Span]:
 
 
 def _is_spent(text: str) -> bool:
-    """Say whether a text with our tags in it holds nothing more for the models of names: no capital, no digit, few words.
+    """Say whether a text with our tags in it holds nothing more for the models of names: no capital and no number of three digits.
 
     It was read by them before its findings were replaced. The patterns still search it.
     """

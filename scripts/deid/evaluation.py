@@ -69,6 +69,8 @@ class Counts:
     touched: int = 0
     plain_numbers: int = 0  # records that hold a number and no labelled one, and of these the ones that lose a number
     losing: int = 0
+    others: int = 0  # letters and digits outside labelled spans, and of these the ones that were flagged
+    flagged: int = 0
 
     def add(self, row: dict[str, Any], spans: list[Span] | None) -> None:
         """Count one record; one that was held back neither leaks nor counts for recall."""
@@ -92,6 +94,9 @@ class Counts:
         if any(c.isdigit() for c in text) and not any(text[at].isdigit() for at in personal):
             self.plain_numbers += 1
             self.losing += any(text[at].isdigit() for at in covered)
+        others = [at for at, character in enumerate(text) if character.isalnum() and at not in personal]
+        self.others += len(others)
+        self.flagged += sum(at in covered for at in others)
 
     def shares(self) -> dict[str, Any]:
         """Return the shares of all that was counted."""
@@ -99,9 +104,11 @@ class Counts:
             "records": self.records,
             "held_back": self.held_back,
             "recall": share(self.covered.total(), self.labelled.total()),
+            "names": share(self.covered["PERSON"], self.labelled["PERSON"]),
             "leaking_records": share(self.leaking, self.records - self.held_back),
             "touched_clean_records": share(self.touched, self.clean),
             "records_losing_numbers": share(self.losing, self.plain_numbers),
+            "flagged_characters_without_personal_data": share(self.flagged, self.others),
         }
 
 
@@ -112,22 +119,16 @@ def evaluate(rows: Iterable[tuple[dict[str, Any], list[Span] | None]]) -> dict[s
     """
     right, flagged = Counter[str](), Counter[str]()
     everything, styles = Counts(), dict[str, Counts]()
-    plain = plain_flagged = 0
     for row, spans in rows:
         everything.add(row, spans)
         if "style" in row:
             styles.setdefault(row["style"], Counts()).add(row, spans)
         if spans is None:
             continue
-        text = row["text"]
-        covered = {position for span in spans for position in range(span.start, span.end)}
         personal = {position for span in row["spans"] for position in range(span["start"], span["end"])}
         for found in spans:
             flagged[found.entity] += 1
             right[found.entity] += any(position in personal for position in range(found.start, found.end))
-        others = [at for at, character in enumerate(text) if character.isalnum() and at not in personal]
-        plain += len(others)
-        plain_flagged += sum(at in covered for at in others)
     labels = sorted(everything.labelled)
     return {
         **everything.shares(),
@@ -135,5 +136,4 @@ def evaluate(rows: Iterable[tuple[dict[str, Any], list[Span] | None]]) -> dict[s
         "by_style": {name: styles[name].shares() for name in sorted(styles)},
         "precision": share(right.total(), flagged.total()),
         "precision_by_entity": {entity: share(right[entity], flagged[entity]) for entity in sorted(flagged)},
-        "flagged_characters_without_personal_data": share(plain_flagged, plain),
     }

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.errors import UserError, did_you_mean
-from scripts.dataset.files import BadRow, read_rows
+from scripts.dataset.files import SHEETS, BadRow, read_rows
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+# Read, and written as JSONL: a compressed file and a sheet.
+UNPACKED = (".gz", *SHEETS)
 LINES = (".jsonl", ".csv", ".txt")
 
 
@@ -17,11 +19,15 @@ def check_paths(source: Path, out: Path, *, overwrite: bool) -> None:
     """Refuse paths that would lose or mix something up."""
     if not source.is_file():
         raise UserError(f"--in {source}: no such file.{did_you_mean(source)}")
-    for flag, path in (("--in", source), ("--out", out)):
-        if path.suffix.lower() not in ENDINGS:
-            raise UserError(f"{flag} {path}: found the ending `{path.suffix}`, wanted one of {', '.join(ENDINGS)}.")
-    if source.suffix.lower() != out.suffix.lower():
-        raise UserError(f"--out {out}: found the ending `{out.suffix}`, wanted `{source.suffix}` as in --in.")
+    ending, written = source.suffix.lower(), out.suffix.lower()
+    if ending not in (*ENDINGS, *UNPACKED):
+        raise UserError(
+            f"--in {source}: found the ending `{source.suffix}`, wanted one of {', '.join([*ENDINGS, *UNPACKED])}."
+        )
+    wanted = ".jsonl" if ending in UNPACKED else ending
+    if written != wanted:
+        why = "; a compressed file or a sheet is written as JSONL" if ending in UNPACKED else " as in --in"
+        raise UserError(f"--out {out}: found the ending `{out.suffix}`, wanted `{wanted}`{why}.")
     if out.resolve() == source.resolve() or (out.exists() and out.samefile(source)):
         raise UserError(f"--out {out}: is the input file. Choose another name; the original is never overwritten.")
     _check_encoding(source)
@@ -31,9 +37,11 @@ def check_paths(source: Path, out: Path, *, overwrite: bool) -> None:
 
 def _check_encoding(source: Path) -> None:
     """Refuse UTF-16 and UTF-32, with a byte order mark or without: read as UTF-8 they are one bad line after the other."""
+    if source.suffix.lower() in (".parquet", *UNPACKED):
+        return
     with source.open("rb") as file:
         start = file.read(4096)
-    if source.suffix.lower() == ".parquet" or (b"\0" not in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff")):
+    if b"\0" not in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         return
     raise UserError(
         f"--in {source}: holds zero bytes as UTF-16 and UTF-32 do, wanted UTF-8. Save the file as UTF-8: in Excel as "

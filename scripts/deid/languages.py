@@ -76,12 +76,7 @@ def foreign_words(text: str, language: str) -> bool:
 def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
     """Say whether function words and labels speak for a language and not for the expected one."""
     ours, theirs = function_words(expected), function_words(language)
-    # Not `de la` and `von` before a capital, which are parts of names.
-    found = Counter(
-        match[0].casefold()
-        for match in _WORD.finditer(prose)
-        if match[0].casefold() not in words("particles") or not prose[match.end() + 1 : match.end() + 2].isupper()
-    )
+    found = Counter(match[0].casefold() for match in _WORD.finditer(_within_names().sub(" ", prose)))
     against = sum(count for word, count in found.items() if word in ours - theirs)
     speaking = [word for word in found if len(word) > 1 and word in theirs - ours]
     small = sum(len(word) > 2 for word in set(re.findall(r"(?<![\w.(])[^\W\d_A-Z]+(?![\w.(=])", prose)))
@@ -94,6 +89,13 @@ def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
     if not speaking:
         return not against and small >= 4 and share > 0.999
     return sum(found[word] for word in speaking) > against and (len(speaking) > 1 or not against)
+
+
+@cache
+def _within_names() -> re.Pattern[str]:
+    """Return a pattern of the small words that lead up to a capital, as `de la Sarthe` and `van den Berg`."""
+    small = "|".join(sorted(map(re.escape, words("particles")), key=len, reverse=True))
+    return re.compile(rf"\b(?:(?:{small})[ ])+(?=[^\W\d_a-zß-öø-ÿ])")
 
 
 def vocabulary(language: str) -> dict[str, str]:

@@ -189,6 +189,12 @@ def _local_names(language: str) -> frozenset[str]:
     return _listed("first_names", f"{language}_") - set(vocabulary(language)["everyday"].split("|")) - WORDS
 
 
+# Within a Dutch sentence only a family name begins with a capital Van or De.
+_TUSSENVOEGSEL = re.compile(
+    r"(?<=[a-zß-öø-ÿ,;] )(?P<name>(?:Van(?: den?| der| 't)?|De|Den|Ter|Ten|Vander|Op de[n]?) [A-Z][\w'’-]+(?:-[A-Z][\w'’]+)?)"
+)
+
+
 def _abroad(text: str, language: str) -> Iterator[Span]:
     """Yield given names in other languages: after a greeting or a title, capitalised within a sentence (but in German), or
     where the author writes no capitals.
@@ -201,12 +207,21 @@ def _abroad(text: str, language: str) -> Iterator[Span]:
         return match[0].istitle() and language != "de" and re.search(r"[^\W_][,;:]? $", before) is not None
 
     capitals = re.search(r"(?<!\w)[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]", text)
+    if language == "nl":
+        yield from (Span(*match.span("name"), "PERSON", 0.6) for match in _TUSSENVOEGSEL.finditer(text))
     for match in _WORD.finditer(text):
         word = match[0]
         if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in own:
             continue
         cased = word.istitle() or not capitals
-        found = within(match) or (cased and led.search(text, max(0, match.start() - 24), match.start()))
+        first = (
+            language == "nl"
+            and word.istitle()
+            and word.casefold() in local
+            and len(word) >= 4
+            and text[match.end() :][:2].strip().islower()
+        )
+        found = within(match) or first or (cased and led.search(text, max(0, match.start() - 24), match.start()))
         if found or (not capitals and word in local and len(word) >= 4):
             yield Span(*match.span(), "PERSON", 0.6)
     for pair in _PAIR.finditer(text) if language != "de" else ():
@@ -258,6 +273,7 @@ def _short(text: str) -> Iterator[Span]:
 
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]$")
 _LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
+_TWO = re.compile(r"(?P<first>[^\W\d_]{2,})\s(?:and|und|et|y|e|en|&)\s(?P<second>[^\W\d_]{2,})(?:\s.+)?")
 _LAST_WORD = re.compile(r"\s+([a-zß-öø-ÿ][\w'’-]*|\d[\d.,/]*)\W*$")
 _LEADING = re.compile(
     r"^(?:(?:and|or|to|of|in|on|at|from|for|with|by|the|a|an|is|was|hi|hello|hey|dear|ask|tell|call|cc|thanks?|thx|from:|to:)\s+)+",
@@ -280,6 +296,7 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
     trimmed = []
     if language != "en":
         spans = [part for span in spans for part in _between_days(text, span, language)]
+    spans = [part for span in spans for part in _couple(text, span)]
     for span in spans:
         if span.entity == "PERSON":
             surface = text[span.start : span.end]
@@ -291,6 +308,9 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
                 and not is_name(last[1])
             ):
                 end = last.start()
+            if language != "en" and text[start:end].islower() and is_name(text[start:end].split()[0]):
+                while (last := _LAST_WORD.search(text, start, end)) and not is_part_of_name(last[1]):
+                    end = last.start()  # `jonas mandou`
             span = span._replace(start=start, end=end)
         trimmed.append(span)
     return [span for span in trimmed if span.start < span.end]
@@ -306,9 +326,19 @@ def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
     yield span._replace(start=start)
 
 
+def _couple(text: str, span: Span) -> Iterator[Span]:
+    """Part the two of `Anna and Peter Schmidt`, so that each of them is one person."""
+    pair = _TWO.fullmatch(text, span.start, span.end) if span.entity == "PERSON" else None
+    if pair and pair["first"].casefold() in given_names() and pair["second"].casefold() in given_names():
+        yield span._replace(end=pair.end("first"))
+        yield span._replace(start=pair.start("second"))
+    else:
+        yield span
+
+
 def extend_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Let a name that was found in part take in the capitalised words, initials and particles beside it."""
-    taken = [(span.start, span.end) for span in spans]
+    taken = [(span.start, span.end, span.entity) for span in spans]
     extended = []
     for span in spans:
         if span.entity == "PERSON" and any(c.isalpha() for c in text[span.start : span.end]):
@@ -330,7 +360,7 @@ def _whole_login(text: str, span: Span) -> Span:
     return span._replace(start=start, end=end)
 
 
-def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]], language: str) -> int:
+def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int, str]], language: str) -> int:
     end, shown, capitals = span.end, span.end, text[span.start : span.end].isupper() and span.end - span.start > 2
     lower = text[span.start : span.end].islower()
     for _ in range(4):
@@ -339,8 +369,9 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]], languag
             break
         word = match["word"]
         folded = word.casefold()
-        if any(start <= match.start("word") < stop for start, stop in taken if (start, stop) != (span.start, span.end)):
-            break
+        others = [other for other in taken if other[0] <= match.start("word") < other[1] and other[:2] != span[:2]]
+        if others:  # of `Heidi van der Vlist` a model may take the end for a firm or a place
+            return others[0][1] if end > shown and others[0][2] in ("ORGANIZATION", "LOCATION") else shown
         if folded in _PARTICLES:
             end = match.end("word")
             continue
@@ -362,7 +393,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int]], languag
     return shown
 
 
-def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]], language: str) -> int:
+def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int, str]], language: str) -> int:
     start, shown = span.start, span.start
     lower = text[span.start : span.end].islower()
     for _ in range(3):
@@ -370,7 +401,7 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int]], language
         if not match or lower:
             break
         word = match["word"]
-        if any(begin < match.end("word") and match.start("word") < stop for begin, stop in taken):
+        if any(begin < match.end("word") and match.start("word") < stop for begin, stop, _ in taken):
             break
         folded = word.casefold()
         if folded in _PARTICLES and word.islower():

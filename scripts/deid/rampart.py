@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
@@ -23,11 +25,18 @@ RAMPART_LABELS = {
     "ZIP_CODE": "ZIP_CODE",
 }  # fmt: skip
 _TOKENS, _OVERLAP = 192, 32
+_BATCH_TOKENS = 512  # what a core's cache holds; larger batches are slower
+_KEY = re.compile(
+    r"(?<![\w+/=-])(?:[0-9a-fA-F]{32,}|(?=[\w+/=-]*\d)(?=[\w+/=-]*[a-z])(?=[\w+/=-]*[A-Z])[\w+/=-]{40,})(?![\w+/=-])"
+)
 # A capitalised word, or in small letters a kind of street or dwelling.
 _STREET = re.compile(
     r"\b[^\W\d_a-zß-öø-ÿ][^\W\d_]+|\b(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl|square|sq|terrace|close"
     r"|crescent|grove|row|alley|apt|apartment|suite|flat|unit|\w+(?:strasse|straße|weg|gasse|straat|gatan|vej))\b"
 )
+
+
+Piece: TypeAlias = tuple[int, list[int], list[tuple[int, int]]]  # number of the text, ids, and offsets of its tokens
 
 
 class Rampart:
@@ -53,16 +62,21 @@ class Rampart:
         import numpy as np
 
         found: list[list[Span]] = [[] for _ in texts]
-        pieces = []
+        pieces: list[Piece] = []
         for number, encoding in enumerate(self.tokenizer.encode_batch(list(texts), add_special_tokens=False)):
-            step = _TOKENS - _OVERLAP
-            for start in range(0, max(len(encoding.ids) - _OVERLAP, 1), step):
+            tokens, offsets = encoding.ids, encoding.offsets
+            for key in reversed(
+                [*_KEY.finditer(texts[number])]
+            ):  # a key is a third of the tokens of many texts, and no name
+                begin = bisect_left(offsets, (key.start(), 0))
+                end = bisect_left(offsets, (key.end(), 0))
+                tokens, offsets = tokens[:begin] + tokens[end:], offsets[:begin] + offsets[end:]
+            for start in range(0, max(len(tokens) - _OVERLAP, 1), _TOKENS - _OVERLAP):
                 stop = start + _TOKENS
-                pieces.append((number, encoding.ids[start:stop], encoding.offsets[start:stop]))
+                pieces.append((number, tokens[start:stop], offsets[start:stop]))
         first, last = (self.tokenizer.token_to_id(name) or 0 for name in ("[CLS]", "[SEP]"))
         pieces.sort(key=lambda piece: len(piece[1]))
-        for begin in range(0, len(pieces), 8):
-            batch = pieces[begin : begin + 8]
+        for batch in _batches(pieces):
             width = len(batch[-1][1]) + 2
             ids = np.zeros((len(batch), width), dtype=np.int64)
             mask = np.zeros((len(batch), width), dtype=np.int64)
@@ -80,6 +94,15 @@ class Rampart:
                     if name != "O" and end > start:
                         found[number].append(Span(start, end, RAMPART_LABELS[name[2:]], float(score)))
         return [_in_addresses(text, _joined(text, sorted(spans))) for text, spans in zip(texts, found, strict=True)]
+
+
+def _batches(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """Cut pieces, shortest first, into batches of about as many tokens each."""
+    begin = 0
+    for end in range(1, len(pieces) + 1):
+        if end == len(pieces) or (end - begin + 1) * (len(pieces[end][1]) + 2) > _BATCH_TOKENS:
+            yield pieces[begin:end]
+            begin = end
 
 
 def _joined(text: str, spans: list[Span]) -> list[Span]:

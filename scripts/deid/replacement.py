@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import importlib
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ KEYED = ("hash", "encrypt")
 FOR_ENTITIES = {"shift": ["DATE_TIME"], "generalise": ["DATE_TIME", "AGE"]}
 _NUMBERS = frozenset({"US_SSN", "CREDIT_CARD", "IBAN_CODE", "ID_NUMBER", "UK_NHS", "US_NPI", "US_ITIN", "US_MBI"})
 _ENCRYPTED = re.compile(r"<[A-Z_]+:([\w-]{20,}={0,2})>")
+# Whose names, towns and firms take the place of those of a record in this language.
+LOCALES = {"de": "de_DE", "fr": "fr_FR", "es": "es_ES", "it": "it_IT", "pt": "pt_PT", "nl": "nl_NL"}
 
 
 class Replacer:
@@ -43,7 +46,7 @@ class Replacer:
             "hash": lambda entity, value, identity: f"<{entity}:{self._digest(entity, identity).hex()[:16]}>",
             "encrypt": lambda entity, value, identity: f"<{entity}:{self._encrypt(entity, value)}>",
         }
-        self._faker: Faker | None = None
+        self._fakers: dict[str, Faker] = {}
         self.engine = AnonymizerEngine()  # type: ignore[no-untyped-call]
 
     def operator_of(self, entity: str) -> str:
@@ -54,8 +57,13 @@ class Replacer:
         """Say whether the original may not stand in the output."""
         return self.operator_of(entity) != "keep"
 
-    def replace(self, number: int, texts: Sequence[tuple[str, Sequence[Span]]]) -> list[str]:
-        """Replace the spans of all texts of one record; `number` is the record's number in the file."""
+    def replace(self, number: int, texts: Sequence[tuple[str, Sequence[Span]]], language: str = "en") -> list[str]:
+        """Replace the spans of all texts of one record; `number` is the record's number in the file.
+
+        Surrogates are of the record's language; those that hold for a whole file, of the file's.
+        """
+        if self.settings.consistency == "file":
+            language = self.settings.language
         found = [(span.entity, text[span.start : span.end]) for text, spans in texts for span in spans]
         identities = identify(found)
         places: dict[str, list[str]] = {}
@@ -64,6 +72,7 @@ class Replacer:
             if identities[entity, value] not in known:
                 known.append(identities[entity, value])
         originals = {fold(value) for _, value in found}
+        families = families_of(identities)
         chosen: dict[tuple[str, str], str] = {}
         for entity, value in found:
             if (entity, value) in chosen:
@@ -78,7 +87,7 @@ class Replacer:
                 new = coarse_age(value) if entity == "AGE" else coarse_date(value) or f"<{entity}>"
             elif operator == "surrogate":
                 ordinal = places[entity].index(identity)
-                new = self._surrogate(number, entity, value, identity, ordinal, originals)
+                new = self._surrogate(number, entity, value, identity, ordinal, originals, families, language)
             else:
                 new = self.operators[operator](entity, value, identity)
             chosen[entity, value] = new
@@ -108,24 +117,40 @@ class Replacer:
     def _encrypt(self, entity: str, value: str) -> str:
         return base64.urlsafe_b64encode(_cipher(self.key).encrypt(value.encode(), [entity.encode()])).decode()
 
-    def _surrogate(self, number: int, entity: str, value: str, identity: str, ordinal: int, originals: set[str]) -> str:
+    def _surrogate(
+        self, number: int, entity: str, value: str, identity: str, ordinal: int, originals: set[str], families: Sequence[str],
+        language: str,
+    ) -> str:  # fmt: skip
         """Invent a value of the same kind, seeded by its position in the file or, for one value per file, by the key."""
-        import faker
-
-        if self._faker is None:
-            self._faker = faker.Faker("en_US")
-        if self.settings.consistency == "file":
-            seed = int.from_bytes(self._digest(entity, identity)[:8], "big")
-        else:  # the position, not the value: a code must not be derived from the person
-            origin = f"{self.seed}\n{number}\n{entity}\n{ordinal}".encode()
-            seed = int.from_bytes(hashlib.sha256(origin).digest()[:8], "big")
+        fake = self._faker(language)
+        seed = self._seed(number, entity, identity, ordinal)
+        family = family_of(identity, families) if entity == "PERSON" else None
+        of_family = self._seed(number, "FAMILY", family, families.index(family)) if family else seed
+        last = ""
         for attempt in range(100):
-            self._faker.seed_instance(seed + attempt)
+            if not last or set(fold(last).split()) & originals:
+                fake.seed_instance(of_family + attempt)
+                last = str(fake.last_name())
+            fake.seed_instance(seed + attempt)
             # The whole identity is drawn first, so that "Maria" becomes the first name of what "Maria Diaz" became.
-            new = _invent(self._faker, entity, value, identity, random.Random(seed + attempt))
+            new = _invent(fake, entity, value, identity, last, family, random.Random(seed + attempt))
             if not {fold(new), *fold(new).split()} & originals:
                 return new
         raise ValueError("no surrogate found that differs from every original")
+
+    def _seed(self, number: int, entity: str, identity: str, ordinal: int) -> int:
+        if self.settings.consistency == "file":
+            return int.from_bytes(self._digest(entity, identity)[:8], "big")
+        # the position, not the value: a code must not be derived from the person
+        origin = f"{self.seed}\n{number}\n{entity}\n{ordinal}".encode()
+        return int.from_bytes(hashlib.sha256(origin).digest()[:8], "big")
+
+    def _faker(self, language: str) -> Faker:
+        import faker
+
+        if language not in self._fakers:
+            self._fakers[language] = faker.Faker(LOCALES.get(language, "en_US"))
+        return self._fakers[language]
 
 
 def fold(value: str) -> str:
@@ -169,23 +194,38 @@ def _words(name: str) -> list[str]:
     return re.findall(r"\w+", name)
 
 
-def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Random) -> str:
+def families_of(identities: Mapping[tuple[str, str], str]) -> list[str]:
+    """List the family names of a record's people in the order in which they appear; Anna and Peter Schmidt share one."""
+    names = [_words(identity) for (entity, _), identity in identities.items() if entity == "PERSON"]
+    return list(dict.fromkeys(words[-1] for words in names if len(words) > 1))
+
+
+def family_of(identity: str, families: Sequence[str]) -> str | None:
+    """Return the family name in a name: its last word, also where that stands alone."""
+    words = _words(identity)
+    return words[-1] if words and words[-1] in families else None
+
+
+def _invent(
+    fake: Faker, entity: str, value: str, identity: str, last: str, family: str | None, rng: random.Random
+) -> str:
     if entity == "PERSON":
         words, whole = _words(fold(value)), _words(identity)
-        first, last = _first_name(fake, whole), fake.last_name()
+        first = _first_name(fake, whole)
         if len(words) > 1 and "," in value:
             return f"{last}, {first}"
-        if len(words) > 1 or words == whole:
-            return f"{first} {last}" if len(words) > 1 else str(first)
-        return str(first if words and words[0] == whole[0] else last)
-    made = {
+        if len(words) > 1:
+            return f"{first} {last}"
+        return last if words and words[-1] == family else first
+    made: dict[str, Callable[[], str]] = {
         "EMAIL_ADDRESS": fake.safe_email, "LOCATION": fake.city, "ORGANIZATION": fake.company, "URL": lambda: f"https://{fake.domain_word()}.example",
         "STREET_ADDRESS": lambda: f"{fake.street_address()}, {fake.city()}", "IP_ADDRESS": lambda: f"203.0.113.{rng.randrange(1, 255)}",
         "CREDIT_CARD": fake.credit_card_number, "IBAN_CODE": fake.iban, "HANDLE": lambda: f"@{fake.user_name()}",
-        "PHONE_NUMBER": lambda: f"({rng.randrange(201, 990)}) 555-01{rng.randrange(100):02}",
         "US_SSN": lambda: f"9{rng.randrange(100):02}-{rng.randrange(10, 50)}-{rng.randrange(1000, 10000)}",
         "DATE_TIME": lambda: _date(rng), "MAC_ADDRESS": fake.mac_address, "UUID": lambda: str(fake.uuid4()),
     }  # fmt: skip
+    if fake.locales == ["en_US"]:  # the only plan of numbers with a range for invented ones that we know
+        made["PHONE_NUMBER"] = lambda: f"({rng.randrange(201, 990)}) 555-01{rng.randrange(100):02}"
     if entity in made and not value.isdigit():
         return str(made[entity]())
     if entity == "AGE":
@@ -193,15 +233,15 @@ def _invent(fake: Any, entity: str, value: str, identity: str, rng: random.Rando
     return "".join(_same_kind(character, rng, first=not index) for index, character in enumerate(value))
 
 
-def _first_name(fake: Any, name: Sequence[str]) -> str:
-    """Draw a first name of the gender that the name on Faker's lists has."""
-    from faker.providers.person.en_US import Provider
-
+def _first_name(fake: Faker, name: Sequence[str]) -> str:
+    """Draw a first name of the gender that the name has on Faker's lists of the language, or on the American ones."""
     given = name[0].capitalize() if name else ""
-    female, male = given in Provider.first_names_female, given in Provider.first_names_male
-    if female == male:
-        return str(fake.first_name())
-    return str(fake.first_name_female() if female else fake.first_name_male())
+    for locale in (*fake.locales, "en_US"):
+        provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
+        female, male = given in provider.first_names_female, given in provider.first_names_male
+        if female != male:
+            return str(fake.first_name_female() if female else fake.first_name_male())
+    return str(fake.first_name())
 
 
 def _date(rng: random.Random) -> str:

@@ -12,9 +12,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from scripts.common.schema import Deid
+from scripts.dataset.columns import ALIASES, FIELDS, REASONING_KEYS, SPEAKERS, TOOL_SPEAKERS
 from scripts.dataset.files import BadRow
 from scripts.deid import hipaa
 from scripts.deid.detection import NER_ENTITIES, Detector
@@ -27,21 +29,8 @@ from scripts.deid.replacement import Replacer
 from scripts.deid.spans import TAG, Span, cut, merge_addresses, tidy
 
 # Prose needs no label; every other field is read as "name of the field: value", which distinguishes an SSN from a number.
-PROSE_FIELDS = frozenset(
-    [
-        "instruction",
-        "input",
-        "output",
-        "prompt",
-        "completion",
-        "chosen",
-        "rejected",
-        "content",
-        "text",
-        "system",
-        "response",
-    ]
-)
+PROSE_FIELDS = frozenset({*FIELDS, *sum(ALIASES.values(), ()), *REASONING_KEYS, "content", "value", "text"})
+_ROLES = frozenset({*SPEAKERS, *TOOL_SPEAKERS})
 # Of what is found in a field that is never replaced, these hold the record back. A code of digits or a date may be an id.
 UNMISTAKABLE = frozenset({
     "EMAIL_ADDRESS", "SECRET", "US_SSN", "US_ITIN", "US_MBI", "IBAN_CODE", "CREDIT_CARD", "PHONE_NUMBER", "UK_NHS", "CRYPTO",
@@ -64,6 +53,11 @@ class Leaf:
     whole: str | None
     kept: str = ""  # what it is when it is never replaced, so that a finding holds the record back
     spans: list[Span] = field(default_factory=list)
+
+    @cached_property
+    def folded(self) -> str:
+        """Return the text in small letters."""
+        return self.text.casefold()
 
     def view(self) -> tuple[str, list[tuple[int, int, int]]]:
         """Return the text as it is searched next, and (start there, start here, length) of its untouched pieces."""
@@ -183,7 +177,8 @@ def read_leaves(row: Any, detector: Detector) -> list[Leaf]:
         whole = declared if declared not in (None, "text") else entity_of_label(name, detector.entities)
         whole = None if declared == "text" else whole
         if isinstance(value, str) or whole or len(text) >= 5:
-            label = "" if name in PROSE_FIELDS or declared or not name else f"{name.replace('_', ' ')}: "
+            prose = re.sub(r"[\s-]+", "_", name.strip().casefold()) in PROSE_FIELDS
+            label = "" if prose or declared or not name else f"{name.replace('_', ' ')}: "
             leaves.append(Leaf(path, text, label, whole))
     return leaves
 
@@ -196,6 +191,8 @@ def _scalars(value: Any, path: tuple[str | int, ...], settings: Deid) -> Iterato
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _scalars(inner, (*path, index), settings)
+    elif path and path[-1] == "from" and isinstance(value, str) and value.casefold() in _ROLES:
+        return  # who speaks, as in `role`
     elif value is not None and not isinstance(value, bool):
         dotted = ".".join(part for part in path if isinstance(part, str))
         if settings.fields is None or any(dotted == f or dotted.startswith(f + ".") for f in settings.fields):
@@ -326,6 +323,7 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
             elif span.entity not in NER_ENTITIES and _is_distinctive(surface):
                 values[surface.casefold()] = span.entity
     forms = {form: entity for form, entity in {**values, **tokens}.items() if form not in allowed}
+    forms = {form: entity for form, entity in forms.items() if _stands_open(form, leaves)}
     changed: set[int] = set()
     if not forms:
         return changed
@@ -338,6 +336,14 @@ def spread(leaves: Sequence[Leaf], detector: Detector) -> set[int]:
         if hits and leaf.add(hits):
             changed.add(id(leaf))
     return changed
+
+
+def _stands_open(form: str, leaves: Sequence[Leaf]) -> bool:
+    """Say whether a text may hold a form outside its findings; that spares most records a pattern of their own."""
+    return any(
+        leaf.folded.count(form) > sum(leaf.text[span.start : span.end].casefold().count(form) for span in leaf.spans)
+        for leaf in leaves
+    )
 
 
 def name_tokens(surface: str) -> set[str]:
@@ -377,7 +383,7 @@ def _finish(
         for leaf in leaves:
             leaf.spans = leaf.spans if leaf.whole else hipaa.within_limits(leaf.text, leaf.spans, countries())
     scrubbed = copy.deepcopy(row)
-    replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves])
+    replaced = replacer.replace(number, [(leaf.text, leaf.spans) for leaf in leaves], detector.language)
     surfaces: set[str] = set()
     for leaf, text in zip(leaves, replaced, strict=True):
         if leaf.spans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from scripts.common.deid_report import check_deid_report, report_path
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
 from tests.conftest import ROOT, run_python, write_jsonl
+from tests.dataset.test_columns import workbook
 
 pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
 
@@ -452,3 +454,23 @@ def test_no_network_call_is_made(tmp_path):
     done = run_python("-c", WATCHED, "--in", source, "--out", tmp_path / "out.jsonl", "--set", "deid.rampart=off")
     assert done.returncode == 0, done.stderr
     assert "calls: []" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.csv.gz", "in.xlsx"])
+def test_compressed_files_and_sheets_are_read_and_written_as_jsonl(scrub, tmp_path, capsys, name):
+    source = tmp_path / name
+    if name.endswith("xlsx"):
+        source.write_bytes(workbook([["id", "note"], ["x1", SECRET], ["x2", "fine"]]))
+    elif "csv" in name:
+        source.write_bytes(gzip.compress(f"id,note\nx1,{SECRET}\nx2,fine\n".encode()))
+    else:
+        rows = [{"id": "x1", "note": SECRET}, {"id": "x2", "note": "fine"}]
+        source.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert scrub(source, *PLUMBING)[0] == 2
+    assert "wanted `.jsonl`; a compressed file or a sheet is written as JSONL" in capsys.readouterr().err
+    out = tmp_path / "out.jsonl"
+    assert main(["--in", str(source), "--out", str(out), "--set", "deid.rampart=off", *map(str, PLUMBING)]) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"id": "x1", "note": "password: <SECRET>"},
+        {"id": "x2", "note": "fine"},
+    ]

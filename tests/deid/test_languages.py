@@ -125,3 +125,16 @@ def test_each_language_has_titles_labels_and_months(language):
     found = {entry["supported_entity"] for entry in recognizers(language)}
     assert found == {"PERSON", "DATE_TIME", "PHONE_NUMBER", "STREET_ADDRESS", "ID_NUMBER"}
     assert recognizers("en") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mrs. Ilona Szabó Apt. 112 17 Rue de la Marne 88\nVierzon WLG 95697",
+        ">Joanna van den Broek\n>Thornton Group\n>22 Kerkhovenstraat 18\n>Suite 77\n>Sint Joris\n>Tonga 04169",
+        "Ludwig von der Heide\n12 Elm Road\nSpringfield, IL 62704",
+    ],
+)
+def test_an_address_is_written_in_no_language(scrub, text):
+    assert language_of(text, "en") == "en"
+    assert not scrub({"text": text})[0].reason

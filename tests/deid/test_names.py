@@ -118,3 +118,14 @@ def test_lists_of_names_know_names_and_leave_words():
     assert is_full_name("Deborah Klein")
     assert not is_full_name("Apple Pay")
     assert find_names("the bill will rise") == []
+
+
+def test_a_name_with_small_words_within_stays_whole_where_a_model_takes_its_end_for_a_firm():
+    text = "Heidi van der Vlist said so; Ann of the Bank did not."
+    spans = [Span(0, 5, "PERSON", 0.9), Span(14, 19, "ORGANIZATION", 0.9)]
+    assert extend_names(text, spans)[0][:2] == (0, 19)
+
+
+def test_within_a_dutch_sentence_a_capital_van_or_de_begins_a_name():
+    text = "Vraag even aan Van Leeuwen of De Bruin de sleutels heeft. De bank is dicht, Van alles is nieuw."
+    assert [text[s.start : s.end] for s in find_names(text, "nl")] == ["Van Leeuwen", "De Bruin"]

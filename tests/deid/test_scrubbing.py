@@ -464,3 +464,58 @@ def test_a_first_name_keeps_its_gender_and_a_list_its_order():
         assert left.split()[0] in names
     [left] = replacer.replace(1, [("Klein, Deborah", [Span(0, 14, "PERSON", 1.0)])])
     assert re.fullmatch(r"\w+, \w+", left)
+
+
+def test_a_couple_keeps_one_family_name_and_everybody_their_own_first_name(scrub):
+    text = "Anna and Peter Schmidt moved. Anna Schmidt called, Mr Schmidt did not. Maria Gonzalez knows Peter Schmidt."
+    [outcome] = scrub({"text": text}, operator="surrogate")
+    new = re.fullmatch(
+        r"(N) and (N) (N) moved. (N) (N) called, (?:Mr |N )?(N) did not. N (N) knows (N) (N).".replace(
+            "N", r"[\w'’-]+"
+        ),
+        outcome.row["text"],
+    )
+    first, second, family, again, hers, his, other, third, last = new.groups()
+    assert family == hers == his == last
+    assert (first, second) == (again, third)
+    assert first != second
+    assert other != family
+
+
+def test_surrogates_are_of_the_language_of_the_record_and_of_the_file_where_they_hold_for_it():
+    from faker.providers.person.de_DE import Provider
+
+    replacer = Replacer(Deid(operator="surrogate"), seed=0, key=KEY)
+    name = "Waltraud Heinemann"
+    texts = [(name, [Span(0, len(name), "PERSON", 1.0)])]
+    german = [replacer.replace(number, texts, "de")[0].split()[0] for number in range(20)]
+    assert {*german} <= {*Provider.first_names_female}
+    of_file = Replacer(Deid(operator="surrogate", consistency="file"), seed=0, key=KEY)
+    assert of_file.replace(1, texts, "de") == of_file.replace(2, texts, "en")
+
+
+@pytest.mark.parametrize(
+    "field", ["question", "Answer", "context", "query", "response", "response_j", "system_prompt", "value"]
+)
+def test_the_fields_that_training_reads_as_texts_are_prose(detector, field):
+    from scripts.deid.scrubbing import read_leaves
+
+    [leaf] = read_leaves({field: "The boiler is cold."}, detector)
+    assert leaf.label == ""
+
+
+def test_who_speaks_and_how_much_it_counts_stay(scrub):
+    row = {
+        "conversations": [
+            {"from": "human", "value": "I am Maria Gonzalez."},
+            {"from": "gpt", "value": "Hello Maria!", "weight": 0.25},
+        ],
+        "kto_tag": "true",
+    }
+    [outcome] = scrub(row)
+    said = outcome.row["conversations"]
+    assert [turn["from"] for turn in said] == ["human", "gpt"]
+    assert [turn["value"] for turn in said] == ["I am <PERSON>.", "Hello <PERSON>!"]
+    assert said[1]["weight"] == 0.25
+    assert outcome.row["kto_tag"] == "true"
+    assert scrub({"from": "maria.gonzalez@acme.org", "text": "Hello"})[0].row["from"] == "<EMAIL_ADDRESS>"
