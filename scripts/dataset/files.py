@@ -41,7 +41,9 @@ def find_file(name: str, key: str) -> Path | None:
             raise UserError(f"{key}: {name}: is a folder, wanted one file; list several files with their weights.")
     except OSError as error:  # a name that no file can have
         raise UserError(f"{key}: {name}: {error.strerror}. Correct the path.") from None
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.(jsonl?|csv|tsv|parquet|gz|xlsx?|ods|txt|md)$", name):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(
+        r"\.(jsonl?|csv|tsv|parquet|gz|xlsx?|ods|txt|md)$", name
+    ):
         return None
     near = did_you_mean(name) or did_you_mean(ROOT / name)
     raise UserError(

@@ -94,7 +94,10 @@ def better_answers_of(source: Source) -> Source:
     mapped = {field: column for column, field in source.dataset.columns.items()}
     row = next(row for _, row in read_rows(resolve(source.dataset.path)) if not isinstance(row, BadRow))
     layout = find_layout(rename(row, source.dataset.columns))
-    found = {field: mapped.get(field) or column for field, column in (layout.columns if layout else {}).items()}
+    found = {
+        field: mapped.get(cast(RecordField, field)) or column
+        for field, column in (layout.columns if layout else {}).items()
+    }
     columns = {found["chosen"]: "completion", found["rejected"]: None}
     if "prompt" in mapped:
         columns[mapped["prompt"]] = "prompt"
@@ -138,9 +141,9 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
             return _from_texts(rows, guess.document, guess.title, asker, folder / f"{path.stem}.jsonl")
         return _load(path, guess.columns, _stage_of(guess.columns))
     if layout.name == PAIR:
-        guess = guess_columns(rows)
+        pair = guess_columns(rows)
         asked = {"prompt", "instruction", "input"} & {*layout.columns}
-        return _load(path, guess.columns if guess and not asked and "chosen" in guess.columns.values() else {}, DPO)
+        return _load(path, pair.columns if pair and not asked and "chosen" in pair.columns.values() else {}, DPO)
     if any(is_verdict(row, layout) for row in rows if layout.columns.keys() <= {*row}):
         return _load(path, _as_feedback(layout, layout.columns["label"]), KTO)
     thumb = _thumb_column(rows, layout)

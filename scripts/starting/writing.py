@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
@@ -14,14 +14,27 @@ from scripts.starting.bases import Base
 from scripts.starting.settings import Rhythm
 from scripts.starting.sources import Source, describe_columns
 
-if TYPE_CHECKING:
-    from eval.drafting import Draft
-
 WHAT = {
     SFT.name: "SFT (supervised fine-tuning): the model learns to answer as your examples do.",
     DPO.name: "DPO (direct preference optimisation): the model learns which of two answers you prefer.",
     KTO.name: "KTO: the model learns from thumbs up and thumbs down on single answers.",
 }
+
+
+class DraftedCheck(Protocol):
+    """A check as the configuration writes it, and how many of one's own answers keep it."""
+
+    @property
+    def check(self) -> dict[str, Any]:
+        """Return its keys."""
+
+    @property
+    def kept(self) -> int:
+        """Return how many answers keep it."""
+
+    @property
+    def total(self) -> int:
+        """Return of how many."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Proposal:
     data: Data
     sources: Mapping[str, list[Source]]  # by stage
     rhythms: Mapping[str, Rhythm]
-    checks: list[Draft]
+    checks: Sequence[DraftedCheck]
     max_new_tokens: int
     max_prompts: int | None
     chosen_as_answers: bool  # SFT trains the better answers of the preference pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ProgressAndTracking(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         batches = kwargs.get("eval_dataloader")
         if self.evaluating is None and is_main_process():
-            total = len(batches) if hasattr(batches, "__len__") else None
+            total = len(batches) if isinstance(batches, Sized) else None
             self.evaluating = tqdm(total=total, desc="held-out loss", unit="batch", leave=False, disable=None)
         if self.evaluating is not None:
             self.evaluating.update()
