@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def shortest_prompt(comparison: Path) -> str:
     """Return the prompt that README shows, too."""
     lines = (comparison / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return min((json.loads(line)["prompt"] for line in lines), key=len)
+    prompts: list[str] = [json.loads(line)["prompt"] for line in lines]
+    return min(prompts, key=len)
 
 
 @contextmanager
