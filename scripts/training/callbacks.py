@@ -50,7 +50,7 @@ class ProgressAndTracking(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        batches = kwargs.get("eval_dataloader")
+        batches: Any = kwargs.get("eval_dataloader")
         if self.evaluating is None and is_main_process():
             total = len(batches) if isinstance(batches, Sized) else None
             self.evaluating = tqdm(total=total, desc="held-out loss", unit="batch", leave=False, disable=None)
