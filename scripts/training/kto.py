@@ -92,7 +92,7 @@ def in_batches(
     lengths = [len(row.input_ids) for row in rows]
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    if by_length:
+    if by_length and rows:  # without data.validation_ratio nothing is held out
         order = list(SimilarLengthSampler(lengths, batch_size, seed))
     ordered, found = [rows[index] for index in order], list[dict[str, Any]]()
     for start in range(0, len(ordered), batch_size):

@@ -345,6 +345,11 @@ def test_mismatched_answers_are_the_batchs_own_and_of_other_prompts_where_there_
     assert in_batches(rows, 4, 7, by_length=False) != in_batches(rows, 4, 8, by_length=False)
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+def test_a_side_without_records_makes_no_batch(by_length: bool) -> None:
+    assert in_batches([], 4, 0, by_length=by_length) == []
+
+
 def test_prompts_that_are_all_the_same_are_still_given_another_answer() -> None:
     found = in_batches([row(1, 100), row(1, 101)], 2, 0, by_length=True)
     assert all(each["KL_completion_ids"] != each["completion_ids"] for each in found)
