@@ -187,7 +187,7 @@ STAGES: dict[str, list[str]] = {
     "doctor": ["-m", "scripts.doctor", *CONFIG],
     "dry run": ["-m", "scripts.train_sft", "--dry-run", *CONFIG],
     "SFT": ["-m", "scripts.train_sft", *CONFIG],
-    "SFT with workers, in place of the first": ["{root}/scripts/train_sft.py", *CONFIG, "--set", "sft.trainer={max_steps: 2, dataloader_num_workers: 1}"],
+    "SFT with workers, in place of the first": ["{root}/scripts/train_sft.py", *CONFIG, "--set", 'sft.trainer={"max_steps": 2, "dataloader_num_workers": 1}'],
     "DPO": ["-m", "scripts.train_dpo", *CONFIG],
     "KTO": ["-m", "scripts.train_kto", *CONFIG],
     "pairs": ["-m", "scripts.make_pairs", *CONFIG, "--by", "demonstrations", "--out", "{folder}/pairs.jsonl"],
@@ -285,7 +285,7 @@ def test_ctrl_break_stops_training_with_a_checkpoint_from_which_it_continues(cha
         "--set",
         f"sft.output_dir={folder}/out/stopped",
         "--set",
-        "sft.trainer={max_steps: 400, save_steps: 1000}",
+        'sft.trainer={"max_steps": 400}',
     ]
     arguments = ["-m", "scripts.train_sft", *(filled(part, folder) for part in long)]
     run_dir = folder / "out/stopped.run"
@@ -331,7 +331,7 @@ def test_server_reads_its_key_file_takes_votes_and_ends_on_ctrl_break(chain: Pat
 @pytest.mark.slow
 def test_study_passes_ctrl_break_on_and_the_same_command_continues(chain: Path) -> None:
     folder = chain.parent
-    more = ["--set", f"study.output_dir={folder}/out/again", "--set", "sft.trainer={max_steps: 200}", "--seeds", "1"]
+    more = ["--set", f"study.output_dir={folder}/out/again", "--set", 'sft.trainer={"max_steps": 400}', "--seeds", "1"]
     arguments = ["-m", "scripts.study", *(filled(part, folder) for part in CONFIG), *more]
     run_dir = folder / "out/again/seed-0/sft_adapter.run"
 
