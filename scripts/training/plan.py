@@ -75,10 +75,9 @@ def plan_training(
     steps = total_steps(section, len(rows), machine.world_size)
     seen = steps * batch * section.gradient_accumulation_steps
     mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
-    compiled, why = _choose_compilation(config, machine, base_folder, lean, seen * sequences_per_row * mean_tokens)
     answers = sum(row.trained_tokens for row in largest)
 
-    def estimate(checkpointing: bool) -> MemoryEstimate:
+    def estimate(checkpointing: bool, compiled: bool) -> MemoryEstimate:
         return estimate_memory(
             base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
             answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
@@ -88,12 +87,16 @@ def plan_training(
 
     wanted = config.performance.gradient_checkpointing
     free = broadcast_from_rank_0(lambda: available_memory_gib(machine.device))
+    tight = wanted == "auto" and estimate(False, False).total > SAFETY_RATIO * free
+    tokens = seen * sequences_per_row * mean_tokens
+    compiled, why = _choose_compilation(config, machine, base_folder, lean, tokens, tight)
     if wanted == "auto":
-        checkpointing = estimate(False).total > SAFETY_RATIO * free
-        reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {estimate(False).total:.1f} GiB needed without it, {free:.1f} free"
+        needed = estimate(False, compiled).total
+        checkpointing = needed > SAFETY_RATIO * free
+        reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {needed:.1f} GiB needed without it, {free:.1f} free"
     else:
         checkpointing, reason = wanted, f"gradient checkpointing {'on' if wanted else 'off'}: asked for"
-    return Plan(steps, estimate(checkpointing), checkpointing, compiled, (reason, why))
+    return Plan(steps, estimate(checkpointing, compiled), checkpointing, compiled, (reason, why))
 
 
 def _stands_in_for(config: Config, base_folder: Path) -> bool:
@@ -106,13 +109,13 @@ def _stands_in_for(config: Config, base_folder: Path) -> bool:
 
 
 def _choose_compilation(
-    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float
+    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float, tight: bool
 ) -> tuple[bool, str]:
     if config.performance.compile is False:
         return False, "layers not compiled: asked for"
     from scripts.speed.speed_up import choose_compilation
 
-    return choose_compilation(config, machine, base_folder, lean, tokens)
+    return choose_compilation(config, machine, base_folder, lean, tokens, tight)
 
 
 def asks_reference_often(section: Training, machine: Machine, plan: Plan, train: int, validation: int) -> bool:
