@@ -13,9 +13,10 @@ from scripts.speed.answer_head import score_answers_only
 from scripts.speed.attention import attend_plainly_to_short_rows
 from scripts.speed.compiling import choose_compilation, compile_layers
 from scripts.speed.lora_products import adapt_in_input_dtype
+from scripts.speed.shared_prompts import SharedPrompts
 from scripts.speed.stand_in import stand_in, stand_in_of, stands_in_for
 
-__all__ = ["choose_compilation", "speed_up", "speed_up_training", "stand_in_of", "stands_in_for"]
+__all__ = ["SharedPrompts", "choose_compilation", "speed_up", "speed_up_training", "stand_in_of", "stands_in_for"]
 
 log = logging.getLogger(__name__)
 
