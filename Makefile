@@ -40,6 +40,7 @@ bench: setup  ## run the benchmarks
 	$(RUN) -m eval.benchmarks.deid
 	$(RUN) -m eval.benchmarks.serving --config configs/demo.yaml --random-adapters
 	$(RUN) -m eval.benchmarks.training --parts speed growth
+	$(RUN) -m eval.benchmarks.sampling --prompts 80
 	$(RUN) -m eval.benchmarks.pairs
 	$(RUN) -m eval.benchmarks.verdict
 

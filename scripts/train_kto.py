@@ -109,7 +109,7 @@ def build_trainer(
         from scripts.speed.speed_up import speed_up_training
 
         speed_up_training(policy, machine.device, plan.compiled)
-    arguments = trainer_arguments(run, machine, plan, validation=bool(validation))
+    arguments = trainer_arguments(run, machine, plan, validation=len(validation))
     arguments.setdefault(
         "precompute_ref_log_probs", asks_reference_often(kto, machine, plan, len(train), len(validation))
     )

@@ -99,7 +99,7 @@ def build_trainer(
 
         speed_up(model)
         speed_up_training(model, machine.device, plan.compiled)
-    arguments = trainer_arguments(run, machine, plan, validation=bool(validation))
+    arguments = trainer_arguments(run, machine, plan, validation=len(validation))
     train_set, validation_set = (
         Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in side])
         for side in (train, validation)

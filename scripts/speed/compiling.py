@@ -22,7 +22,8 @@ from scripts.model.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
-# A third of a CPU step is saved. Two cores of a recent CPU train at 0.3 to 0.6 · 10¹² FLOP/s and compile for 25 to 50 s.
+# Two cores compile for 25 to 50 s. With AMX or AVX512-BF16 they train at 0.3 to 0.6 · 10¹² FLOP/s and save a third of a step;
+# with AVX2 alone at 0.17 · 10¹² FLOP/s, and save a tenth. Both have the time back after about as much work.
 REPAID_FROM_FLOP = 8e13
 TRIAL = """#include <omp.h>
 #include <vector>
@@ -37,9 +38,11 @@ FLOP_PER_WEIGHT = 4  # and token: forward, and the gradient of the activations
 
 
 def choose_compilation(
-    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float
+    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float, tight: bool = False
 ) -> tuple[bool, str]:
     """Decide whether to compile, and say why; `tokens` are those this process will train on.
+
+    Where memory is `tight`, compiled layers take less of it, at less cost than gradient checkpointing.
 
     The lean decoder is faster uncompiled than the library's compiled layers; only the answer head can then be compiled.
 
@@ -61,6 +64,8 @@ def choose_compilation(
         return False, "layers not compiled: the lean decoder is faster without"
     if obstacle:
         return False, f"layers not compiled: {obstacle}"
+    if tight:
+        return True, "layers compiled: that takes less memory"
     flop = FLOP_PER_WEIGHT * parameter_count(base_folder) * tokens
     repaid = flop >= REPAID_FROM_FLOP
     if repaid and (fault := _compiler_fault()):

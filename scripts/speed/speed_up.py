@@ -15,10 +15,11 @@ from scripts.speed.compiling import choose_compilation, compile_layers
 from scripts.speed.lean_decoder import Cache
 from scripts.speed.lora_products import adapt_in_input_dtype
 from scripts.speed.packing import Packed
+from scripts.speed.shared_prompts import SharedPrompts
 from scripts.speed.stand_in import lean_decoder_of, logits_of, stand_in, stand_in_of, stands_in_for
 
 __all__ = [
-    "Cache", "Packed", "choose_compilation", "lean_decoder_of", "logits_of", "speed_up", "speed_up_training", "stand_in_of",
+    "Cache", "Packed", "SharedPrompts", "choose_compilation", "lean_decoder_of", "logits_of", "speed_up", "speed_up_training", "stand_in_of",
     "stands_in_for",
 ]  # fmt: skip
 

@@ -6,7 +6,8 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -14,6 +15,9 @@ from trl import DPOTrainer
 
 from scripts.dataset.rendering import RenderedPair
 from scripts.training.reference import Evaluated, FrozenReference, Starting
+
+if TYPE_CHECKING:
+    from scripts.speed.speed_up import SharedPrompts
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +43,34 @@ class PreferenceTrainer(FrozenReference, DPOTrainer):
     loss_at_start = ("ln 2", math.log(2))
     remedy = "Lower dpo.learning_rate, raise beta or sft_weight."
 
+    prompts: SharedPrompts | None = None
+
     def row_length(self, row: dict[str, Any]) -> int:
         """Return the tokens of a pair: with its prompt once, or of the longer of two padded rows."""
         answers = len(row["chosen_ids"]), len(row["rejected_ids"])
-        return len(row["prompt_ids"]) + (sum if self.real_tokens_only else max)(answers)
+        once = self.real_tokens_only or (self.prompts and self.prompts.possible)
+        return len(row["prompt_ids"]) + (sum if once else max)(answers)
+
+    def prompts_shared(self, inputs: Any) -> AbstractContextManager[None]:
+        """Take every forward pass within for one of pairs, whose prompts are computed once also where no lean decoder stands in."""
+        if not self.fast_path or self.real_tokens_only:
+            return nullcontext()
+        if self.prompts is None:
+            from scripts.speed.speed_up import SharedPrompts
+
+            self.prompts = SharedPrompts(self.model, inputs)
+        return self.prompts.at_work()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss."""
         inputs = self.with_reference(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.prompts_shared(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """Return the reference's logps of both answers."""
+        with self.prompts_shared(inputs):
+            return super().compute_ref_log_probs(model, inputs)
 
     def starting(self, row: dict[str, Any]) -> Starting:
         """Return the margin of a pair, and the pure loss that follows from it."""

@@ -26,7 +26,9 @@ from scripts.model.memory import SAFETY_RATIO, MemoryEstimate, available_memory_
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS_PER_RUN = 4
+EVALUATIONS_PER_RUN = 4  # at most, and so many checkpoints
+HELD_OUT_SHARE = 0.05  # of a run's time that scoring held-out records takes
+TRAINED_TIMES = 2.5  # as long as scoring a record, training on it takes
 LOGGED_POINTS = 200
 
 
@@ -73,10 +75,9 @@ def plan_training(
     steps = total_steps(section, len(rows), machine.world_size)
     seen = steps * batch * section.gradient_accumulation_steps
     mean_tokens = sum(len(row.input_ids) for row in rows) / len(rows)
-    compiled, why = _choose_compilation(config, machine, base_folder, lean, seen * sequences_per_row * mean_tokens)
     answers = sum(row.trained_tokens for row in largest)
 
-    def estimate(checkpointing: bool) -> MemoryEstimate:
+    def estimate(checkpointing: bool, compiled: bool) -> MemoryEstimate:
         return estimate_memory(
             base_folder, config, sequences=batch * sequences_per_row, longest=len(largest[-1].input_ids),
             answer_tokens=answers, bytes_per_value=machine.dtype.itemsize, cpu=machine.device == "cpu",
@@ -86,12 +87,16 @@ def plan_training(
 
     wanted = config.performance.gradient_checkpointing
     free = broadcast_from_rank_0(lambda: available_memory_gib(machine.device))
+    tight = wanted == "auto" and estimate(False, False).total > SAFETY_RATIO * free
+    tokens = seen * sequences_per_row * mean_tokens
+    compiled, why = _choose_compilation(config, machine, base_folder, lean, tokens, tight)
     if wanted == "auto":
-        checkpointing = estimate(False).total > SAFETY_RATIO * free
-        reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {estimate(False).total:.1f} GiB needed without it, {free:.1f} free"
+        needed = estimate(False, compiled).total
+        checkpointing = needed > SAFETY_RATIO * free
+        reason = f"gradient checkpointing {'on' if checkpointing else 'off'}: {needed:.1f} GiB needed without it, {free:.1f} free"
     else:
         checkpointing, reason = wanted, f"gradient checkpointing {'on' if wanted else 'off'}: asked for"
-    return Plan(steps, estimate(checkpointing), checkpointing, compiled, (reason, why))
+    return Plan(steps, estimate(checkpointing, compiled), checkpointing, compiled, (reason, why))
 
 
 def _stands_in_for(config: Config, base_folder: Path) -> bool:
@@ -104,13 +109,13 @@ def _stands_in_for(config: Config, base_folder: Path) -> bool:
 
 
 def _choose_compilation(
-    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float
+    config: Config, machine: Machine, base_folder: Path, lean: bool, tokens: float, tight: bool
 ) -> tuple[bool, str]:
     if config.performance.compile is False:
         return False, "layers not compiled: asked for"
     from scripts.speed.speed_up import choose_compilation
 
-    return choose_compilation(config, machine, base_folder, lean, tokens)
+    return choose_compilation(config, machine, base_folder, lean, tokens, tight)
 
 
 def asks_reference_often(section: Training, machine: Machine, plan: Plan, train: int, validation: int) -> bool:
@@ -131,15 +136,31 @@ def show_plan(run: Run, machine: Machine, base_folder: Path, files: Sequence[Dat
     if run.section.trainer:
         import trl
 
-        arguments = trainer_arguments(run, machine, plan, validation=run.values.data.validation_ratio > 0)
+        arguments = trainer_arguments(run, machine, plan, validation=int(run.values.data.validation_ratio > 0))
         with blamed_on_trainer_block(run):
             try_out(make_arguments(getattr(trl, TRAINING_STAGES[run.stage].trl_config), run, **arguments), plan.steps)
 
 
-def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: bool) -> dict[str, Any]:
-    """Build what TRL's configurations have in common; the user's `trainer` block comes last and wins."""
+def evaluations(section: Training, machine: Machine, steps: int, validation: int) -> int:
+    """Return how often a run scores its held-out records while it trains, once of it at the end.
+
+    Together with the pass before the first step that takes about 5 % of a run, where two passes do not take more.
+    """
+    if section.early_stopping_patience or section.trainer.keys() & {"eval_steps", "eval_strategy"}:
+        return EVALUATIONS_PER_RUN
+    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps * machine.world_size
+    passes = round(HELD_OUT_SHARE * TRAINED_TIMES * steps * batch / max(validation, 1))
+    return min(max(passes - 1, 1), EVALUATIONS_PER_RUN)
+
+
+def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: int) -> dict[str, Any]:
+    """Build what TRL's configurations have in common; the user's `trainer` block comes last and wins.
+
+    `validation` is the number of held-out records.
+    """
     section, values, steps = run.section, run.values, plan.steps
-    interval = max(1, steps // EVALUATIONS_PER_RUN)
+    count = evaluations(section, machine, steps, validation)
+    rhythm = max(1, steps // (count if count > 1 else EVALUATIONS_PER_RUN))
     arguments: dict[str, Any] = {
         "output_dir": str(run.run_dir / "checkpoints"),
         "num_train_epochs": section.num_train_epochs,
@@ -157,10 +178,10 @@ def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: boo
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "logging_steps": max(1, steps // LOGGED_POINTS),
-        "eval_strategy": "steps" if validation else "no",
-        "eval_steps": interval,
+        "eval_strategy": "steps" if validation and count > 1 else "no",  # the pass at the end is the session's own
+        "eval_steps": rhythm,
         "save_strategy": "steps",
-        "save_steps": interval,
+        "save_steps": rhythm,
         "save_total_limit": 2,
         "report_to": "none",
         "dataloader_pin_memory": machine.device == "cuda",
@@ -173,9 +194,14 @@ def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: boo
     same_rhythm = arguments["eval_strategy"] == arguments["save_strategy"] != "no" and (
         arguments["eval_strategy"] == "epoch" or arguments["save_steps"] % arguments["eval_steps"] == 0
     )
-    arguments["load_best_model_at_end"] = validation and same_rhythm
+    arguments["load_best_model_at_end"] = bool(validation) and same_rhythm
     if arguments["load_best_model_at_end"]:
         arguments.update(metric_for_best_model="eval_loss", greater_is_better=False)
+    elif validation and count == 1:
+        log.info(
+            "held-out records are scored before and after training, so the last checkpoint is kept; more passes would take over "
+            "%.0f %% of the time (%s.trainer: {eval_steps: …, save_steps: …} asks for them)", 100 * HELD_OUT_SHARE, run.stage,
+        )  # fmt: skip
     elif validation:
         log.info("evaluation and saving do not go together, so the last checkpoint is kept instead of the best")
     return arguments

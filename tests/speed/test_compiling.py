@@ -34,6 +34,7 @@ def test_work_decides_and_not_a_clock(tiny_llama: Path) -> None:
 
     assert choose_compilation(config("auto"), CPU, tiny_llama, False, enough * 1.01)[0]
     assert not choose_compilation(config("auto"), CPU, tiny_llama, False, enough * 0.99)[0]
+    assert choose_compilation(config("auto"), CPU, tiny_llama, False, 1, tight=True) == (True, "layers compiled: that takes less memory")  # fmt: skip
     assert not choose_compilation(config("auto"), GPU, tiny_llama, False, enough * 1.01)[0]
     assert choose_compilation(config(True), CPU, tiny_llama, False, 1) == (True, "layers compiled: asked for")
     assert choose_compilation(config("auto"), CPU, tiny_llama, True, enough * 9) == (False, "layers not compiled: the lean decoder is faster without")  # fmt: skip

@@ -12,9 +12,10 @@ import pytest
 from scripts import train_dpo, train_sft
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
+from scripts.common.machine import Machine
 from scripts.common.schema import Config, Sft
 from scripts.training import sft
-from scripts.training.plan import blamed_on_trainer_block, total_steps
+from scripts.training.plan import blamed_on_trainer_block, evaluations, total_steps
 from tests.support.chain import write_chain
 from tests.support.exporting import save_adapter
 from tests.support.training import build_trainer, run_of
@@ -25,6 +26,26 @@ def test_steps_are_counted_as_the_trainer_takes_them(limit: int, steps: int) -> 
     section = Sft(trainer={"max_steps": limit}, num_train_epochs=2, per_device_train_batch_size=4)
 
     assert total_steps(section, rows=10, world_size=1) == steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "validation", "section", "count"),
+    [
+        (100, 80, {}, 1),  # 800 records are trained on, so scoring 80 twice takes 8 % of the time
+        (300, 80, {}, 3),
+        (1000, 80, {}, 4),
+        (100, 80, {"early_stopping_patience": 2}, 4),
+        (100, 80, {"trainer": {"eval_steps": 10}}, 4),
+        (100, 0, {}, 4),
+    ],
+)
+def test_held_out_passes_take_a_small_part_of_a_run(steps: int, validation: int, section: dict, count: int) -> None:
+    """Unless a pass at both ends takes more, or the user asks for more."""
+    import torch
+
+    machine = Machine("cpu", torch.float32, 1, 1, ())
+
+    assert evaluations(Sft(per_device_train_batch_size=8, **section), machine, steps, validation) == count
 
 
 @pytest.fixture(scope="module")
