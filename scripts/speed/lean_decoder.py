@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,7 +29,6 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # q, k, v and room
 CACHE_STEP = 64  # tokens by which the places of a cache grow
 QUERY_BLOCK = 64  # tokens whose scores are looked at together; keys after the last of them are left out
-ALIKE = 16  # tokens by which the sizes of blocks differ that are computed together
 
 
 class RMSNorm(torch.autograd.Function):
@@ -107,8 +105,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.T
 class Attend(torch.autograd.Function):
     """Let each token look at the tokens before it in its row. q (G, N R, D), scaled; k and v (G, N, D); returns (N, G R D).
 
-    Block by block: the scores of some fit the processor's cache. Blocks of about the same size are computed together, so that
-    all cores have work; little is padded.
+    Piece by piece: the scores of one fit the processor's cache, and no token is padding.
     """
 
     @staticmethod
@@ -124,126 +121,65 @@ class Attend(torch.autograd.Function):
         groups, count, size = k.shape
         shared = q.shape[1] // count
         output = with_room(count, groups * shared * size, room, q)
-        alike, kept = _alike_blocks(pieces), []
-        for blocks in alike:
-            weights = _weights(_stacked(q, blocks.queries(shared)), _stacked(k, blocks.seen), blocks, window)
-            found = torch.bmm(weights, _stacked(v, blocks.seen)).view(groups, -1, blocks.tokens, shared, size)
-            for number, (begin, end) in enumerate(blocks.looking):
-                of_block = found[:, number, blocks.tokens - (end - begin) :]
-                output[begin:end].view(-1, groups, shared, size).copy_(of_block.transpose(0, 1))
+        kept = []
+        for begin, end, seen, start in _blocks(pieces):
+            weights = _weights(q[:, begin * shared : end * shared], _gathered(k, seen), end - begin, start, window)
+            found = torch.bmm(weights, _gathered(v, seen))
+            output[begin:end].view(-1, groups, shared, size).copy_(found.view(groups, -1, shared, size).transpose(0, 1))
             kept.append(weights if weights.shape[2] <= LEAN_KEPT_KEYS else None)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.alike, ctx.window, ctx.shared = alike, window, shared
+        ctx.pieces, ctx.window, ctx.shared = pieces, window, shared
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, *kept = ctx.saved_tensors
-        groups, count, size = k.shape
+        groups, _, size = k.shape
         shared = ctx.shared
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_heads = grad.view(count, groups, shared, size).permute(1, 0, 2, 3).reshape(groups, -1, size)
-        for blocks, weights in zip(ctx.alike, kept, strict=True):
-            rows = blocks.queries(shared)
-            queries, keys, grad_found = _stacked(q, rows), _stacked(k, blocks.seen), _stacked(grad_heads, rows)
+        for (begin, end, seen, start), weights in zip(_blocks(ctx.pieces), kept, strict=True):
+            rows, keys = slice(begin * shared, end * shared), _gathered(k, seen)
             if weights is None:
-                weights = _weights(queries, keys, blocks, ctx.window)
-            grad_weights = torch.bmm(grad_found, _stacked(v, blocks.seen).transpose(1, 2))
+                weights = _weights(q[:, rows], keys, end - begin, start, ctx.window)
+            grad_found = grad[begin:end].view(-1, groups, shared, size).transpose(0, 1).reshape(groups, -1, size)
+            grad_weights = torch.bmm(grad_found, _gathered(v, seen).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            _add(grad_q, torch.bmm(grad_scores, keys), rows, first=True)
-            _add(grad_k, torch.bmm(grad_scores.transpose(1, 2), queries), blocks.seen)
-            _add(grad_v, torch.bmm(weights.transpose(1, 2), grad_found), blocks.seen)
+            grad_q[:, rows] = torch.bmm(grad_scores, keys)
+            _add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q[:, rows]), seen)
+            _add(grad_v, torch.bmm(weights.transpose(1, 2), grad_found), seen)
         return grad_q, grad_k, grad_v, None, None, None
 
 
-Stretches = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Consecutive tokens that look, and the stretches that they see, themselves last, of each of some blocks."""
-
-    looking: list[tuple[int, int]]
-    seen: list[Stretches]
-
-    @property
-    def tokens(self) -> int:
-        """Return how many tokens look in the largest block."""
-        return max(end - begin for begin, end in self.looking)
-
-    def queries(self, shared: int) -> list[Stretches]:
-        """Return where the queries of each block stand, so many for a token."""
-        return [((begin * shared, end * shared),) for begin, end in self.looking]
-
-
-def _alike_blocks(pieces: Sequence[Piece]) -> list[Blocks]:
-    """Cut pieces into blocks, and put those together that look and see about as much."""
-    found: dict[tuple[int, int], Blocks] = {}
+def _blocks(pieces: Sequence[Piece]) -> Any:
+    """Yield begin and end of queries, the stretches of keys they see, and how many keys stand before the first query."""
     for piece in pieces:
-        past = _length(piece.past)
+        past = sum(end - start for start, end in piece.past)
         for begin in range(piece.start, piece.end, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, piece.end)
             joined = piece.past and piece.past[-1][1] == piece.start
             seen = (*piece.past[:-1], (piece.past[-1][0], end)) if joined else (*piece.past, (piece.start, end))
-            size = (end - begin) // ALIKE, (past + end - piece.start) // ALIKE
-            blocks = found.setdefault(size, Blocks([], []))
-            blocks.looking.append((begin, end))
-            blocks.seen.append(seen)
-    return list(found.values())
+            yield begin, end, seen, past + begin - piece.start
 
 
-def _length(stretches: Stretches) -> int:
-    return sum(end - start for start, end in stretches)
+def _gathered(x: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> torch.Tensor:
+    parts = [x[:, start:end] for start, end in stretches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _stacked(x: torch.Tensor, of_blocks: Sequence[Stretches]) -> torch.Tensor:
-    """Gather stretches of x (G, N, D) for each of P blocks: (G P, S, D), the shorter ones behind zeros."""
-    if len(of_blocks) == 1:
-        parts = [x[:, start:end] for start, end in of_blocks[0]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    length = max(map(_length, of_blocks))
-    stacked = x.new_empty(len(x), len(of_blocks), length, x.shape[2])
-    for number, stretches in enumerate(of_blocks):
-        place = length - _length(stretches)
-        if place:
-            stacked[:, number, :place] = 0
-        for start, end in stretches:
-            stacked[:, number, place : place + end - start] = x[:, start:end]
-            place += end - start
-    return stacked.flatten(0, 1)
+def _add(total: torch.Tensor, values: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> None:
+    for part, (start, end) in zip(values.split([end - start for start, end in stretches], 1), stretches, strict=True):
+        total[:, start:end] += part
 
 
-def _add(total: torch.Tensor, stacked: torch.Tensor, of_blocks: Sequence[Stretches], first: bool = False) -> None:
-    """Add what was computed of stacked stretches to where they stand in (G, N, D); `first` where nothing stands there yet."""
-    by_block = stacked.view(len(total), len(of_blocks), *stacked.shape[1:])
-    for number, stretches in enumerate(of_blocks):
-        place = stacked.shape[1] - _length(stretches)
-        for start, end in stretches:
-            of_stretch = by_block[:, number, place : place + end - start]
-            if first:
-                total[:, start:end] = of_stretch
-            else:
-                total[:, start:end] += of_stretch
-            place += end - start
-
-
-def _weights(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, window: int | None) -> torch.Tensor:
-    """Return how much stacked queries (G P, T R, D) look at stacked keys (G P, S, D): (G P, T R, S).
-
-    The last query and the last key of each block are the same token's, and end in the last column.
-    """
+def _weights(q: torch.Tensor, k: torch.Tensor, tokens: int, before: int, window: int | None) -> torch.Tensor:
+    """Return how much some queries (G, T R, D), of tokens with so many keys before them, look at keys (G, S, D): (G, T R, S)."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    count, tokens, length = len(blocks.looking), blocks.tokens, k.shape[1]
-    by_token = scores.view(-1, count, tokens, q.shape[1] // tokens, length)
-    before = length - tokens
+    by_token = scores.view(len(q), tokens, -1, k.shape[1])
     if tokens > 1:
         by_token[..., before:] += scores.new_full((tokens, tokens), -torch.inf).triu_(1)[:, None]
-    if window is not None and length > window:
-        place = torch.arange(length, device=q.device)
+    if window is not None and k.shape[1] > window:
+        place = torch.arange(k.shape[1], device=q.device)
         by_token.masked_fill_((place[before:, None] - place >= window)[:, None], -torch.inf)
-    for number, stretches in enumerate(blocks.seen):  # no infinity here: a padded query may see padding alone
-        if padding := length - _length(stretches):
-            by_token[:, number, :, :, :padding] = torch.finfo(scores.dtype).min
     return scores.softmax(-1)
 
 
