@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
@@ -14,14 +14,20 @@ from scripts.starting.bases import Base
 from scripts.starting.settings import Rhythm
 from scripts.starting.sources import Source, describe_columns
 
-if TYPE_CHECKING:
-    from eval.drafting import Draft
-
 WHAT = {
     SFT.name: "SFT (supervised fine-tuning): the model learns to answer as your examples do.",
     DPO.name: "DPO (direct preference optimisation): the model learns which of two answers you prefer.",
     KTO.name: "KTO: the model learns from thumbs up and thumbs down on single answers.",
 }
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A check as the configuration writes it, and how many of one's own answers keep it."""
+
+    check: dict[str, Any]
+    kept: int
+    total: int
 
 
 @dataclass(frozen=True)
