@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from eval.checks import NUMBER, passes
 from scripts.common.schema import Check
 from scripts.dataset.records import Preference, Record
+from scripts.starting.writing import Draft
 from scripts.training.advice import WORDS, language_of
 
 FEWEST_ANSWERS = 8  # below, what they share may be chance
@@ -25,15 +25,6 @@ SCRIPTS = {
     "Hebrew letters": "\u0590-\u05ff", "Devanagari letters": "\u0900-\u097f", "Thai letters": "\u0e00-\u0e7f",
     "Hangul letters": "\uac00-\ud7af", "Japanese": "\u3040-\u30ff", "Chinese characters": "\u4e00-\u9fff",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A check as the configuration writes it, and how many of one's own answers keep it."""
-
-    check: dict[str, Any]
-    kept: int
-    total: int
 
 
 def draft_checks(records: Sequence[Record | Preference], counted: Sequence[Record | Preference]) -> list[Draft]:

@@ -121,8 +121,8 @@ def kind_of(name: str) -> str | None:
         kind: min((found.start() for word in words if (found := re.search(_pattern(word), plain))), default=-1)
         for kind, words in _WORDS.items()
     }
-    named = [kind for kind, place in places.items() if place >= 0]
-    strong = [kind for kind in named if kind != "message"] or named
+    kinds = [kind for kind, place in places.items() if place >= 0]
+    strong = [kind for kind in kinds if kind != "message"] or kinds
     return min(strong, key=lambda kind: places[kind], default=None)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from scripts.common.schema import Data
 from scripts.dataset.records import Preference, Record
-from scripts.dataset.split import Side, Split, side_of, split_records
+from scripts.dataset.split import Split, side_of, split_records
 from scripts.starting.bases import USUAL_FRAME_TOKENS, Base
 from scripts.starting.sources import Source
 
@@ -64,8 +64,8 @@ def split_all(sources: Mapping[str, Sequence[Source]], data: Data) -> tuple[Data
 def _distance(records: Sequence[Record | Preference], data: Data) -> float:
     """Count how many records the sides have too many or too few; the seeds that are tried first win a tie."""
     sides = Counter(side_of(record, data) for record in records)
-    wanted: dict[Side, float] = {"test": data.test_ratio, "validation": data.validation_ratio}
-    off = math.fsum(abs(sides[side] - max(1, ratio * len(records))) for side, ratio in wanted.items())
+    off = abs(sides["test"] - max(1, data.test_ratio * len(records)))
+    off += abs(sides["validation"] - max(1, data.validation_ratio * len(records)))
     return off if off > 2 else 0
 
 

@@ -14,6 +14,7 @@ from scripts.common.schema import Data, RecordField, WeightedDataset
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
 from scripts.dataset.columns import (
     ANSWERS,
+    ASSISTANT,
     PAIR,
     Layout,
     Row,
@@ -26,6 +27,7 @@ from scripts.dataset.columns import (
 )
 from scripts.dataset.files import BadRow, read_rows
 from scripts.dataset.records import PARSERS, DatasetFile, describe_reading, load_datasets
+from scripts.dataset.turns import read_turns
 from scripts.starting.asking import Asker, say
 from scripts.starting.documents import (
     ENDINGS,
@@ -86,23 +88,27 @@ def look_at(names: Sequence[str], asker: Asker, folder: Path, stem: str) -> list
     return sources
 
 
-def better_answers_of(source: Source) -> Source:
+def better_answers_of(source: Source) -> Source | None:
     """Return the better answers of preference pairs as examples for SFT, which starts DPO best (arXiv:2305.18290, section 4).
 
-    Raises: UserError where the pairs do not have their prompt in a column of its own.
+    None where they cannot be read so.
     """
-    mapped = {field: column for column, field in source.dataset.columns.items()}
+    mapped = {field or "": column for column, field in source.dataset.columns.items()}
     row = next(row for _, row in read_rows(resolve(source.dataset.path)) if not isinstance(row, BadRow))
     layout = find_layout(rename(row, source.dataset.columns))
-    found = {
-        field: mapped.get(cast(RecordField, field)) or column
-        for field, column in (layout.columns if layout else {}).items()
-    }
-    columns = {found["chosen"]: "completion", found["rejected"]: None}
+    if layout is None:
+        return None
+    chosen, rejected = (mapped.get(side, layout.columns[side]) for side in ("chosen", "rejected"))
+    turns = read_turns(row[chosen], chosen, ASSISTANT)
+    columns = {chosen: "completion" if len(turns) == 1 else "messages", rejected: None}
     if "prompt" in mapped:
         columns[mapped["prompt"]] = "prompt"
     say(f"{source.dataset.path}: SFT first trains the better answers")
-    return _load(resolve(source.dataset.path), columns, SFT)
+    try:
+        return _load(resolve(source.dataset.path), columns, SFT)
+    except UserError as error:
+        say(f"  not possible, so DPO starts from the base: {str(error).partition(chr(10))[0]}")
+        return None
 
 
 def _find(name: str) -> Path:
@@ -141,9 +147,9 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
             return _from_texts(rows, guess.document, guess.title, asker, folder / f"{path.stem}.jsonl")
         return _load(path, guess.columns, _stage_of(guess.columns))
     if layout.name == PAIR:
-        pair = guess_columns(rows)
+        pairs = guess_columns(rows)
         asked = {"prompt", "instruction", "input"} & {*layout.columns}
-        return _load(path, pair.columns if pair and not asked and "chosen" in pair.columns.values() else {}, DPO)
+        return _load(path, pairs.columns if pairs and not asked and "chosen" in pairs.columns.values() else {}, DPO)
     if any(is_verdict(row, layout) for row in rows if layout.columns.keys() <= {*row}):
         return _load(path, _as_feedback(layout, layout.columns["label"]), KTO)
     thumb = _thumb_column(rows, layout)

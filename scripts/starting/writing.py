@@ -1,4 +1,4 @@
-"""Write the configuration that `scripts.start` proposes, with each key explained to somebody who trains a first model."""
+"""Write the configuration that `python -m scripts.start` proposes, with each key explained to somebody who trains a first model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
@@ -21,20 +21,13 @@ WHAT = {
 }
 
 
-class DraftedCheck(Protocol):
+@dataclass(frozen=True)
+class Draft:
     """A check as the configuration writes it, and how many of one's own answers keep it."""
 
-    @property
-    def check(self) -> dict[str, Any]:
-        """Return its keys."""
-
-    @property
-    def kept(self) -> int:
-        """Return how many answers keep it."""
-
-    @property
-    def total(self) -> int:
-        """Return of how many."""
+    check: dict[str, Any]
+    kept: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Proposal:
     data: Data
     sources: Mapping[str, list[Source]]  # by stage
     rhythms: Mapping[str, Rhythm]
-    checks: Sequence[DraftedCheck]
+    checks: list[Draft]
     max_new_tokens: int
     max_prompts: int | None
     chosen_as_answers: bool  # SFT trains the better answers of the preference pairs

@@ -39,6 +39,7 @@ def type_in(command: str, project: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_four_commands_from_forty_emails_to_two_answers(project: Path) -> None:
     shown = type_in("python -m scripts.start emails.csv --yes", project)
     train, compare, ask = re.findall(r"^  (python -m .*)$", shown, re.MULTILINE)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from scripts.common.errors import UserError
 from scripts.starting.asking import Asker
-from scripts.starting.sources import Source, look_at
+from scripts.starting.sources import Source, better_answers_of, look_at
 from tests.conftest import write_jsonl
 from tests.support.emails import HEADER, as_csv, emails
 
@@ -189,6 +189,28 @@ def test_each_file_goes_to_the_stage_that_reads_it(tmp_path: Path, kind: str) ->
     assert source.stage.name == stage
     assert len(source.file.records) == len(rows)
     assert not source.file.bad_rows
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "q {n}", "chosen": "good one", "rejected": "bad one"},
+    "instruction and input": {"instruction": "q {n}", "input": "", "chosen": "good one", "rejected": "bad one"},
+    "mapped": {"Frage": "was ist q {n}", "bessere Antwort": "good one it is", "schlechtere Antwort": "bad one it is"},
+    "prompt inside": {
+        side: [{"role": "user", "content": "q {n}"}, {"role": "assistant", "content": f"{side} one"}] for side in ("chosen", "rejected")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_better_answers_of_pairs_are_examples_for_sft(tmp_path: Path, kind: str) -> None:
+    rows = [json.loads(json.dumps(PAIRS[kind]).replace("{n}", str(n))) for n in range(5)]
+    pairs = look(write_jsonl(tmp_path / "mine.jsonl", rows))
+
+    better = better_answers_of(pairs)
+
+    assert better
+    assert [record.answer for record in better.file.records] == [record.chosen for record in pairs.file.records]
+    assert [record.prompt for record in better.file.records] == [record.prompt for record in pairs.file.records]
 
 
 # --- documents and chat logs
