@@ -1,1 +1,1 @@
-"""What `python -m scripts.start` looks at and decides before it writes a configuration."""
+"""What `scripts.start` looks at and decides before it writes a configuration."""
