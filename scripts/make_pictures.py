@@ -12,10 +12,7 @@ import argparse
 import io
 import json
 import logging
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,12 +20,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 if not __package__:  # run as a file: sys.path[0] is this folder; put the repository root in its place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.benchmarks.running_server import started
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.paths import ROOT
@@ -98,36 +94,11 @@ def browser() -> Iterator[Any]:
 @contextmanager
 def server(config: LoadedConfig) -> Iterator[str]:
     """Serve the models of the configuration, and yield the address of the playground."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(config.to_yaml(), encoding="utf-8")
-        command = [sys.executable, "-m", "uvicorn", "serve.fastapi_server:app", "--port", str(port)]
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "LLM_CONFIG": str(path)})
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(f"{url}/health/ready", process)
+        with started("serve.fastapi_server:app", path) as (url, *_):
             yield url
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Ask until the server answers.
-
-    Raises: UserError when it ends or does not answer in time.
-    """
-    end = time.monotonic() + LONGEST_WAIT
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            urlopen(url).close()
-            return
-        except URLError:
-            time.sleep(0.5)
-    raise UserError("the server did not start; see its message above.")
 
 
 def ask(driver: Any, prompt: str) -> None:

@@ -12,16 +12,12 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -31,8 +27,8 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import httpx
-import psutil
 
+from eval.benchmarks.running_server import started
 from scripts.common.artifacts import (
     SPLIT_KEY_VERSION,
     BaseModelFacts,
@@ -51,7 +47,6 @@ from scripts.common.schema import Config, Lora
 log = logging.getLogger(__name__)
 
 MODELS = ("base", "sft", "dpo")
-START_SECONDS = 120
 SERVERS = {"engine": "serve.fastapi_server:app", "plain": "eval.benchmarks.plain_server:app"}
 
 
@@ -159,37 +154,6 @@ def server_config(config: Config, folder: Path, random_adapters: bool) -> Path:
     written = folder / "config.yaml"
     written.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
     return written
-
-
-@contextmanager
-def started(application: str, config: Path) -> Iterator[tuple[str, psutil.Process, float]]:
-    """Start a server and yield its address, process and the seconds until it was ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", application, "--port", str(port), "--log-level", "warning"]
-    begin = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "LLM_CONFIG": str(config), "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            while True:
-                with suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health/ready").status_code == 200:
-                        break
-                if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
-                    log.seek(0)
-                    raise UserError(f"{application} did not start:\n{log.read()[-2000:]}")
-                time.sleep(0.05)
-            yield url, psutil.Process(process.pid), time.monotonic() - begin
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:  # the plain server ends its current answer first
-                process.kill()
-                process.wait()
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:

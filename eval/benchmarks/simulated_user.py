@@ -30,7 +30,7 @@ import httpx
 import numpy as np
 import yaml
 
-from eval.benchmarks.serving import started
+from eval.benchmarks.running_server import started
 from scripts.common.artifacts import MANIFEST
 from scripts.common.config import load_config
 from scripts.common.errors import UserError, entry_point

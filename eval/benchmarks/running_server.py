@@ -1,0 +1,52 @@
+"""Start a server as a user would, wait until it answers, and end it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+
+from scripts.common.errors import UserError
+from scripts.common.paths import ROOT
+
+START_SECONDS = 120
+
+
+@contextmanager
+def started(application: str, config: Path) -> Iterator[tuple[str, psutil.Process, float]]:
+    """Start a server and yield its address, process and the seconds until it was ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", application, "--port", str(port), "--log-level", "warning"]
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        environment = {**os.environ, "LLM_CONFIG": str(config), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while True:
+                with suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health/ready").status_code == 200:
+                        break
+                if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
+                    log.seek(0)
+                    raise UserError(f"{application} did not start:\n{log.read()[-2000:]}")
+                time.sleep(0.05)
+            yield url, psutil.Process(process.pid), time.monotonic() - begin
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # the plain server ends its current answer first
+                process.kill()
+                process.wait()
