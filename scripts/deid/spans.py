@@ -53,11 +53,14 @@ _ENTITY = re.compile(r"&#?\w{2,8}$")
 _LIST_MARK = re.compile(r"[\s*•·#>+–—-]+(?=\w)")
 ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATION"})
 _JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
+# A number after these is no postal code.
+_LABELLED = re.compile(r"(?i)[\s,>?*|-]{1,8}(?:\w*n(?:ummer|r|umber|o)|id|ref\w*|order|invoice|account)\b")
 # What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
 _TAIL = re.compile(
     r"(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|]{1,8}(?:\d{5}-\d{4}|\d{4,6}\b(?!\s?[-–/]\s?\d))"
-    r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=\s*(?:\n|$|,)))){1,4}"
+    r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=[^\S\n]*[\n,]))){1,4}"
 )
+_TAIL_LENGTH = 120
 _HOUSE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,6},?\s$")
 _OWNER = re.compile(r"[^\w\n]{0,5}((?:[^\W\d_][\w'’.&-]*[ ]){0,5}[^\W\d_][\w'’.&-]*)[ ]*")
 _POSTAL_CODE = re.compile(r",?\s{1,3}\d{4,6}(?:-\d{4})?\b(?!\s*[-*/+=])")
@@ -227,14 +230,23 @@ def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
         low = merged[-1].end if merged else 0
         high = spans[index].start if index < len(spans) else len(text)
         end = block[-1].end
-        tail = _TAIL.match(text, end, min(high, end + 120))
-        end = tail.end() if tail else end
+        end += _tail(text, end, high)
         start = block[0].start
         number = _HOUSE_NUMBER.search(text, max(low, start - 8), start)
         start = number.start() if number else start
         merged += _owners(text, low, start)
         merged.append(Span(start, end, "STREET_ADDRESS", max(part.score for part in block)))
     return merged
+
+
+def _tail(text: str, start: int, next_finding: int) -> int:
+    """Return the length of what follows a street. Only the end of the text ends a line there: a finding does not."""
+    stop = next_finding
+    if stop - start > _TAIL_LENGTH:  # at a space, so that no word or number is cut
+        stop = max(start, text.rfind(" ", start, start + _TAIL_LENGTH))
+    rest = text[start:stop] + ("\n" if stop == len(text) else "")
+    tail = None if _LABELLED.match(rest) else _TAIL.match(rest)
+    return tail.end() if tail else 0
 
 
 def _owners(text: str, low: int, street: int) -> list[Span]:

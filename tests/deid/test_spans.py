@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import pytest
 
@@ -78,3 +79,21 @@ def test_an_address_stops_at_the_end_of_the_sentence():
     text = "She lives at 12 Oak Lane. Paris is nice."
     spans = [Span(13, 24, "STREET_ADDRESS", 0.7), Span(26, 31, "LOCATION", 0.8)]
     assert merge_addresses(text, spans) == spans
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("An Talstraße 4, 01097 Dresden, Kundennummer KD-448120", "Talstraße 4, 01097 Dresden"),
+        ("Sent to 12 Oak Lane, Springfield, Invoice 4481-20 follows", "12 Oak Lane, Springfield"),
+        ("Sent to 12 Oak Lane, order 48812 was late", "12 Oak Lane"),
+        ("Sent to 12 Oak Lane, Springfield, IL", "12 Oak Lane, Springfield, IL"),
+    ],
+)
+def test_a_word_before_the_next_finding_is_no_town(text, address):
+    """Only the end of the text, a line or a comma ends an address, not that something was found behind it."""
+    street = re.search(r"Talstraße 4|12 Oak Lane", text)
+    parts = [(street, "STREET_ADDRESS"), (re.search("Dresden", text), "LOCATION")]
+    parts.append((re.search(r"KD-448120|4481-20|48812", text), "ID_NUMBER"))
+    found = merge_addresses(text, [Span(*match.span(), entity, 0.9) for match, entity in parts if match])
+    assert text[found[0].start : found[0].end] == address
