@@ -1,4 +1,4 @@
-"""Write the configuration that `python -m scripts.start` proposes, with each key explained to somebody who trains a first model."""
+"""Write the configuration that `scripts.start` proposes, with each key explained to somebody who trains a first model."""
 
 from __future__ import annotations
 

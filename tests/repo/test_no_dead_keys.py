@@ -264,6 +264,8 @@ FLAG_PROOFS = {
     "scripts.train_dpo --resume": DPO + "test_resuming_a_finished_run_does_nothing",
     "scripts.train_dpo --dry-run": DPO + "test_dry_run_trains_nothing",
     "scripts.train_dpo --require-deid-report": "repo/test_key_effects.py::test_data_without_a_report_is_refused_when_asked",
+    "scripts.start --yes": "repo/test_own_data.py::test_four_commands_from_forty_emails_to_two_answers",
+    "scripts.start --out": "repo/test_own_data.py::test_what_is_there_is_never_overwritten",
     "scripts.make_pairs --by": PAIRS + "test_samples_that_keep_more_rules_are_preferred",
     "scripts.make_pairs --from": PAIRS + "test_another_adapter_is_asked_when_it_is_named",
     "scripts.make_pairs --votes": PAIRS + "test_votes_become_pairs_and_those_on_held_out_prompts_do_not",

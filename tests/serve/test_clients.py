@@ -147,7 +147,7 @@ def test_so_is_a_completion(server, fields, name):
 
 
 def test_generate_stays_strict(server):
-    for field in ("user", "max_tokens", "n", "max_new_tokns"):
+    for field in ("user", "max_tokens", "best_of", "max_new_tokns"):
         answer = server.post("/v1/generate", {"prompt": "Hi", field: 1})
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "unknown_field")
         assert field in answer.json()["error"]["message"]

@@ -223,7 +223,7 @@ def test_mlflow_run_holds_params_metrics_datasets_and_artifacts(in_finished) -> 
     assert {"config.resolved.yaml", "manifest.json", "curves.png"} <= names
     assert (
         run.info.run_name
-        == f"SFT lr {manifest.section['learning_rate']:g} · {Path(manifest.datasets[0].path).stem} · seed 0"
+        == f"SFT lr {manifest.section['learning_rate']:g} · {Path(manifest.datasets[0].path).stem} · seed {manifest.config['seed']}"
     )
     assert {name.partition(".")[0] for name in run.data.params} == {*save.DECISIVE, "sft"}
     assert run.data.tags["summary.steps"] == str(manifest.metrics["steps"])
