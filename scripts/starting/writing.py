@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.common.schema import Data
+from scripts.common.schema import Data, Serve
 from scripts.common.stages import DPO, KTO, SFT, TrainingStage
 from scripts.starting.bases import Base
 from scripts.starting.settings import Rhythm
@@ -81,6 +81,11 @@ def write_yaml(proposal: Proposal, given: Sequence[str]) -> str:
         "serve:",
         f"  adapter_path: {proposal.outputs}/{last}_adapter",
     ]
+    if proposal.max_new_tokens > Serve().default_max_new_tokens:
+        lines += [
+            *_comment("Room for answers as long as yours, in tokens.", "  "),
+            f"  default_max_new_tokens: {proposal.max_new_tokens}",
+        ]
     if len(proposal.stages) > 1:
         lines += ["  adapters:"] + [f"    {s.name}: {proposal.outputs}/{s.name}_adapter" for s in proposal.stages[:-1]]
     return "\n".join(lines) + "\n"
