@@ -103,7 +103,7 @@ def _compiler_fault() -> str | None:
             CppBuilder("trial", [str(source)], CppTorchOptions(warning_all=False), folder).build()
         except Exception as error:  # of several types, and torch's own are not public
             lines = str(error).splitlines() or [type(error).__name__]
-            reason = next((line for line in lines if "error" in line.lower()), lines[0]).strip()
+            reason = next((line for line in lines if "error:" in line.lower()), lines[0]).strip()
             return f"there is no working C++ compiler ({_compiler()}): {reason[:200]}"
     return None
 

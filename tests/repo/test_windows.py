@@ -164,7 +164,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
         folder / "raw.jsonl",
         [{"instruction": f"call Anna Schmidt, anna{n}@example.org", "output": SAID} for n in range(6)],
     )
-    write_jsonl(folder / "ask.jsonl", [{"prompt": f"say {n}", "model": "sft", "max_new_tokens": 4} for n in range(3)])
+    write_jsonl(folder / "ask.jsonl", [{"prompt": f"say {n}", "max_new_tokens": 4} for n in range(3)])
     (folder / "serve.keys").write_text("a-key-of-some-length\n")
     (folder / "deid.key").write_bytes(b"k" * 32)
     out = folder / "out"
@@ -190,8 +190,6 @@ STAGES: dict[str, list[str]] = {
     "SFT with workers, in place of the first": ["{root}/scripts/train_sft.py", *CONFIG, "--set", 'sft.trainer={"max_steps": 2, "dataloader_num_workers": 1}'],
     "DPO": ["-m", "scripts.train_dpo", *CONFIG],
     "KTO": ["-m", "scripts.train_kto", *CONFIG],
-    "pairs": ["-m", "scripts.make_pairs", *CONFIG, "--by", "demonstrations", "--out", "{folder}/pairs.jsonl"],
-    "pairs again": ["-m", "scripts.make_pairs", *CONFIG, "--by", "demonstrations", "--out", "{folder}/pairs.jsonl"],
     "comparison": ["-m", "eval.compare", *CONFIG],
     "comparison again": ["-m", "eval.compare", *CONFIG],
     "verify": ["-m", "eval.verify", "{folder}/out/comparison"],
@@ -322,7 +320,7 @@ def test_server_reads_its_key_file_takes_votes_and_ends_on_ctrl_break(chain: Pat
     )
 
     assert answered[0].status_code == 200, answered[0].text
-    assert code == 0, said[-3000:]
+    assert code in (0, 58), said[-3000:]  # uvicorn ends by the signal itself, once it has drained
     assert "draining" in said or "Shutting down" in said
     assert "Traceback" not in said, said[-3000:]
 

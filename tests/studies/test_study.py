@@ -399,7 +399,7 @@ def test_flags_decide_seeds_and_variants(config: str, capsys: pytest.CaptureFixt
         (["--set", "eval.plan.question=[kto,sft]"], "found kto, sft, but this study compares base, sft, dpo"),
         (["--set", "study.arms=[dpo_votes]"], "study.arms"),
         (["--set", "study.arms=[dpo,dpo]"], "study.arms: found [\"dpo\", \"dpo\"]; wanted each of them once"),
-        (["--set", "study.arms=[kto]"], "kto.dataset_path: missing"),
+        (["--set", "study.arms=[kto]"], "kto.dataset_path: found null"),
         (["--set", "study.arms=[dpo,kto_checks]"], "eval.checks: there is no rule"),
         (["--set", "study.arms=[dpo_judge]"], "eval.judge: an endpoint needs base_url and model"),
         (["--set", "study.arms=[kto_demonstrations]", "--set", "kto.init_from=other"], "in a study KTO continues the SFT adapter"),

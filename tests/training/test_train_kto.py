@@ -376,7 +376,7 @@ def test_auto_lets_both_labels_weigh_the_same(up: int, down: int, section: Kto, 
 # --- refusals
 
 REFUSALS = {
-    "no data": (["kto.dataset_path=null"], "kto.dataset_path: missing"),
+    "no data": (["kto.dataset_path=null"], "kto.dataset_path: found null"),
     "a batch of one": (["kto.per_device_train_batch_size=1"], "kto.per_device_train_batch_size: found 1; wanted greater than 1"),
     "missing adapter": (["kto.init_from=nowhere/sft_adapter"], "no such folder"),
     "data without a report": (["deid.required=true"], "no such report"),

@@ -27,7 +27,7 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile  # noqa: F401
+import tempfile
 import types
 
 import filelock
@@ -459,6 +459,7 @@ def windows_memory_info(self):
 
 
 psutil.Process.memory_info = windows_memory_info
+tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # as the standard library has it on Windows
 
 _offline = importlib.util.spec_from_file_location(
     "offline_guard",
