@@ -29,7 +29,9 @@ def test_a_missing_report_names_the_command_that_makes_it(write_config, tmp_path
 def test_report_and_playground_are_kept_in_every_width_and_scheme(write_config, tiny_llama: Path, tmp_path) -> None:
     comparison = tmp_path / "comparison"
     comparison.mkdir()
-    (comparison / "report.html").write_text("<style>@media (prefers-color-scheme: dark) { html { background: black; } }</style><h1>Report</h1>")
+    (comparison / "report.html").write_text(
+        "<style>@media (prefers-color-scheme: dark) { html { background: black; } }</style><h1>Report</h1>"
+    )
     rows = [{"prompt": "Hello, who is there?"}, {"prompt": "Hello"}]
     (comparison / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     serve = {"adapter_path": str(save_adapter(tmp_path / "sft", tiny_llama)), "default_max_new_tokens": 4}
