@@ -160,7 +160,7 @@ class _Rows:
 
 def write_items(folder: Path, tables: Sequence[Table]) -> None:
     """Write the values of every item of every measure, a line each, with the hash of the line."""
-    with (folder / ITEMS).open("w", encoding="utf-8") as file:
+    with (folder / ITEMS).open("w", encoding="utf-8", newline="\n") as file:
         for line in _lines_of(tables):
             file.write(json.dumps({**line, "sha256": sha256_json(line)}, ensure_ascii=False) + "\n")
 

@@ -194,7 +194,7 @@ def scrub_file(workers: Workers, source: Path, part: Path, quarantine: Path, sam
         mininterval=interval,
         desc="scrubbing",
     )
-    with open_output(part, source) as write, quarantine.open("w", encoding="utf-8") as held_back:
+    with open_output(part, source) as write, quarantine.open("w", encoding="utf-8", newline="\n") as held_back:
         rows = read_input(source) if sample else itertools.repeat(("", None))
         for outcome, (where, row) in zip(outcomes, rows, strict=False):
             if not outcome.reason:

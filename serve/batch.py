@@ -176,7 +176,7 @@ async def answer(service: Service, lines: Sequence[Line], out: Path, requests: P
     waiting: deque[tuple[Line, asyncio.Task[dict[str, Any]]]] = deque()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
+        with out.open("a", encoding="utf-8", newline="\n") as file:
 
             async def write_first() -> None:
                 line, task = waiting.popleft()

@@ -38,7 +38,7 @@ class VotesFile:
         line = json.dumps({**record, "created": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8", opener=private) as file:
+            with open(self.path, "a", encoding="utf-8", newline="\n", opener=private) as file:
                 if file.tell() > MAX_VOTES_BYTES:
                     raise ServingError(503, "votes_full", "the file of votes is full; the operator must move it away")
                 file.write(line + "\n")

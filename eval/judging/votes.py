@@ -120,7 +120,7 @@ class VotesFile:
         known = self.votes.get(vote.asked)
         if known and known.choice == choice:
             return
-        with open(self.path, "a", encoding="utf-8", opener=private) as file:
+        with open(self.path, "a", encoding="utf-8", newline="\n", opener=private) as file:
             file.write(json.dumps(asdict(vote), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -305,7 +305,7 @@ def write_results(part: Path, entries: list[Entry], metrics: list[Metric], warni
     }
     text = json.dumps(results, indent=1, ensure_ascii=False, default=str)
     (part / RESULTS).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    with (part / SAMPLES).open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with (part / SAMPLES).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for entry in entries:
             for item in entry["items"]:
                 line = {"task": entry["task"], "model": entry["model"], **item}

@@ -59,7 +59,7 @@ class SamplesFile:
     def add(self, batch: list[list[Sample]]) -> None:
         """Append the samples of a batch of prompts."""
         line = json.dumps([[asdict(sample) for sample in samples] for samples in batch], ensure_ascii=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
