@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from scripts.common.errors import UserError, is_out_of_memory
 from scripts.model.shape import ModelShape
 from serve.adapters import Models, cannot_serve, proof_prompt
+from serve.stacking import fastest_product
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class CachedForward(Protocol):
         """Return what the rows take now."""
 
     def renew(self) -> None:
-        """Look at the network's layers again, after some were stacked."""
+        """Look at the network again, after its layers were stacked or its windows changed."""
 
     def read(
         self, slot: int, names: Sequence[str], tokens: Sequence[Sequence[int]], start: int, places: Sequence[Sequence[int]]
@@ -257,16 +258,11 @@ class LibraryForward:
         input_ids = torch.tensor(tokens, device=device)
         # As indices, not as a count: of a slice, torch's product would copy the whole output layer's matrix.
         keep = torch.tensor(kept, dtype=torch.long, device=device)
-        # For a single token oneDNN prepares a product longer than torch's own kernel computes it. The switch is the whole
-        # process's, but nothing beside the engine's thread computes with torch.
-        torch.backends.mkldnn.enabled = input_ids.numel() > 1  # type: ignore[assignment]
-        try:
+        with fastest_product(input_ids.numel()):
             output = self.models.network(
                 input_ids=input_ids, position_ids=self.cache.positions,
                 past_key_values=self.cache, use_cache=True, logits_to_keep=keep,
             )  # fmt: skip
-        finally:
-            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         self.bytes_per_token = self.cache.bytes_per_token
         logits: torch.Tensor = output.logits
         return logits
@@ -334,6 +330,7 @@ def prove_cache(models: Models, forward: Forward, context: int) -> Forward:
     prompts = [longer, longer[length // 3 :]]
     with _short_windows(models.network.config.get_text_config(decoder=True)):
         try:
+            forward.renew()
             tokens, logits = _continue_together(forward, names, prompts)
         except Exception as error:  # each architecture fails in its own way
             if is_out_of_memory(error):
@@ -348,6 +345,7 @@ def prove_cache(models: Models, forward: Forward, context: int) -> Forward:
         raise cannot_serve(models.network, models.source, reason)
     for slot in reversed(range(PROVEN_ROWS)):
         forward.release(slot)
+    forward.renew()
     return forward
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from scripts.speed.speed_up import Cache, Packed, lean_decoder_of, logits_of
 from serve.adapters import Models
-from serve.stacking import StackedProduct
+from serve.stacking import StackedProduct, fastest_product
 
 GROW_TOKENS = 64  # by which the memory of a row that is read grows at least
 
@@ -80,14 +80,13 @@ class RowCache:
 
     def save(self, slot: int, length: int) -> torch.Tensor:
         """Return the keys and values of a row's first tokens, (layers, 2, G, length, D); they may be the row's own."""
-        if slot in self.own:
-            return self.own[slot][:, :, :, :length]
-        bank, row = self._find(slot)
-        return bank.states[:, :, row, :, :length]
+        return self._states_of(slot)[:, :, :, :length]
 
-    def _find(self, slot: int) -> tuple[Cache, int]:
+    def _states_of(self, slot: int) -> torch.Tensor:
+        if slot in self.own:
+            return self.own[slot]
         size = next(size for size, slots in self.seats.items() if slot in slots)
-        return self.banks[size], self.seats[size].index(slot)
+        return self.banks[size].states[:, :, self.seats[size].index(slot)]
 
     def move(self, source: int, target: int) -> None:
         """Let a row have another slot; what stood there has gone."""
@@ -99,7 +98,7 @@ class RowCache:
 
     def clear(self, slot: int) -> None:
         """Forget a row whose numbers went wrong: what a longer neighbour makes it see has the weight 0, and 0 x NaN is NaN."""
-        self.save(slot, self.own[slot].shape[3] if slot in self.own else self._find(slot)[0].states.shape[4]).zero_()
+        self._states_of(slot).zero_()
 
     def release(self, slot: int) -> None:
         """Let a row's memory go; that of a bank goes with its last row."""
@@ -178,7 +177,7 @@ class LeanForward:
         return lean_decoder_of(models.network, StackedProduct) is not None
 
     def renew(self) -> None:
-        """Look at the network's layers again, after some were stacked."""
+        """Look at the network again, after its layers were stacked or its windows changed."""
         lean = lean_decoder_of(self.network, StackedProduct)
         assert lean is not None, "the caller has asked `takes`"
         self.lean = lean
@@ -223,13 +222,8 @@ class LeanForward:
             torch.tensor(list(row), device=self.embeddings.device) for row in (tokens, positions, index)
         )
         self.models.rows.set(names)
-        # For a single token oneDNN prepares a product longer than torch's own kernel computes it. The switch is the whole
-        # process's, but nothing beside the engine's thread computes with torch.
-        torch.backends.mkldnn.enabled = len(ids) > 1  # type: ignore[assignment]
-        try:
+        with fastest_product(len(ids)):
             return logits_of(self.network, self.lean.hidden(Packed(ids, places, [], []), self.cache), wanted.long())
-        finally:
-            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let a row have another slot."""
@@ -249,4 +243,4 @@ class LeanForward:
 
     def load(self, slot: int, states: torch.Tensor, length: int) -> None:
         """Begin a row with saved keys and values of so many tokens."""
-        self.cache.own[slot] = states[:, :, :, :length].clone()
+        self.cache.own[slot] = states[:, :, :, :length]  # copied by the first read, which finds no room in it

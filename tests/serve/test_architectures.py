@@ -23,9 +23,10 @@ from scripts.model.base import load_tokenizer
 from scripts.model.shape import ModelShape
 from serve import engine as engine_module
 from serve.adapters import Models
-from serve.cache import LibraryForward, context_limit
+from serve.cache import LibraryForward, choose_forward, context_limit
 from serve.cache import prove_cache as prove
 from serve.jobs import Job
+from serve.lean_forward import LeanForward
 from tests.conftest import run_python, save_tiny_model
 from tests.serve.test_engine import generate_with_peft, models_of, new_engine, random_prompts, run_jobs
 from tests.support.serving import running_server, save_adapter, save_nested_model
@@ -156,6 +157,15 @@ def served_as_peft_answers(base: Path, folder: Path, write_config, monkeypatch, 
 def test_mixed_batches_give_the_tokens_of_plain_peft(family, tmp_path, write_config, monkeypatch):
     targets = ATTENTION.get(family, "auto")
     served_as_peft_answers(save_family(tmp_path / "base", family), tmp_path, write_config, monkeypatch, targets)
+
+
+@pytest.mark.parametrize("family", ["mistral with a window in all layers", "qwen2 with a window in some layers"])
+def test_a_window_keeps_no_family_from_the_lean_decoder(family, tmp_path, write_config):
+    """The proof gives both sides short windows; afterwards the layers have their own again."""
+    models = models_of(save_family(tmp_path / "base", family), {}, write_config)
+    forward = choose_forward(models, 2, 128, lean=True)
+    assert isinstance(forward, LeanForward)
+    assert [layer.window for layer in forward.lean.layers] == list(models.shape.windows)
 
 
 @pytest.mark.drill
