@@ -22,12 +22,12 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 from scripts.common.artifacts import read_manifest
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
-from scripts.common.machine import choose_machine, prepare_environment
 from scripts.common.paths import portable_path, resolve
 from scripts.common.run import set_up_logging
 from scripts.common.schema import Config
 from scripts.common.stages import BASE, SFT, TRAINING_STAGES
 from serve.errors import ServingError
+from serve.settings import settle_machine
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,13 +84,9 @@ def load_service(config: Config) -> Service:
 
     Raises: UserError with what to correct.
     """
-    prepare_environment(config)
-    machine = choose_machine(config)
-    import torch
-
+    machine = settle_machine(config)
     from serve.service import Service
 
-    torch.set_num_threads(machine.threads)
     for name in ("serve", "scripts"):  # a server's operator needs to know more than who asks one question
         logging.getLogger(name).setLevel(logging.WARNING)
     config = choose_adapters(config)

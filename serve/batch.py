@@ -29,11 +29,11 @@ from pydantic import ValidationError
 
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, did_you_mean, entry_point, listing
-from scripts.common.machine import choose_machine, prepare_environment
 from scripts.common.run import set_up_logging
 from serve.errors import ServingError
 from serve.openai_schemas import ChatRequest
 from serve.schemas import GenerateRequest
+from serve.settings import settle_machine
 
 if TYPE_CHECKING:
     from serve.jobs import Job
@@ -77,13 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [line for line in lines if line.number not in answered]
     log.info("%d requests, %d answered before, %d lines cannot be read", len(lines), len(answered), len(bad))
     if missing:
-        prepare_environment(config)
-        machine = choose_machine(config)
-        import torch
-
+        machine = settle_machine(config)
         from serve.service import Service
 
-        torch.set_num_threads(machine.threads)
         service = Service(config, machine, [])
         check_models(service, answered.values(), out)
         bad += asyncio.run(answer(service, missing, out, requests))

@@ -23,7 +23,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from scripts.common.errors import UserError
-from scripts.common.machine import choose_machine, prepare_environment
 from scripts.common.run import set_up_logging
 from scripts.common.signals import STOPPING
 from serve import openai_api, pages, routes
@@ -32,7 +31,7 @@ from serve.errors import ServingError
 from serve.exception_handlers import refuse, refuse_http, refuse_invalid
 from serve.guard import Guard, logging_requests
 from serve.service import Service
-from serve.settings import load_admin_keys, load_api_keys, load_settings
+from serve.settings import load_admin_keys, load_api_keys, load_settings, settle_machine
 
 if TYPE_CHECKING:
     from serve.vote_queue import VoteQueue
@@ -97,13 +96,8 @@ def load_service() -> Service:
     Raises: UserError with what to correct.
     """
     config = load_settings()
-    prepare_environment(config)
     keys, admin_keys = load_api_keys(config.serve), load_admin_keys()
-    machine = choose_machine(config)
-    import torch
-
-    # Threads only: the allocator settings of training would keep the memory of the longest prompt for good.
-    torch.set_num_threads(machine.threads)
+    machine = settle_machine(config)
     for reason in machine.reasons:
         log.info(reason)
     return Service(config, machine, keys, admin_keys)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scripts.common.config import DEFAULT_CONFIG, load_config
 from scripts.common.errors import UserError
+from scripts.common.machine import Machine, choose_machine, prepare_environment
 from scripts.common.schema import Config, Serve
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,19 @@ def load_settings() -> Config:
     variables = {name: f"SERVE_{name.upper()}" for name in Serve.model_fields}
     overrides = [f"serve.{name}={os.environ[key]}" for name, key in variables.items() if key in os.environ]
     return load_config(os.environ.get("LLM_CONFIG", DEFAULT_CONFIG), overrides, origin="environment SERVE_*").values
+
+
+def settle_machine(config: Config) -> Machine:
+    """Choose where a process that answers computes, and set its threads.
+
+    Threads only: the allocator settings of training would keep the memory of the longest prompt for good.
+    """
+    prepare_environment(config)
+    machine = choose_machine(config)
+    import torch
+
+    torch.set_num_threads(machine.threads)
+    return machine
 
 
 def load_api_keys(serve: Serve) -> list[str]:
