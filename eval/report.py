@@ -139,6 +139,13 @@ def read_report(folder: Path) -> Report:
     return Report(**figures, curves=curves, samples=[json.loads(line) for line in lines])
 
 
+def shortest_sample(folder: Path) -> dict[str, Any]:
+    """Return the line of samples.jsonl with the shortest prompt: one that no result has chosen."""
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    samples: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
+    return min(samples, key=lambda sample: (len(sample["prompt"]), sample["source"]))
+
+
 def find_curves(adapters: Sequence[Path]) -> list[Curves] | str | None:
     """Return the curves of an arm's adapters, or the picture that an earlier version kept of the first one."""
     found = [curves for folder in adapters if (curves := read_curves(folder))]

@@ -106,15 +106,18 @@ def expected_duration(flops: float) -> str:
 
 def measured(outputs: Path, seconds: dict[str, float], flops: float) -> dict[str, Any]:
     """Collect what the run measured, for README's table and for comparing machines."""
+    from eval.report import shortest_sample
+
     manifests = {name: read_manifest(outputs / folder, verify=False) for name, folder in FOLDERS.items()}
     report = json.loads((outputs / "comparison" / "report.json").read_text(encoding="utf-8"))
+    shortest = shortest_sample(outputs / "comparison")
     return {
         "hardware": hardware(),
         "flops": round(flops),
         "seconds": {name: round(value) for name, value in seconds.items()},
         "peak_memory_gib": {name: manifest.metrics["peak_memory_gib"] for name, manifest in manifests.items()},
         "verdict": report["verdict"]["text"],
-        "example": shortest_sample(outputs / "comparison"),
+        "example": {"asked": shortest["prompt"], **shortest["answers"]},
         "results": [
             {key: metric[key] for key in ("title", "unit", "n", "models")}
             for metric in report["metrics"]
@@ -122,13 +125,6 @@ def measured(outputs: Path, seconds: dict[str, float], flops: float) -> dict[str
             in ("all_rules", "held_out_loss", "checks_passed", "preference_accuracy", "reward_accuracy")
         ],
     }
-
-
-def shortest_sample(comparison: Path) -> dict[str, str]:
-    """Return the shortest prompt of the comparison and the answers to it: one that no result has chosen."""
-    samples = [json.loads(line) for line in (comparison / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    shortest = min(samples, key=lambda sample: (len(sample["prompt"]), sample["source"]))
-    return {"asked": shortest["prompt"], **shortest["answers"]}
 
 
 @entry_point

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import shutil
 import sys
@@ -25,6 +24,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.benchmarks.running_server import started
+from eval.report import shortest_sample
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
 from scripts.common.paths import ROOT
@@ -59,16 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep(driver, (comparison / "report.html").resolve().as_uri(), ROOT / REPORT, arguments.all)
         with server(config) as url:
             driver.get(url)
-            ask(driver, shortest_prompt(comparison))
+            ask(driver, shortest_sample(comparison)["prompt"])
             keep(driver, url, ROOT / PLAYGROUND, arguments.all)
     return 0
-
-
-def shortest_prompt(comparison: Path) -> str:
-    """Return the prompt that README shows, too."""
-    lines = (comparison / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts: list[str] = [json.loads(line)["prompt"] for line in lines]
-    return min(prompts, key=len)
 
 
 @contextmanager

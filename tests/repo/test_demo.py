@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.report import shortest_sample
 from scripts import demo
 from tests.conftest import ROOT
 
@@ -58,7 +59,8 @@ def test_where_a_speed_is_unknown_the_measured_machine_is_named(tmp_path, monkey
 def test_the_example_is_the_shortest_prompt_however_it_was_answered(tmp_path) -> None:
     rows = [{"source": f"x:{n}", "prompt": "p" * n, "answers": {"base": f"b{n}", "sft": f"s{n}"}} for n in (9, 3, 5)]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert demo.shortest_sample(tmp_path) == {"asked": "ppp", "base": "b3", "sft": "s3"}
+    found = shortest_sample(tmp_path)
+    assert {"asked": found["prompt"], **found["answers"]} == {"asked": "ppp", "base": "b3", "sft": "s3"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

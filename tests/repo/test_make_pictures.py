@@ -32,7 +32,7 @@ def test_report_and_playground_are_kept_in_every_width_and_scheme(write_config, 
     (comparison / "report.html").write_text(
         "<style>@media (prefers-color-scheme: dark) { html { background: black; } }</style><h1>Report</h1>"
     )
-    rows = [{"prompt": "Hello, who is there?"}, {"prompt": "Hello"}]
+    rows = [{"prompt": "Hello, who is there?", "source": "a:1"}, {"prompt": "Hello", "source": "a:2"}]
     (comparison / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     serve = {"adapter_path": str(save_adapter(tmp_path / "sft", tiny_llama)), "default_max_new_tokens": 4}
     config = write_config(base_model_id=str(tiny_llama), performance={"threads": 1, "dtype": "fp32"}, serve=serve)
