@@ -119,12 +119,14 @@ def name_of(stored: str) -> str:
 def check_answer(out: Path) -> str:
     """Ask the converted model for a known answer."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as logging_of_transformers
 
     from scripts.dataset.chat_format import ChatFormat, user_turn
     from scripts.dataset.rendering import render_prompt
     from scripts.model.base import load_tokenizer
     from scripts.model.generation import generate_answers
 
+    logging_of_transformers.disable_progress_bar()
     tokenizer, model = load_tokenizer(out), AutoModelForCausalLM.from_pretrained(out)
     question = render_prompt(ChatFormat(tokenizer), user_turn("What is the capital of France?"))
     answer = generate_answers(model, tokenizer, [question], 20)[0].text
