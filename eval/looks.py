@@ -40,7 +40,7 @@ class Looks:
     def add(self, side: Mapping[str, Any], models: Sequence[str]) -> None:
         """Write down a report on these models, by their hashes."""
         line = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **side, "models": list(models)}
-        with open(self.path, "a", encoding="utf-8", opener=private) as file:
+        with open(self.path, "a", encoding="utf-8", newline="\n", opener=private) as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

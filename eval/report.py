@@ -107,11 +107,11 @@ class Example(NamedTuple):
 
 def write_report(folder: Path, report: Report) -> None:
     """Write the page, its figures, the answers and the pictures."""
-    (folder / "report.html").write_text(render_report(report), encoding="utf-8")
+    (folder / "report.html").write_text(render_report(report), encoding="utf-8", newline="\n")
     lines = [sample.model_dump() for sample in report.samples]
     samples = "".join(json.dumps({**line, "sha256": sha256_json(line)}, ensure_ascii=False) + "\n" for line in lines)
-    (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
-    (folder / "report.json").write_text(figures_of(report), encoding="utf-8")
+    (folder / "samples.jsonl").write_text(samples, encoding="utf-8", newline="\n")
+    (folder / "report.json").write_text(figures_of(report), encoding="utf-8", newline="\n")
     drawn = {}
     for name, curves in report.curves.items():
         if isinstance(curves, str):
@@ -119,7 +119,7 @@ def write_report(folder: Path, report: Report) -> None:
         else:
             drawn[name] = [each.model_dump() for each in curves]
     if drawn:
-        (folder / CURVES).write_text(json.dumps(drawn) + "\n", encoding="utf-8")
+        (folder / CURVES).write_text(json.dumps(drawn) + "\n", encoding="utf-8", newline="\n")
 
 
 def figures_of(report: Report) -> str:

@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, name in enumerate(FOLDERS, 2):
             seconds[name] = run_module(name, common, f"{number}/4")
     outputs = ROOT / (SMOKE if arguments.smoke else "outputs")
-    (outputs / "demo.json").write_text(json.dumps(measured(outputs, seconds, flops), indent=1) + "\n", encoding="utf-8")
+    (outputs / "demo.json").write_text(
+        json.dumps(measured(outputs, seconds, flops), indent=1) + "\n", encoding="utf-8", newline="\n"
+    )
     log.info(
         "done in %.0f minutes\n  look at   %s (open it in a browser)\n  ask       %s\n  runs      mlflow ui --port 5000\n  serve     %s",
         sum(seconds.values()) / 60,

@@ -168,7 +168,7 @@ def publish(run: Run, parts: Parts, folder: Path, metrics: dict[str, Any], track
 
     adapter = parts.manifest
     card = render_card(adapter, parts.adapter, parts.base_folder, metrics, run.values.eval.output_dir)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
     manifest = run.publish(
         folder,
         Manifest(

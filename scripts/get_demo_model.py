@@ -107,7 +107,7 @@ def convert(folder: Path, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     shutil.copy(folder / "LICENSE", out / "LICENSE")
-    (out / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    (out / "NOTICE").write_text(NOTICE, encoding="utf-8", newline="\n")
 
 
 def name_of(stored: str) -> str:

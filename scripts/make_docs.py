@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_parser().parse_args(argv)
     for path, text in documents().items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", newline="\n")
             sys.stdout.write(f"{path.relative_to(ROOT)}\n")
     return 0
 

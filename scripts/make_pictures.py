@@ -89,7 +89,7 @@ def server(config: LoadedConfig) -> Iterator[str]:
     """Serve the models of the configuration, and yield the address of the playground."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
-        path.write_text(config.to_yaml(), encoding="utf-8")
+        path.write_text(config.to_yaml(), encoding="utf-8", newline="\n")
         with started("serve.fastapi_server:app", path) as (url, *_):
             yield url
 

@@ -24,7 +24,7 @@ def write_page(contest: Contest, path: Path) -> None:
     ]
     facts = {"comparison": contest.comparison, "criteria": contest.criteria, "questions": questions}
     data = json.dumps(facts).replace("<", "\\u003c")  # no answer can end the element it stands in
-    path.write_text(PAGE.read_text(encoding="utf-8").replace("{{ data }}", data), encoding="utf-8")
+    path.write_text(PAGE.read_text(encoding="utf-8").replace("{{ data }}", data), encoding="utf-8", newline="\n")
 
 
 def take_page_votes(contest: Contest, file: VotesFile, paths: Sequence[str]) -> None:

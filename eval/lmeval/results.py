@@ -304,7 +304,7 @@ def write_results(part: Path, entries: list[Entry], metrics: list[Metric], warni
         "entries": [{key: value for key, value in entry.items() if key != "items"} for entry in entries],
     }
     text = json.dumps(results, indent=1, ensure_ascii=False, default=str)
-    (part / RESULTS).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    (part / RESULTS).write_text(text + "\n", encoding="utf-8", errors="backslashreplace", newline="\n")
     with (part / SAMPLES).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for entry in entries:
             for item in entry["items"]:
@@ -317,7 +317,7 @@ def write_results(part: Path, entries: list[Entry], metrics: list[Metric], warni
         models=labels,
         benchmarks=describe_benchmarks(metrics, warnings, entries),
     )
-    (part / "report.html").write_text(render_report(page), encoding="utf-8")
+    (part / "report.html").write_text(render_report(page), encoding="utf-8", newline="\n")
 
 
 def describe_benchmarks(metrics: list[Any], warnings: list[str], entries: list[Entry]) -> Benchmarks:

@@ -57,7 +57,7 @@ def label(key: str) -> str:
 
 def write_curves(folder: Path, curves: Curves) -> None:
     """Keep the curves in an adapter folder."""
-    (folder / CURVES).write_text(curves.model_dump_json() + "\n", encoding="utf-8")
+    (folder / CURVES).write_text(curves.model_dump_json() + "\n", encoding="utf-8", newline="\n")
 
 
 def read_curves(folder: Path) -> Curves | None:

@@ -532,7 +532,7 @@ def write_rejects(path: Path, files: Sequence[DatasetFile]) -> int:
             for row in bad
         ]
         # Half a surrogate pair is one of the reasons for a reject; it can only be written as the escape it came as.
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace", newline="\n")
     return len(bad)
 
 

@@ -33,7 +33,7 @@ def write_modelfile(chat: ChatFormat, folder: Path, weights: str, *, adds_bos: b
     known = (token for token in sorted(stop_token_ids(tokenizer)) if token < len(tokenizer))
     stops = (tokenizer.decode([token], skip_special_tokens=False) for token in known)
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop]
-    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def go_template(chat: ChatFormat, bos: str = "") -> str | None:

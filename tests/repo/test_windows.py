@@ -340,13 +340,12 @@ def test_study_passes_ctrl_break_on_and_the_same_command_continues(chain: Path) 
     assert list((run_dir / "checkpoints").glob("checkpoint-*")), "the stage below got the request and not a kill"
 
 
+@pytest.mark.slow
 def test_written_files_are_the_same_bytes_as_elsewhere(chain: Path) -> None:
     """What is hashed, shared or read by others has the same bytes on every system."""
-    folder = chain.parent
-    assert not [
-        path
-        for path in [*folder.rglob("*.jsonl"), *folder.rglob("manifest.json"), *folder.rglob("*.yaml")]
-        if b"\r" in path.read_bytes()
-    ]
-    for path in folder.rglob("manifest.json"):
+    names = ("*.jsonl", "*.yaml", "manifest.json", "report.json", "curves.json", "report.html")
+    written = {name: list(chain.parent.rglob(name)) for name in names}
+    assert all(written.values()), "the stages above have run"
+    assert not [path for paths in written.values() for path in paths if b"\r\n" in path.read_bytes()]
+    for path in written["manifest.json"]:
         json.loads(path.read_text(encoding="utf-8"))
