@@ -105,81 +105,116 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.T
 class Attend(torch.autograd.Function):
     """Let each token look at the tokens before it in its row. q (G, N R, D), scaled; k and v (G, N, D); returns (N, G R D).
 
-    Piece by piece: the scores of one fit the processor's cache, and no token is padding.
+    Pieces that are alike stand side by side, P of them, so that all cores have work; of these the queries are taken block by
+    block, so that the scores fit the processor's cache and keys after the block are left out.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        pieces: Sequence[Piece],
-        window: int | None,
-        room: int,
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None, room: int
     ) -> torch.Tensor:
         groups, count, size = k.shape
-        shared = q.shape[1] // count
-        output = with_room(count, groups * shared * size, room, q)
+        output = with_room(count, q.shape[1] // count * groups * size, room, q)
         kept = []
-        for begin, end, seen, start in _blocks(pieces):
-            weights = _weights(q[:, begin * shared : end * shared], _gathered(k, seen), end - begin, start, window)
-            found = torch.bmm(weights, _gathered(v, seen))
-            output[begin:end].view(-1, groups, shared, size).copy_(found.view(groups, -1, shared, size).transpose(0, 1))
-            kept.append(weights if weights.shape[2] <= LEAN_KEPT_KEYS else None)
+        for pieces in packed.alike:
+            queries, keys, values = _gathered(q, k, v, pieces)
+            found = torch.empty_like(queries)
+            for block, used in _blocks(pieces):
+                weights = _weights(queries[:, block], keys[:, :used], pieces, window)
+                found[:, block] = (weights @ values[:, :used]).view_as(found[:, block])
+                kept.append(weights if used <= LEAN_KEPT_KEYS else None)
+            _put(output.view(count, groups, -1).transpose(0, 1), found, pieces)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.pieces, ctx.window, ctx.shared = pieces, window, shared
+        ctx.packed, ctx.window = packed, window
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        q, k, v, *kept = ctx.saved_tensors
-        groups, _, size = k.shape
-        shared = ctx.shared
+        q, k, v, *saved = ctx.saved_tensors
+        groups, count, size = k.shape
+        kept = iter(saved)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (begin, end, seen, start), weights in zip(_blocks(ctx.pieces), kept, strict=True):
-            rows, keys = slice(begin * shared, end * shared), _gathered(k, seen)
-            if weights is None:
-                weights = _weights(q[:, rows], keys, end - begin, start, ctx.window)
-            grad_found = grad[begin:end].view(-1, groups, shared, size).transpose(0, 1).reshape(groups, -1, size)
-            grad_weights = torch.bmm(grad_found, _gathered(v, seen).transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[:, rows] = torch.bmm(grad_scores, keys)
-            _add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q[:, rows]), seen)
-            _add(grad_v, torch.bmm(weights.transpose(1, 2), grad_found), seen)
+        for pieces in ctx.packed.alike:
+            queries, keys, values = _gathered(q, k, v, pieces)
+            grads = _side_by_side(grad.view(count, groups, -1).transpose(0, 1), pieces)
+            grad_queries, grad_keys, grad_values = map(torch.zeros_like, (queries, keys, values))
+            for block, used in _blocks(pieces):
+                weights = next(kept)
+                if weights is None:
+                    weights = _weights(queries[:, block], keys[:, :used], pieces, ctx.window)
+                queries_of_block, grad_found = (x[:, block].reshape(len(x), -1, size) for x in (queries, grads))
+                grad_weights = grad_found @ values[:, :used].transpose(1, 2)
+                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_queries[:, block] = (grad_scores @ keys[:, :used]).view_as(grad_queries[:, block])
+                grad_keys[:, :used] += grad_scores.transpose(1, 2) @ queries_of_block
+                grad_values[:, :used] += weights.transpose(1, 2) @ grad_found
+            _put(grad_q.view(groups, count, -1), grad_queries, pieces)
+            _put(grad_k, grad_keys, pieces, with_past=True)
+            _put(grad_v, grad_values, pieces, with_past=True)
         return grad_q, grad_k, grad_v, None, None, None
 
 
+# Pieces side by side have T columns for their own tokens and S for what stands before, which ends where they begin. The rows
+# `s s a b` and `s c` of s s | a b | s c are one piece with a past and one without: `s s a b` beside `_ _ s c`.
+
+
+def _columns(pieces: Sequence[Piece], with_past: bool) -> Any:
+    """Yield number of the piece, start and end in the packed list, and column of each stretch."""
+    before = max(piece.past_tokens for piece in pieces) if with_past else 0
+    for number, piece in enumerate(pieces):
+        column = before - piece.past_tokens if with_past else 0
+        for start, end in (*(piece.past if with_past else ()), (piece.start, piece.end)):
+            yield number, start, end, slice(column, column + end - start)
+            column += end - start
+
+
+def _side_by_side(x: torch.Tensor, pieces: Sequence[Piece], with_past: bool = False) -> torch.Tensor:
+    """Gather the tokens of pieces from x (G, N, ·): (G P, T, ·), or with what stands before them (G P, S + T, ·)."""
+    own, past = max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+    gathered = x.new_zeros(len(x), len(pieces), own + past * with_past, x.shape[2])
+    for number, start, end, columns in _columns(pieces, with_past):
+        gathered[:, number, columns] = x[:, start:end]
+    return gathered.flatten(0, 1)
+
+
+def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
+    """Return queries (G P, T, R D), keys and values (G P, S + T, D) of pieces."""
+    queries = _side_by_side(q.view(*k.shape[:2], -1), pieces)
+    return queries, _side_by_side(k, pieces, with_past=True), _side_by_side(v, pieces, with_past=True)
+
+
+def _put(total: torch.Tensor, gathered: torch.Tensor, pieces: Sequence[Piece], with_past: bool = False) -> None:
+    """Put what was computed of pieces where their tokens stand in (G, N, ·); with the past, where others add to it too, add it."""
+    by_piece = gathered.view(len(total), len(pieces), *gathered.shape[1:])
+    for number, start, end, columns in _columns(pieces, with_past):
+        if with_past:
+            total[:, start:end] += by_piece[:, number, columns]
+        else:
+            total[:, start:end] = by_piece[:, number, columns]
+
+
 def _blocks(pieces: Sequence[Piece]) -> Any:
-    """Yield begin and end of queries, the stretches of keys they see, and how many keys stand before the first query."""
-    for piece in pieces:
-        past = sum(end - start for start, end in piece.past)
-        for begin in range(piece.start, piece.end, QUERY_BLOCK):
-            end = min(begin + QUERY_BLOCK, piece.end)
-            joined = piece.past and piece.past[-1][1] == piece.start
-            seen = (*piece.past[:-1], (piece.past[-1][0], end)) if joined else (*piece.past, (piece.start, end))
-            yield begin, end, seen, past + begin - piece.start
+    """Yield the columns of some queries, and how many columns of keys they see."""
+    own, past = max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+    for begin in range(0, own, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, own)
+        yield slice(begin, end), past + end
 
 
-def _gathered(x: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> torch.Tensor:
-    parts = [x[:, start:end] for start, end in stretches]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _add(total: torch.Tensor, values: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> None:
-    for part, (start, end) in zip(values.split([end - start for start, end in stretches], 1), stretches, strict=True):
-        total[:, start:end] += part
-
-
-def _weights(q: torch.Tensor, k: torch.Tensor, tokens: int, before: int, window: int | None) -> torch.Tensor:
-    """Return how much some queries (G, T R, D), of tokens with so many keys before them, look at keys (G, S, D): (G, T R, S)."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    by_token = scores.view(len(q), tokens, -1, k.shape[1])
+def _weights(q: torch.Tensor, k: torch.Tensor, pieces: Sequence[Piece], window: int | None) -> torch.Tensor:
+    """Return how much queries (G P, t, R D) look at the keys up to the last of them (G P, s, D): (G P, t R, s)."""
+    (rows, tokens, _), (_, seen, size) = q.shape, k.shape
+    scores = q.reshape(rows, -1, size) @ k.transpose(1, 2)
+    by_token = scores.view(-1, len(pieces), tokens, scores.shape[1] // tokens, seen)
     if tokens > 1:
-        by_token[..., before:] += scores.new_full((tokens, tokens), -torch.inf).triu_(1)[:, None]
-    if window is not None and k.shape[1] > window:
-        place = torch.arange(k.shape[1], device=q.device)
-        by_token.masked_fill_((place[before:, None] - place >= window)[:, None], -torch.inf)
+        by_token[..., seen - tokens :] += scores.new_full((tokens, tokens), -torch.inf).triu_(1)[:, None]
+    if window is not None and seen > window:
+        place = torch.arange(seen, device=q.device)
+        by_token.masked_fill_((place[seen - tokens :, None] - place >= window)[:, None], -torch.inf)
+    past = max(piece.past_tokens for piece in pieces)
+    for number, piece in enumerate(pieces):
+        if piece.past_tokens < past:  # no infinity here: the queries of a short piece's padding may see nothing else
+            by_token[:, number, ..., : past - piece.past_tokens] = torch.finfo(scores.dtype).min
     return scores.softmax(-1)
 
 
@@ -188,7 +223,7 @@ def _attend_within(
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         return attend_padded(packed.pieces, window, q, k, v)
-    attended: torch.Tensor = Attend.apply(q, k, v, packed.pieces, window, room)
+    attended: torch.Tensor = Attend.apply(q, k, v, packed, window, room)
     return attended
 
 
@@ -332,8 +367,13 @@ class LeanDecoder:
             for product in layer.products:
                 product.renew()
 
-    def hidden(self, packed: Packed, cache: KeysAndValues | None = None) -> torch.Tensor:
-        """Return the last hidden states of packed rows (N, C), which continue those of the cache where one is given."""
+    def hidden(
+        self, packed: Packed, cache: KeysAndValues | None = None, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the last hidden states of packed rows (N, C), which continue those of the cache where one is given.
+
+        Where the places of the wanted ones are given, (n,), the last layer computes no others: (n, C).
+        """
         x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
         turns = self._turns(x, packed.positions)
         for number, layer in enumerate(self.layers):
@@ -342,10 +382,11 @@ class LeanDecoder:
                 if cache is None
                 else cache.attention(number, packed, layer.window)
             )
+            arguments = (x, *turns[layer.kind], attend, wanted if layer is self.layers[-1] else None)
             if layer.module.gradient_checkpointing and layer.module.training and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(layer, x, *turns[layer.kind], attend, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, *turns[layer.kind], attend)
+                x = layer(*arguments)
         return self.norm(x)
 
     def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
@@ -397,8 +438,15 @@ class _Layer:
         self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
         self.groups = self.qkv.layers[1].out_features // attention.head_dim
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention) -> torch.Tensor:
-        """Return the next hidden states of all tokens, (N, C)."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attention,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the next hidden states of all tokens (N, C), or of the wanted ones: others are only attended to."""
         heads = self.qkv(self.before_attention(x, self.qkv.room))
         if self.norms_of_heads:
             heads = self._with_normed_heads(heads)
@@ -406,6 +454,8 @@ class _Layer:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         q, k, v = Rotate.apply(heads, cos, sin, self.attention.scaling, self.groups, self.qkv.room)
         attended = attend(q, k, v, self.o.room)
+        if wanted is not None:
+            x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
         x = self._joined(x, attended, self.o, self.after_attention)
         both = self.gate_up(self.before_mlp(x, self.gate_up.room))
         gated = Gate.apply(both, self.act, self.down.room, self.gate_up.room)

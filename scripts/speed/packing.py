@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
 
 WORTH_SHARING = 16  # tokens saved; for fewer, one more piece of attention costs more than it saves
+PADDING = 1.25  # times the scores of pieces that attend side by side, with their padding
+
+Stretches = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,15 @@ class Piece:
 
     start: int
     end: int
-    past: tuple[tuple[int, int], ...] = ()
+    past: Stretches = ()
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def past_tokens(self) -> int:
+        """Return how many tokens stand before its first."""
+        return sum(end - start for start, end in self.past)
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,19 @@ class Packed:
     positions: torch.Tensor
     pieces: list[Piece]
     places: list[torch.Tensor]
+
+    @cached_property
+    def alike(self) -> list[list[Piece]]:
+        """Return the pieces, those together that have and see about as many tokens."""
+        found: list[list[Piece]] = []
+        for piece in sorted(self.pieces, key=lambda piece: (piece.past_tokens + len(piece), len(piece))):
+            if found and _padded_scores(more := [*found[-1], piece]) <= PADDING * sum(
+                _padded_scores([one]) for one in more
+            ):
+                found[-1].append(piece)
+            else:
+                found.append([piece])
+        return found
 
     def to(self, device: torch.device) -> Packed:
         """Return the same on a device."""
@@ -47,9 +72,7 @@ def pack(rows: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
     pieces: list[Piece] = []
     places: list[list[int]] = [[] for _ in rows]
 
-    def add(
-        members: Sequence[int], start: int, end: int, past: tuple[tuple[int, int], ...]
-    ) -> tuple[tuple[int, int], ...]:
+    def add(members: Sequence[int], start: int, end: int, past: Stretches) -> Stretches:
         """Append a stretch of the first member's row for all members; return what stands before what follows it."""
         if start == end:
             return past
@@ -61,7 +84,7 @@ def pack(rows: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
             places[member].extend(range(begin, len(ids)))
         return (*past[:-1], (past[-1][0], len(ids))) if past and past[-1][1] == begin else (*past, (begin, len(ids)))
 
-    def grow(members: Sequence[int], start: int, past: tuple[tuple[int, int], ...]) -> None:
+    def grow(members: Sequence[int], start: int, past: Stretches) -> None:
         """Append rows, given in sorted order, that have the first `start` tokens in common and in the list."""
         if len(members) == 1:
             add(members, start, len(rows[members[0]]), past)
@@ -84,6 +107,12 @@ def pack(rows: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
     else:
         grow(sorted(range(len(rows)), key=lambda number: list(rows[number])), 0, ())
     return Packed(torch.tensor(ids), torch.tensor(positions), pieces, [torch.tensor(row) for row in places])
+
+
+def _padded_scores(pieces: Sequence[Piece]) -> float:
+    """Count the scores of pieces side by side: each is as long as the longest, and so is what stands before it."""
+    own, past = max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+    return len(pieces) * own * (past + own / 2)
 
 
 def _common(first: Sequence[int], last: Sequence[int], start: int) -> int:

@@ -29,12 +29,25 @@ class StandIn:
         self.base, self.decoder = base, base.base_model
         self.library, self.lean, self.padded = self.decoder.forward, LeanDecoder(self.decoder), PaddedForward(model, 0)
         self.proven: dict[bool, bool] = {}  # by whether gradients were asked for
+        self.labels: torch.Tensor | None = None  # of the call in progress, where TRL's head reads no other tokens
         self.decoder.forward = self.forward
+        model.register_forward_pre_hook(self._take_labels, with_kwargs=True)
+        model.register_forward_hook(self._drop_labels, always_call=True)
+
+    def _take_labels(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("fused_lm_head") and kwargs.get("shift_labels") is None:
+            self.labels = kwargs["labels"]
+
+    def _drop_labels(self, *_: Any) -> None:
+        self.labels = None
 
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, use_cache: Any = None, **others: Any
     ) -> Any:  # fmt: skip
-        """Return what the library's forward returns: last_hidden_state (B, T, C), of which padding holds anything."""
+        """Return what the library's forward returns: last_hidden_state (B, T, C), of which some tokens hold anything.
+
+        These are padding, and where TRL's head was called the tokens after which no label stands.
+        """
         plain = input_ids is not None and not use_cache and all(value is None for value in others.values())
         # A reference asked within a training step must not touch what that step's backward pass still needs.
         within_step = self.decoder.training and not torch.is_grad_enabled()
@@ -65,11 +78,15 @@ class StandIn:
             )
         return self.proven[with_gradient]
 
-    def hidden(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the last hidden states of all tokens (N, C), and where those of each row stand."""
+    def hidden(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the last hidden states at some places of each row, one row after the other, (n, C)."""
         self.lean.renew()
+        rows = [row[: max(wanted, default=0) + 1] for row, wanted in zip(rows, places, strict=True)]
         packed = pack(rows, share=not self.lean.left_to_chance).to(self.decoder.device)
-        return self.lean.hidden(packed), packed.places
+        of_rows = [
+            row[torch.tensor(wanted, dtype=torch.long)] for row, wanted in zip(packed.places, places, strict=True)
+        ]
+        return self.lean.hidden(packed, wanted=torch.cat(of_rows))
 
     def similarity(self, row: Sequence[int]) -> Sequence[int]:
         """Return the row itself: neighbours begin alike, and what they share is computed once."""
@@ -79,21 +96,21 @@ class StandIn:
         """Return the logits at some places of each row, one row after the other, (n, V)."""
         if not self.takes(rows):
             return self.padded.logits(rows, places)
-        hidden, of_rows = self.hidden(rows)
-        return self.head(hidden, torch.cat([row[wanted] for row, wanted in zip(of_rows, places, strict=True)]))
-
-    def head(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Return what the model's own head makes of some hidden states: (n, V)."""
-        return logits_of(self.base, hidden, index)
+        return logits_of(self.base, self.hidden(rows, places))
 
     def decoding(self, sample: Sequence[Sequence[int]]) -> LeanDecoding | None:
         """Return rows to be continued."""
         return LeanDecoding(self) if sample and self.takes(sample) else None
 
     def _in_rows(self, rows: Sequence[Sequence[int]], real: torch.Tensor) -> Any:
-        hidden, places = self.hidden(rows)
+        wanted = real
+        if self.labels is not None:
+            labelled = torch.nn.functional.pad(self.labels[:, 1:] != -100, (0, 1))  # a token predicts the next one
+            wanted = real & labelled if bool((real & labelled).any()) else real
+        places = [chosen[kept].nonzero()[:, 0].tolist() for chosen, kept in zip(wanted, real, strict=True)]
+        hidden = self.hidden(rows, places)
         index = torch.zeros(real.shape, dtype=torch.long, device=hidden.device)
-        index[real] = torch.cat(places)
+        index[wanted] = torch.arange(len(hidden), device=hidden.device)
         return BaseModelOutputWithPast(last_hidden_state=torch.nn.functional.embedding(index, hidden))
 
     def _chance_of_base(self) -> bool:
@@ -108,8 +125,7 @@ class StandIn:
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.decoder.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.decoder.device)
         theirs = self.library(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state[mask == 1]
-        hidden, places = self.hidden(rows)
-        ours = hidden[torch.cat(places)]
+        ours = self.hidden(rows, [range(len(row)) for row in rows])
         apart = {"hidden states": distance(ours.detach(), theirs.detach())}
         moved = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and moved:
@@ -138,9 +154,9 @@ class LeanDecoding:
         """Read prompts into new rows at the end; return the logits of what follows each, (new rows, V)."""
         packed, cache = pack(prompts).to(self.forward.decoder.device), self.cache
         cache.reserve(len(cache.lengths) + len(prompts), max(map(len, prompts)))
-        hidden = self.lean.hidden(packed, cache)
+        hidden = self.lean.hidden(packed, cache, torch.stack([places[-1] for places in packed.places]))
         cache.lengths = torch.cat([cache.lengths, torch.tensor(list(map(len, prompts)), device=hidden.device)])
-        return self.forward.head(hidden, torch.stack([places[-1] for places in packed.places]))
+        return logits_of(self.forward.base, hidden)
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append a token to every row; return the logits of the next, (rows, V)."""
@@ -149,21 +165,21 @@ class LeanDecoding:
         ids = torch.tensor(tokens, device=cache.lengths.device)
         hidden = self.lean.hidden(Packed(ids, cache.lengths, [], []), cache)
         cache.lengths = cache.lengths + 1
-        return self.forward.head(hidden, torch.arange(len(tokens), device=hidden.device))
+        return logits_of(self.forward.base, hidden)
 
     def drop(self, row: int) -> None:
         """Let a row leave; the last one takes its place."""
         self.cache.drop(row)
 
 
-def logits_of(base: Any, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return what a causal model's own head, with all its caps and scales, makes of some hidden states (N, C): (n, V)."""
+def logits_of(base: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what a causal model's own head, with all its caps and scales, makes of hidden states (N, C): (N, V)."""
     decoder = base.base_model
     usual = decoder.forward
     decoder.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden[None])
     try:
         stand_for = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        logits: torch.Tensor = base(input_ids=stand_for, use_cache=False, logits_to_keep=index).logits[0]
+        logits: torch.Tensor = base(input_ids=stand_for, use_cache=False).logits[0]
     finally:
         decoder.forward = usual
     return logits

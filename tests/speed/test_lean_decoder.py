@@ -76,15 +76,15 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
 
 
-def tokens_computed(model: Any, monkeypatch: pytest.MonkeyPatch, rows: list[list[int]] = ROWS) -> int:
-    """Return over how many tokens the norms of a lean pass go; 0 where the library's forward is used."""
-    seen = [0]
+def tokens_computed(model: Any, monkeypatch: pytest.MonkeyPatch, rows: list[list[int]] = ROWS, norm: int = 0) -> int:
+    """Return over how many tokens the first norm of a lean pass goes, or another; 0 where the library's forward is used."""
+    seen: list[int] = []
     apply = RMSNorm.apply
     with monkeypatch.context() as changes:
         changes.setattr(RMSNorm, "apply", lambda x, *rest: (seen.append(len(x)), apply(x, *rest))[1])
         with torch.set_grad_enabled(model.training):
             model(**batch(rows), use_cache=False, fused_lm_head=True)
-    return min(seen[1:], default=0)
+    return seen[norm] if seen else 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -97,7 +97,8 @@ def test_loss_and_every_gradient_equal_trls(tmp_path: Path, family: str, checkpo
     speed_up(model)
     lean = loss_and_gradients(model)
 
-    assert tokens_computed(model, monkeypatch) == 24 + 20 + 6 + 1 + 3 + 30 + 4
+    assert tokens_computed(model, monkeypatch) == 24 + 20 + 5 + 0 + 2 + 29 + 3, "the last token of a row predicts nothing"
+    assert tokens_computed(model, monkeypatch, norm=-1) == 5 * 3, "the last layer ends with what predicts a label"
     assert abs(lean[0] - plain[0]) < 1e-6  # the families' own norms round to fp32
     assert furthest(lean[1], plain[1]) < 1e-5
 
@@ -193,7 +194,7 @@ def test_rows_share_nothing_that_dropout_draws(tiny_llama: Path, monkeypatch: py
     speed_up(model)
     loss_and_gradients(model)
 
-    assert tokens_computed(model, monkeypatch) == sum(map(len, ROWS))
+    assert tokens_computed(model, monkeypatch) == sum(len(row) - 1 for row in ROWS)
     assert tokens_computed(model.eval(), monkeypatch) < sum(map(len, ROWS))
 
 
@@ -326,7 +327,7 @@ def test_the_gpus_attention_is_that_of_the_cpu(window: int | None) -> None:
     given = [torch.randn(2, size, 8, dtype=torch.float64, requires_grad=True) for size in (3 * count, count, count)]
     toward = torch.randn(count, 2 * 3 * 8, dtype=torch.float64)
 
-    found = [Attend.apply(*given, packed.pieces, window, 0), attend_padded(packed.pieces, window, *given)]
+    found = [Attend.apply(*given, packed, window, 0), attend_padded(packed.pieces, window, *given)]
 
     assert torch.allclose(*found)
     for ours, theirs in zip(*(torch.autograd.grad((each * toward).sum(), given) for each in found), strict=True):
