@@ -223,7 +223,7 @@ class LeanForward:
         )
         self.models.rows.set(names)
         with fastest_product(len(ids)):
-            return logits_of(self.network, self.lean.hidden(Packed(ids, places, [], []), self.cache, wanted.long()))
+            return logits_of(self.network, self.lean.hidden(Packed(ids, places, [], []), self.cache)[wanted.long()])
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let a row have another slot."""
