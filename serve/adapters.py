@@ -21,6 +21,7 @@ from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.find import find_model
+from scripts.model.products import quicken_head
 from scripts.model.shape import ModelShape
 from serve.stacking import LoraWeights, RowAdapters, stack_adapters
 
@@ -88,6 +89,7 @@ def load_models(config: Config, machine: Machine) -> Models:
         weights[name] = lora_weights(wrapped, path)
         network = wrapped.unload()
     rows = stack_adapters(network, weights, machine.device, machine.dtype)
+    quicken_head(network)
     chats = {BASE: ChatFormat.of_base(tokenizer, config.data)}
     chats |= {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
     chats[BASE].check_kwargs("data.chat_template_kwargs")

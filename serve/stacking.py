@@ -12,6 +12,7 @@ from torch import nn
 
 from scripts.common.stages import BASE
 from scripts.model.base import copy_out_of_file
+from scripts.model.products import linear
 from scripts.model.shape import siblings
 
 
@@ -101,7 +102,7 @@ class StackedLinears(nn.Module):
 
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all layers in one tensor, (…, out)."""
-        product = nn.functional.linear(x, self.weight, self.bias)
+        product = linear(x, self.weight, self.bias)
         y: torch.Tensor
         y, hidden = (
             (self.base(x), product)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from scripts.common.machine import empty_heap
+from scripts.model.products import FEW_TOKENS, linear
 
 
 def has_adapters(layer: Any) -> bool:
@@ -194,8 +195,9 @@ class _AdaptedProduct(torch.autograd.Function):
         if ranks:
             torch.mm(x, matrix[outputs:, :inputs].T, out=wide[:, inputs:])  # A x
         upper = matrix[:outputs]
-        if residual is None:
-            output = functional.linear(wide, upper, bias)
+        if residual is None or len(x) <= FEW_TOKENS:
+            output = linear(wide, upper, bias)
+            output = output if residual is None else output.add_(residual)
         else:
             output = torch.addmm(residual, wide, upper.T)
             output = output if bias is None else output.add_(bias)

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from scripts.common.distributed import sharding_engine
 from scripts.model.forward import PaddedForward
+from scripts.model.products import quicken_head
 from scripts.speed.guard import distance, may_replace
 from scripts.speed.lean_decoder import Cache, LeanDecoder, other_than_family
 from scripts.speed.packing import Packed, pack
@@ -200,6 +201,7 @@ def stand_in(model: Any) -> StandIn | None:
     if reason:
         log.info("performance.fast_path: %s, so the model's own forward pass is used", reason)
         return None
+    quicken_head(base)
     found = base.lean_forward = StandIn(model, base)  # where forward_of finds it
     return found
 
