@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scripts.common.colour import BOLD, YELLOW, coloured
 from scripts.common.errors import UserError
 
 
@@ -37,6 +38,16 @@ class Asker:
             if answer.strip().casefold() in known:
                 return known[answer.strip().casefold()]
             say(f"found {answer}, wanted one of {', '.join(options)}")
+
+
+def note(text: str) -> None:
+    """Write a line about what is probably a mistake, or a limit."""
+    say(f"  {coloured('note:', YELLOW, sys.stdout)} {text}")
+
+
+def head(text: str) -> None:
+    """Write the first line of a paragraph."""
+    say(f"\n{coloured(text, BOLD, sys.stdout)}")
 
 
 def say(text: str) -> None:

@@ -292,6 +292,9 @@ def _show(source: Source) -> Source:
         "feedback": "answers with a thumb",
     }
     say(f"  usable: {len(file.records)} {what[stage.records]}, for {stage.title}")
+    first = file.records[0]
+    say(f"  for example  {_shorten(first.prompt[-1]['content'])}")
+    say(f"            →  {_shorten(first.answer)}")
     if source.merges_turns:
         say("  consecutive messages of one speaker are joined (data.merge_turns)")
     for row in file.bad_rows[:SHOWN]:
