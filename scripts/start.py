@@ -184,7 +184,8 @@ def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed:
         commands.append((f"python -m eval.compare {flags}", said))
     if len(commands) < 3:
         commands.append((f"python -m serve.ask {shlex.quote(_question(tested))} {flags}", ""))
-    head(f"written: {out}; next")
+    say(f"\nwritten: {out}, with every choice explained")
+    head("next")
     for command, said in commands[:3]:
         say(f"  {command}" + (f"    # {said}" if said else ""))
     say(f"  ({speed.how})")
