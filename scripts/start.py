@@ -31,6 +31,7 @@ from scripts.starting.settings import (
     choose_prompts,
     choose_rhythm,
     choose_sides,
+    count_too_long,
     split_all,
     training_tokens,
 )
@@ -106,6 +107,11 @@ def propose(
     first = next(iter(splits))  # whose answers the model learns to write
     good = [record for record in records[first] if getattr(record, "liked", True)]
     base = choose_base(training_tokens(splits[first].train), speed, asker)
+    if too_long := sum(count_too_long(base, each) for each in records.values()):
+        note(
+            f"up to {too_long} records are longer than the {base.positions} tokens that {base.id} reads, and are left out"
+        )
+        data = data.model_copy(update={"on_bad_row": "skip"})
     rhythms = {
         name: choose_rhythm(base, records[name], len(split.train), preferences=name != SFT.name)
         for name, split in splits.items()

@@ -169,6 +169,8 @@ async def answer(service: Service, question: str, console: Console) -> None:
                 if piece is not None:
                     texts[names[number]] += piece
             live.refresh()
+        if not console.is_terminal:  # where rich ends its last line by itself
+            console.line()
     except ServingError as error:
         raise UserError(f"{error.message}.") from None
     if cut := [job.model for job in jobs if job.finish_reason == "length"]:

@@ -73,7 +73,7 @@ def test_a_model_that_does_not_answer_is_named_and_no_picture_shows_its_error(
 
 @NEEDS_BROWSER
 def test_a_server_that_wants_a_key_is_said(write_config, tiny_llama: Path, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("SERVE_API_KEYS", "secret")
+    monkeypatch.setenv("SERVE_API_KEYS", "a-key-that-is-long-enough-for-a-server")
 
     assert make_pictures.main(flags_for(write_config, tiny_llama, tmp_path, "<h1>Report</h1>", "Hello")) == 2
 
