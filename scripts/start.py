@@ -23,7 +23,7 @@ from scripts.common.errors import UserError, entry_point
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, KTO, SFT
 from scripts.dataset.split import Split
-from scripts.starting.asking import Asker, head, note, say
+from scripts.starting.asking import Asker, head, note, say, write
 from scripts.starting.bases import choose_base
 from scripts.starting.minutes import Speed, measure_speed
 from scripts.starting.settings import (
@@ -190,10 +190,10 @@ def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed:
         commands.append((f"python -m eval.compare {flags}", said))
     if len(commands) < 3:
         commands.append((f"python -m serve.ask {shlex.quote(_question(tested))} {flags}", ""))
-    say(f"\nwritten: {out}, with every choice explained")
+    head(f"written: {out}, with every choice explained")
     head("next")
     for command, said in commands[:3]:
-        say(f"  {command}" + (f"    # {said}" if said else ""))
+        write(f"  {command}" + (f"    # {said}" if said else ""))
     say(f"  ({speed.how})")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,15 +44,37 @@ class Asker:
 
 def note(text: str) -> None:
     """Write a line about what is probably a mistake, or a limit."""
-    say(f"  {coloured('note:', YELLOW, sys.stdout)} {text}")
+    write(_wrapped(f"  note: {text}").replace("note:", coloured("note:", YELLOW, sys.stdout), 1))
 
 
 def head(text: str) -> None:
     """Write the first line of a paragraph."""
-    say(f"\n{coloured(text, BOLD, sys.stdout)}")
+    write(f"\n{coloured(_wrapped(text), BOLD, sys.stdout)}")
 
 
 def say(text: str) -> None:
-    """Write a line to the terminal."""
-    sys.stdout.write(f"{text}\n")
+    """Write a text, in as many lines as a terminal needs."""
+    write(_wrapped(text))
+
+
+def write(line: str) -> None:
+    """Write a line as it is, such as a command that will be copied."""
+    sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def _wrapped(text: str) -> str:
+    """Break a text between words where a terminal would break it within one."""
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or len(text) <= width:
+        return text
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    return "\n".join(
+        textwrap.wrap(
+            text,
+            width,
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    )

@@ -72,11 +72,12 @@ def advise_on_steps(section: Training, stage: str, rows: int, processes: int = 1
     steps = total_steps(section, rows, processes)
     if steps >= FEWEST_STEPS:
         return []
+    few, one = f"only {steps} optimizer step{'s' * (steps > 1)}", "s" * (steps == 1)
     if (section.trainer.get("max_steps") or -1) > 0:  # type: ignore[operator]
-        return [f"only {steps} optimizer steps, which hardly change a model: {stage}.trainer.max_steps says so"]
+        return [f"{few}, which hardly change{one} a model: {stage}.trainer.max_steps says so"]
     epochs = math.ceil(section.num_train_epochs * FEWEST_STEPS / steps)
     return [
-        f"only {steps} optimizer steps, which hardly change a model; raise {stage}.num_train_epochs (to {epochs}, say) or lower "
+        f"{few}, which hardly change{one} a model; raise {stage}.num_train_epochs (to {epochs}, say) or lower "
         f"{stage}.per_device_train_batch_size"
     ]
 
