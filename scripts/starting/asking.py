@@ -69,12 +69,5 @@ def _wrapped(text: str) -> str:
     if not sys.stdout.isatty() or len(text) <= width:
         return text
     indent = " " * (len(text) - len(text.lstrip(" ")))
-    return "\n".join(
-        textwrap.wrap(
-            text,
-            width,
-            subsequent_indent=f"{indent}  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )  # fmt: skip
-    )
+    lines = textwrap.wrap(text, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
