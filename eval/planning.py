@@ -22,7 +22,11 @@ from scripts.dataset.split import cluster_of
 
 log = logging.getLogger(__name__)
 
-PLAIN_NAMES = {ALL_RULES: "answers that keep all rules", PREFERENCE: "pairs whose better answer is likelier"}
+PLAIN_NAMES = {
+    ALL_RULES: "answers that keep all rules",
+    PREFERENCE: "pairs whose better answer is likelier",
+    LOSS: "loss on held-out answers",
+}
 MOST_SEEDS = 100
 MOST_ITEMS = 1_000_000
 

@@ -178,7 +178,7 @@ def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed:
         rhythm, split = proposal.rhythms[stage.name], splits[stage.name]
         sequences = 2 if stage is DPO else 1
         say(
-            f"  {stage.name}: {rhythm.epochs} times through {len(split.train)} records, {rhythm.batch} at a time: {rhythm.steps} steps"
+            f"  {stage.name}: {rhythm.epochs} time{'s' * (rhythm.epochs > 1)} through {len(split.train)} records, {rhythm.batch} at a time: {rhythm.steps} steps"
         )
         tokens = sequences * rhythm.epochs * training_tokens(split.train)(base)
         said = speed.training(base.parameters, tokens, read=4 * sequences * training_tokens(split.validation)(base))

@@ -57,6 +57,7 @@ def test_base_and_every_trained_adapter_answer_as_the_libraries_do(config, tiny_
         places.append(said.index(f"{name} ─"))
         assert seen(own_answer(tiny_llama, adapter)) in seen(said[places[-1] :])
     assert places == sorted(places)
+    assert said.endswith("\n"), "what a shell or a script prints next begins a line"
 
 
 def test_before_any_training_the_base_answers_and_the_first_stage_is_named(config, tiny_llama, capsys):

@@ -13,7 +13,7 @@ import yaml
 
 from scripts import start
 from scripts.common.stages import TRAINING_STAGES
-from tests.conftest import write_jsonl
+from tests.conftest import run_python, write_jsonl
 from tests.support.chain import dpo_rows, kto_rows, sft_rows
 from tests.support.emails import HEADER, as_csv, emails
 
@@ -131,3 +131,18 @@ def test_records_longer_than_a_base_can_read_are_left_out_and_said(
 
     assert "up to 3 records are longer than the 512 tokens that models/tiny reads" in capsys.readouterr().out
     assert run_stage("sft", "--dry-run") == 0
+
+
+def test_somebody_who_looks_at_a_table_waits_for_no_heavy_library(tmp_path: Path) -> None:
+    (path,) = table(tmp_path)
+    out = tmp_path / "mine.yaml"
+    code = (
+        "import sys; from scripts.start import main; "
+        f"code = main([{str(path)!r}, '--yes', '--out', {str(out)!r}]); "
+        "print({'torch', 'transformers', 'trl', 'sklearn', 'pandas'} & {*sys.modules}); sys.exit(code)"
+    )
+
+    done = run_python("-c", code, HF_HUB_CACHE=str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
