@@ -202,7 +202,7 @@ def describe_plainly(sizes: Mapping[str, Size], question: Question) -> list[str]
         assumed, what = ASSUMED.get(name, SHARE), PLAIN_NAMES.get(name, name)
         gap = size.smallest_gap(assumed, alpha)
         items = needed_items(size, gap / 2, assumed, alpha)
-        half = f"; with about {items:,}, one of {_amount(gap / 2, assumed.unit)}" if items else ""
+        half = f"; half of that takes about {items:,}" if items else ""
         held = "pairs" if name in (PREFERENCE, REWARD) else "questions"
         lines.append(f"{what}: {size.items} test {held} can show a difference of {_amount(gap, assumed.unit)}{half}")
     return lines

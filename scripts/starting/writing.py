@@ -14,6 +14,7 @@ from scripts.starting.bases import Base
 from scripts.starting.settings import Rhythm
 from scripts.starting.sources import Source, describe_columns
 
+FILES_NAMED = 6
 WHAT = {
     SFT.name: "SFT (supervised fine-tuning): the model learns to answer as your examples do.",
     DPO.name: "DPO (direct preference optimisation): the model learns which of two answers you prefer.",
@@ -60,7 +61,8 @@ def write_yaml(proposal: Proposal, given: Sequence[str]) -> str:
     base, data = proposal.base, proposal.data
     lines = [
         *_comment(
-            f"Written by `python -m scripts.start {' '.join(given)}`; change what you like. configs/README.md has every key."
+            f"Written by `python -m scripts.start {' '.join(given[:FILES_NAMED])}{' …' * (len(given) > FILES_NAMED)}`; "
+            "change what you like. configs/README.md has every key."
         ),
         "",
         *_comment(

@@ -72,6 +72,7 @@ def test_a_model_that_does_not_answer_is_named_and_no_picture_shows_its_error(
 
 
 @NEEDS_BROWSER
+@pytest.mark.slow
 def test_a_server_that_wants_a_key_is_said(write_config, tiny_llama: Path, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("SERVE_API_KEYS", "a-key-that-is-long-enough-for-a-server")
 

@@ -340,3 +340,24 @@ def test_files_that_cannot_be_used_say_what_to_do(tmp_path: Path, name: str, con
 
     with pytest.raises(UserError, match=said):
         look(tmp_path / name)
+
+
+def test_the_first_record_is_shown_with_what_is_good_and_what_is_not(tmp_path: Path, capsys: Any) -> None:
+    kind = "preferences in German"
+    look(write_jsonl(tmp_path / "pairs.jsonl", STAGES[kind][1]))
+    look(write_jsonl(tmp_path / "thumbs.jsonl", STAGES["thumbs"][1]))
+
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert shown[shown.index("for example was ist 0 denn") :][1:3] == ["→ sehr gut so", "and not gar nicht gut"]
+    assert shown[shown.index("for example q 0") :][1] == "→ a (thumb down)"
+
+
+def test_of_many_documents_the_first_are_named(tmp_path: Path, capsys: Any) -> None:
+    files = [tmp_path / f"{n:02}.md" for n in range(30)]
+    for number, file in enumerate(files):
+        file.write_text(f"# Letter {number}\n\nThe parcel {number} is on its way to you.\n", encoding="utf-8")
+
+    look(*files)
+
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{files[0]}, {files[1]}, {files[2]} and 27 more"
