@@ -245,7 +245,7 @@ def _quotes_cure(path: Path, line: int) -> str:
     return ' Write a quotation mark in a cell twice, "".'
 
 
-SAMPLED = 2**16  # characters by which a separator is told
+SAMPLED = 2**16  # characters by which a separator is chosen
 
 
 class Head(NamedTuple):

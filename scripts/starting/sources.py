@@ -26,7 +26,7 @@ from scripts.dataset.columns import (
     thumb_of,
 )
 from scripts.dataset.files import BadRow, read_rows
-from scripts.dataset.records import PARSERS, DatasetFile, Preference, Record, describe_reading, load_datasets
+from scripts.dataset.records import PARSERS, DatasetFile, Feedback, Preference, Record, describe_reading, load_datasets
 from scripts.dataset.turns import read_turns
 from scripts.starting.asking import Asker, say
 from scripts.starting.documents import (
@@ -290,7 +290,7 @@ def _load(path: Path, columns: Mapping[str, str | None], stage: TrainingStage) -
 
 def _show_example(record: Record | Preference) -> None:
     say(f"  for example  {_shorten(record.prompt[-1]['content'])}")
-    thumb = {True: "  (thumb up)", False: "  (thumb down)"}.get(getattr(record, "liked", None), "")
+    thumb = f"  (thumb {'up' if record.liked else 'down'})" if isinstance(record, Feedback) else ""
     say(f"            →  {_shorten(record.answer)}{thumb}")
     if isinstance(record, Preference):
         say(f"     and not   {_shorten(record.rejected)}")

@@ -168,7 +168,8 @@ def _stage_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
             *_comment("How far each step goes. If the loss jumps about, halve it; if little changes, double it.", "  "),
             f"  learning_rate: {rhythm.learning_rate:.0e}".replace("e-0", "e-"),
             *_comment(
-                "The limit for a record, in tokens, which are pieces of words. All of yours fit; a longer one is refused, never cut.",
+                "The limit for a record, in tokens, which are pieces of words; a longer one is "
+                f"{'left out' if proposal.data.on_bad_row == 'skip' else 'refused'}, never cut.",
                 "  ",
             ),
             f"  max_length: {rhythm.max_length}",

@@ -105,7 +105,7 @@ def test_csv_is_read_with_the_separator_of_its_header(tmp_path: Path, separator:
     ("separator", "question"),
     [(";", "Name, Vorname, Frage"), ("\t", "Question, in short"), (";", '"Frage; kurz, bitte"'), (",", "Note;Question"), ("\t", "a;b,c;d")],
 )  # fmt: skip
-def test_separator_is_told_by_the_rows_where_a_name_holds_another_one(
+def test_separator_is_chosen_by_the_rows_where_a_name_holds_another_one(
     tmp_path: Path, separator: str, question: str
 ) -> None:
     lines = [f"{question}{separator}Answer", f'"Who; where,\nand, when?"{separator}Ann', f"And then?{separator}Bob"]
