@@ -40,6 +40,7 @@ from scripts.starting.writing import Proposal, write_yaml
 
 RECORDS_FOLDER = Path("data/sft")
 LONGEST_SHOWN_PROMPT = 240
+MANY_RECORDS = 1000  # with more, the search for near-duplicates takes seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     better = [better_answers_of(source) for source in sources[DPO.name]] if not sources[SFT.name] else []
     if chosen_as_answers := bool(better) and None not in better:
         sources[SFT.name] = [source for source in better if source]
+    if sum(len(source.file.records) for source in found) > MANY_RECORDS:
+        say("  looking for prompts that say nearly the same, and counting tokens …")
     data, splits = split_all(sources, choose_sides(found))
     speed = measure_speed()
     proposal = propose(out.stem, sources, splits, data, speed, asker, chosen_as_answers)
