@@ -133,6 +133,16 @@ def test_a_log_keeps_the_first_lines_of_an_answer_that_repeats_itself() -> None:
     assert "Ann" in logged
 
 
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_a_logged_answer_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    logged = shown("Who? " * 30, {"base": "one " * 60, "sft": "two " * 60}).splitlines()
+
+    assert max(map(len, logged)) <= min(width, 96)
+    assert any("one" in line and "two" in line for line in logged) == (width >= 80)
+
+
 def test_an_answer_cannot_steer_the_terminal() -> None:
     assert printable("red\x1b[31m\rgone\x07\nline\u202e") == "red[31mgone\nline"
 
