@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from scripts.common.colour import RED, coloured
 
 EXIT_MISTAKE = 2  # what argparse uses too
 EXIT_SIGINT = 130
+EXIT_SIGPIPE = 141
 EXIT_SIGTERM = 143
 SHOWN = 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -104,6 +106,16 @@ def explain_lack(error: Exception) -> str | None:
     return None
 
 
+def _is_read(stream: TextIO) -> bool:
+    """Tell whether anybody still reads a stream, such as `| head`, and let what is left in it go nowhere if not."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
+
+
 def entry_point(main: Callable[..., int]) -> Callable[..., int]:
     """Turn a user's mistake, an interrupt, a full disk or a lack of memory into one message and an exit code."""
 
@@ -118,6 +130,8 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             message, code = "interrupted", EXIT_SIGINT
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+                return EXIT_SIGPIPE
             explained = explain_lack(error)
             if explained is None:
                 raise

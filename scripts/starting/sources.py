@@ -149,7 +149,14 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
     if layout.name == PAIR:
         pairs = guess_columns(rows)
         asked = {"prompt", "instruction", "input"} & {*layout.columns}
-        return _load(path, pairs.columns if pairs and not asked and "chosen" in pairs.columns.values() else {}, DPO)
+        columns = pairs.columns if pairs and not asked and "chosen" in pairs.columns.values() else {}
+        try:
+            return _load(path, columns, DPO)
+        except UserError as error:
+            if "prompt: null" not in str(error) or "prompt" not in layout.columns:
+                raise
+        say("  the prompt stands in both answers too, and not quite the same there: it is taken from them")
+        return _load(path, {**columns, layout.columns["prompt"]: None}, DPO)
     if any(is_verdict(row, layout) for row in rows if layout.columns.keys() <= {*row}):
         return _load(path, _as_feedback(layout, layout.columns["label"]), KTO)
     thumb = _thumb_column(rows, layout)

@@ -128,6 +128,25 @@ def test_no_cell_is_lost_without_a_word(table: tuple[list[str], list[dict[str, s
     assert all(f"{name}" in shown.getvalue() for name in source.file.unused)
 
 
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be short."}]])
+def test_a_prompt_that_almost_agrees_with_the_answers_is_taken_from_them(tmp_path: Path, system: list[Any]) -> None:
+    rows = [
+        {"prompt": f"q {n}"} | {side: [*system, {"role": "user", "content": f"q {n} "}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        for n in range(6)
+    ]  # fmt: skip
+
+    source = look(write_jsonl(tmp_path / "mine.jsonl", rows))
+
+    assert source.dataset.columns == {"prompt": None}
+    assert [message["content"] for message in source.file.records[1].prompt] == [
+        *(m["content"] for m in system),
+        "q 1 ",
+    ]
+    better = better_answers_of(source)
+    assert better
+    assert [record.prompt for record in better.file.records] == [record.prompt for record in source.file.records]
+
+
 def test_two_columns_of_texts_whose_names_say_nothing_are_shown_to_be_checked(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "mine.csv"
     path.write_bytes(as_csv(("eins", "zwei"), [(row[2], row[3]) for row in emails(6)]))
