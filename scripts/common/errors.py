@@ -6,6 +6,7 @@ import difflib
 import errno
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -107,13 +108,16 @@ def explain_lack(error: Exception) -> str | None:
 
 
 def _is_read(stream: TextIO) -> bool:
-    """Tell whether anybody still reads a stream, such as `| head`, and let what is left in it go nowhere if not."""
+    """Tell whether anybody still reads a stream; where not, as behind `| head`, let what is left in it go nowhere."""
     try:
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError):  # Windows has no poll, and a stream may be none of the system's
+        return True
+    if not poll.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return False
 
 
 def entry_point(main: Callable[..., int]) -> Callable[..., int]:
