@@ -110,7 +110,7 @@ def _greeting_line(first: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Ask for a first line that ends as nearly all do: a greeting with its comma, a title with its colon."""
     (end, count), *_ = Counter(line[-1] for line in first).most_common(1)
     if count >= SHARE * len(first) and end in ",:!;" and sorted(map(len, first))[len(first) // 2] <= 80:
-        yield {"name": f"a first line that ends with {end}", "regex": rf"\A[^\n]*{re.escape(end)}[ \t]*\n"}
+        yield {"name": f"a first line that ends with “{end}”", "regex": rf"\A[^\n]*{re.escape(end)}[ \t]*\n"}
 
 
 def _endings(lines: Sequence[list[str]]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from eval.statistics import degrees_of_freedom, visible_gap
 from eval.verdict import METHODS, Question, speaks_of
 from scripts.common.config import LoadedConfig
 from scripts.common.errors import UserError
-from scripts.common.question import LOSS, PREFERENCE, REWARD, arm_names, planned_arms
+from scripts.common.question import ALL_RULES, LOSS, PREFERENCE, REWARD, arm_names, planned_arms
 from scripts.common.schema import Config
 from scripts.common.stages import BASE, planned_stages
 from scripts.dataset.files import find_file
@@ -22,6 +22,11 @@ from scripts.dataset.split import cluster_of
 
 log = logging.getLogger(__name__)
 
+PLAIN_NAMES = {
+    ALL_RULES: "answers that keep all rules",
+    PREFERENCE: "pairs whose better answer is likelier",
+    LOSS: "loss on held-out answers",
+}
 MOST_SEEDS = 100
 MOST_ITEMS = 1_000_000
 
@@ -72,13 +77,21 @@ def plan_of(config: LoadedConfig, seeds: int | None = None) -> list[str]:
     `seeds` are those of a study; without, they are counted in `eval.plan` or in the folders of `eval.models`.
     Raises: UserError when the data cannot be read, or nothing of them is held out.
     """
+    return describe_sizes(*sizes_of(config, seeds))
+
+
+def sizes_of(config: LoadedConfig, seeds: int | None = None) -> tuple[dict[str, Size], Question]:
+    """Return what there is to measure a comparison on, and what it asks.
+
+    Raises: UserError as `plan_of`.
+    """
     values = config.values
     held_out = read_held_out(config, stages_with_data(values))
     # A planned question may name an arm that comes from elsewhere; otherwise it is about what this configuration trains.
     question = ask(values, arm_names(values) if values.eval.plan.question else planned_arms(values), held_out)
     models = values.eval.models or {}
     counts = [len(given) for arm in (question.a, question.b) if isinstance(given := models.get(arm), list)]
-    return plan_lines(held_out, values, seeds or values.eval.plan.seeds or shared_seeds(counts), question)
+    return _sizes(held_out, values, seeds or values.eval.plan.seeds or shared_seeds(counts), question), question
 
 
 def shared_seeds(counts: Sequence[int]) -> int:
@@ -138,15 +151,18 @@ def plan_lines(held_out: HeldOut, values: Config, seeds: int, question: Question
 
     The last line states what was assumed.
     """
+    return describe_sizes(_sizes(held_out, values, seeds, question), question)
+
+
+def _sizes(held_out: HeldOut, values: Config, seeds: int, question: Question) -> dict[str, Size]:
     prompts = held_out.questions(values.eval.max_prompts, values.data.split_seed)
     pairs = [cluster_of(pair) for pair in held_out.pairs]
-    sizes = {
+    return {
         name: Size(len(pairs), len({*pairs}), seeds)
         if name in (PREFERENCE, REWARD)
         else Size(len(prompts), len({each.cluster for each in prompts}), seeds)
         for name in question.measures
     }
-    return describe_sizes(sizes, question)
 
 
 def describe_sizes(sizes: Mapping[str, Size], question: Question) -> list[str]:
@@ -175,6 +191,20 @@ def describe_sizes(sizes: Mapping[str, Size], question: Question) -> list[str]:
         lines.append(
             f"assumed: {scatter} (standard deviations). In four of five comparisons, at {alpha:g} for each measure"
         )
+    return lines
+
+
+def describe_plainly(sizes: Mapping[str, Size], question: Question) -> list[str]:
+    """Say the same to somebody who has not seen a comparison yet."""
+    alpha = question.alpha / max(len(sizes), 1)
+    lines = []
+    for name, size in sizes.items():
+        assumed, what = ASSUMED.get(name, SHARE), PLAIN_NAMES.get(name, name)
+        gap = size.smallest_gap(assumed, alpha)
+        items = needed_items(size, gap / 2, assumed, alpha)
+        half = f"; half of that takes about {items:,}" if items else ""
+        held = "pairs" if name in (PREFERENCE, REWARD) else "questions"
+        lines.append(f"{what}: {size.items} test {held} can show a difference of {_amount(gap, assumed.unit)}{half}")
     return lines
 
 

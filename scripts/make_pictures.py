@@ -26,7 +26,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 from eval.benchmarks.running_server import started
 from eval.report import shortest_sample
 from scripts.common.config import LoadedConfig, add_config_arguments, load_config
-from scripts.common.errors import UserError, entry_point
+from scripts.common.errors import UserError, entry_point, listing
 from scripts.common.paths import ROOT
 from scripts.common.run import set_up_logging
 
@@ -36,6 +36,7 @@ REPORT, PLAYGROUND = Path("eval/report.png"), Path("serve/playground.png")
 WIDTHS = {"1280": (1280, 900), "390": (390, 844)}  # a window, and a phone
 COLOURS = 128  # of a palette: pages of text look the same, and take a third of the bytes
 LONGEST_WAIT = 120  # seconds for the server, and for an answer
+NOTHING_KEPT = "Its picture is not kept. Correct `serve` in the configuration, and start again."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (comparison / "report.html").is_file():
         raise UserError(f"eval.output_dir: {comparison} holds no report.html. Run `make demo` first.")
     with browser() as driver:
-        keep(driver, (comparison / "report.html").resolve().as_uri(), ROOT / REPORT, arguments.all)
+        driver.get((comparison / "report.html").resolve().as_uri())
+        keep(driver, ROOT / REPORT, arguments.all)
         with server(config) as url:
             driver.get(url)
             ask(driver, shortest_sample(comparison)["prompt"])
-            keep(driver, url, ROOT / PLAYGROUND, arguments.all)
+            driver.get(url)  # a reload keeps the conversation
+            check_answers(driver)
+            keep(driver, ROOT / PLAYGROUND, arguments.all)
     return 0
 
 
@@ -95,20 +99,57 @@ def server(config: LoadedConfig) -> Iterator[str]:
 
 
 def ask(driver: Any, prompt: str) -> None:
-    """Type a question into the playground and wait for all answers."""
+    """Type a question into the playground and wait for all answers.
+
+    Raises: UserError where a model gives none.
+    """
+    from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
     wait = WebDriverWait(driver, LONGEST_WAIT)
-    wait.until(lambda page: page.find_elements("css selector", ".pane"))
-    driver.execute_script("document.getElementById('prompt').value = arguments[0]", prompt)
-    driver.find_element("id", "send").click()
-    time.sleep(1)
-    wait.until(lambda page: page.find_element("id", "again").is_enabled())
+    try:
+        wait.until(lambda page: page.find_element("id", "status").text != "Loading…")
+        panes_of(driver)
+        driver.execute_script("document.getElementById('prompt').value = arguments[0]", prompt)
+        driver.find_element("id", "send").click()
+        time.sleep(1)
+        wait.until(lambda page: page.find_element("id", "again").is_enabled())
+    except TimeoutException:
+        raise UserError(f"the playground is not done after {LONGEST_WAIT} s. {NOTHING_KEPT}") from None
+    check_answers(driver)
 
 
-def keep(driver: Any, url: str, picture: Path, folder: Path | None) -> None:
+def panes_of(driver: Any) -> list[Any]:
+    """Return the panes of the models.
+
+    Raises: UserError with what the page says where there are none.
+    """
+    panes = driver.find_elements("css selector", ".pane")
+    if not panes:
+        said = driver.find_element("tag name", "body").text.replace("\n", " ")[:200]
+        raise UserError(f"the playground shows no model; it says: {said} {NOTHING_KEPT}")
+    return list(panes)
+
+
+def check_answers(driver: Any) -> None:
+    """Make sure that every model has answered, so that no picture shows an error.
+
+    Raises: UserError with what each of the others says.
+    """
+    silent = []
+    for pane in panes_of(driver):
+        failed = pane.find_elements("css selector", ".turns .error")
+        answers = pane.find_elements("css selector", ".turns .assistant")
+        if failed or not answers or not answers[-1].text.strip():
+            silent.append(
+                f"{pane.find_element('tag name', 'h2').text}: {failed[0].text if failed else 'an empty answer'}"
+            )
+    if silent:
+        raise UserError(listing("the playground has no answer from", silent, NOTHING_KEPT))
+
+
+def keep(driver: Any, picture: Path, folder: Path | None) -> None:
     """Keep the first screen of a page for a README; with a folder, the whole page in every width and scheme."""
-    driver.get(url)
     if folder is None:
         shoot(driver, WIDTHS["1280"], "light", picture)
         return

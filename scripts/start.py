@@ -23,7 +23,7 @@ from scripts.common.errors import UserError, entry_point
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, KTO, SFT
 from scripts.dataset.split import Split
-from scripts.starting.asking import Asker, say
+from scripts.starting.asking import Asker, head, note, say, write
 from scripts.starting.bases import choose_base
 from scripts.starting.minutes import Speed, measure_speed
 from scripts.starting.settings import (
@@ -31,6 +31,7 @@ from scripts.starting.settings import (
     choose_prompts,
     choose_rhythm,
     choose_sides,
+    count_too_long,
     split_all,
     training_tokens,
 )
@@ -39,6 +40,7 @@ from scripts.starting.writing import Proposal, write_yaml
 
 RECORDS_FOLDER = Path("data/sft")
 LONGEST_SHOWN_PROMPT = 240
+MANY_RECORDS = 1000  # with more, the search for near-duplicates takes seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     better = [better_answers_of(source) for source in sources[DPO.name]] if not sources[SFT.name] else []
     if chosen_as_answers := bool(better) and None not in better:
         sources[SFT.name] = [source for source in better if source]
+    if sum(len(source.file.records) for source in found) > MANY_RECORDS:
+        say("  looking for prompts that say nearly the same, and counting tokens …")
     data, splits = split_all(sources, choose_sides(found))
     speed = measure_speed()
     proposal = propose(out.stem, sources, splits, data, speed, asker, chosen_as_answers)
@@ -106,6 +110,11 @@ def propose(
     first = next(iter(splits))  # whose answers the model learns to write
     good = [record for record in records[first] if getattr(record, "liked", True)]
     base = choose_base(training_tokens(splits[first].train), speed, asker)
+    if too_long := sum(count_too_long(base, each) for each in records.values()):
+        note(
+            f"up to {too_long} records are longer than the {base.positions} tokens that {base.id} reads, and are left out"
+        )
+        data = data.model_copy(update={"on_bad_row": "skip"})
     rhythms = {
         name: choose_rhythm(base, records[name], len(split.train), preferences=name != SFT.name)
         for name, split in splits.items()
@@ -120,31 +129,32 @@ def propose(
 
 def show_advice(config: LoadedConfig, sources: Mapping[str, list[Source]], splits: Mapping[str, Split]) -> None:
     """Say what the data can show and what in them is probably a mistake."""
-    from eval.planning import plan_of
+    from eval.planning import describe_plainly, sizes_of
     from scripts.dataset.records import count_duplicates
     from scripts.training.advice import FEWEST_TESTED, advise_on_steps, describe_styles
 
+    head("what is learnt and what is held out")
     for name, split in splits.items():
         sides = (
             f"{len(split.train)} to learn from, {len(split.validation)} for validation, {len(split.test)} for the test"
         )
         near = f", {len(split.near_duplicates)} left out as near-duplicates" if split.near_duplicates else ""
-        say(f"{name}: {sides}{near}")
+        say(f"  {name}: {sides}{near}")
         records = [record for source in sources[name] for record in source.file.records]
         if duplicates := count_duplicates(records):
-            say(f"  note: {duplicates} records repeat an earlier one word for word, and weigh that much more")
+            note(f"{duplicates} records repeat an earlier one word for word, and weigh that much more")
         for advice in [
             *describe_styles([record.answer for record in split.train], "your files"),
             *advise_on_steps(getattr(config.values, name), name, len(split.train)),
         ]:
-            say(f"  note: {advice}")
+            note(advice)
         if len(split.test) < FEWEST_TESTED:
-            say(f"  note: {len(split.test)} test records show large gaps alone: more examples help most")
+            note(f"{len(split.test)} test records can show only large differences; more examples help most")
     try:
-        lines = plan_of(config)
+        lines = describe_plainly(*sizes_of(config))
     except UserError as error:
         lines = [f"nothing: {error}"]
-    say("what the comparison can show")
+    head("what the report can show")
     for line in lines:
         say(f"  {line}")
 
@@ -152,21 +162,27 @@ def show_advice(config: LoadedConfig, sources: Mapping[str, list[Source]], split
 def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed: Speed) -> None:
     """Say what was chosen, how long it takes, and the next three commands."""
     base, flags = proposal.base, f"--config {shlex.quote(str(out))}"
+    if proposal.checks:
+        head("rules that your answers keep; the report checks them (eval.checks)")
+    for draft in proposal.checks:
+        say(f"  {draft.kept} of {draft.total}: {draft.check['name']}")
+    head("how it is learnt")
     say(
-        f"base: {base.id}, {base.parameters / 1e6:,.0f} M parameters"
+        f"  base: {base.id}, {base.parameters / 1e6:,.0f} M parameters"
         + ("" if base.folder else ", which is not here: the first run downloads it")
     )
     if not base.folder:
         say("  without a model hub: python -m scripts.get_demo_model, then start again with another --out")
     if not base.chats:
         say("  it brings no chat template, so a plain one is used and stored with the adapter")
-    for draft in proposal.checks:
-        say(f"check: {draft.check['name']} ({draft.kept} of {draft.total} of your answers)")
     tested = [record for split in splits.values() for record in split.test]
     commands = []
     for stage in proposal.stages:
         rhythm, split = proposal.rhythms[stage.name], splits[stage.name]
         sequences = 2 if stage is DPO else 1
+        say(
+            f"  {stage.name}: {rhythm.epochs} time{'s' * (rhythm.epochs > 1)} through {len(split.train)} records, {rhythm.batch} at a time: {rhythm.steps} steps"
+        )
         tokens = sequences * rhythm.epochs * training_tokens(split.train)(base)
         said = speed.training(base.parameters, tokens, read=4 * sequences * training_tokens(split.validation)(base))
         commands.append((f"python -m {stage.script} {flags}", said))
@@ -177,9 +193,10 @@ def show_next(out: Path, proposal: Proposal, splits: Mapping[str, Split], speed:
         commands.append((f"python -m eval.compare {flags}", said))
     if len(commands) < 3:
         commands.append((f"python -m serve.ask {shlex.quote(_question(tested))} {flags}", ""))
-    say(f"written: {out}\nnext")
+    head(f"written: {out}, with every choice explained")
+    head("next")
     for command, said in commands[:3]:
-        say(f"  {command}" + (f"    # {said}" if said else ""))
+        write(f"  {command}" + (f"    # {said}" if said else ""))
     say(f"  ({speed.how})")
 
 

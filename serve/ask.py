@@ -32,6 +32,7 @@ from serve.settings import settle_machine
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from serve.jobs import Job
     from serve.service import Service
 
 log = logging.getLogger(__name__)
@@ -169,11 +170,21 @@ async def answer(service: Service, question: str, console: Console) -> None:
                 if piece is not None:
                     texts[names[number]] += piece
             live.refresh()
+        if not console.is_terminal:  # where rich ends its last line by itself
+            console.line()
     except ServingError as error:
         raise UserError(f"{error.message}.") from None
-    if cut := [job.model for job in jobs if job.finish_reason == "length"]:
-        limit = len(jobs[0].out) if len(cut) == 1 else max(len(job.out) for job in jobs)
-        log.warning("%s: cut at %d tokens; --set serve.default_max_new_tokens=… allows more", ", ".join(cut), limit)
+    if said := describe_cut(jobs):
+        log.warning("%s", said)
+
+
+def describe_cut(jobs: Sequence[Job]) -> str | None:
+    """Say which answers were cut, where, and what allows more; None where all ended by themselves."""
+    cut = [job for job in jobs if job.finish_reason == "length"]
+    if not cut:
+        return None
+    limit, models = max(len(job.out) for job in cut), ", ".join(job.model for job in cut)
+    return f"{models}: cut at {limit} tokens; --set serve.default_max_new_tokens=… allows more"
 
 
 if __name__ == "__main__":

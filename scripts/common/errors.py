@@ -6,14 +6,17 @@ import difflib
 import errno
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from scripts.common.colour import RED, coloured
 
 EXIT_MISTAKE = 2  # what argparse uses too
 EXIT_SIGINT = 130
+EXIT_SIGPIPE = 141
 EXIT_SIGTERM = 143
 SHOWN = 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -104,6 +107,19 @@ def explain_lack(error: Exception) -> str | None:
     return None
 
 
+def _is_read(stream: TextIO) -> bool:
+    """Tell whether anybody still reads a stream; where not, as behind `| head`, let what is left in it go nowhere."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError):  # Windows has no poll, and a stream may be none of the system's
+        return True
+    if not poll.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return False
+
+
 def entry_point(main: Callable[..., int]) -> Callable[..., int]:
     """Turn a user's mistake, an interrupt, a full disk or a lack of memory into one message and an exit code."""
 
@@ -118,6 +134,8 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             message, code = "interrupted", EXIT_SIGINT
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+                return EXIT_SIGPIPE
             explained = explain_lack(error)
             if explained is None:
                 raise

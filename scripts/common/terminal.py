@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import unicodedata
 from collections.abc import Mapping
 
@@ -11,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 NARROWEST = 36  # columns in which sentences still read well
+LOG_WIDTH = 96
+LOGGED_LINES = 20  # of an answer, as a log keeps it: a model that repeats itself would fill a screen
 
 
 class Answers:
@@ -38,9 +41,18 @@ def printable(text: str) -> str:
     return "".join(each for each in text if each in "\n\t" or unicodedata.category(each) not in ("Cc", "Cf"))
 
 
-def shown(question: str, texts: Mapping[str, str], width: int = 96) -> str:
-    """Return a question with its answers as plain lines, as a log keeps them."""
+def shown(question: str, texts: Mapping[str, str]) -> str:
+    """Return a question with its answers as plain lines, as a log keeps them; no wider than a terminal that is there."""
+    width = min(LOG_WIDTH, shutil.get_terminal_size((LOG_WIDTH, 24)).columns)
+    texts = {name: _first_lines(text) for name, text in texts.items()}
     console = Console(width=width, force_terminal=False, no_color=True, highlight=False)
     with console.capture() as capture:
         console.print(Answers({"asked": question}), Answers(texts))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _first_lines(text: str) -> str:
+    lines = text.strip().splitlines()
+    if len(lines) <= LOGGED_LINES:
+        return text
+    return "\n".join([*lines[:LOGGED_LINES], f"… and {len(lines) - LOGGED_LINES} more lines"])

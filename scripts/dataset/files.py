@@ -245,6 +245,9 @@ def _quotes_cure(path: Path, line: int) -> str:
     return ' Write a quotation mark in a cell twice, "".'
 
 
+SAMPLED = 2**16  # characters by which a separator is chosen
+
+
 class Head(NamedTuple):
     """What stands above the rows of a CSV: Excel's line that names the separator, or nothing; and the separator."""
 
@@ -260,8 +263,19 @@ def read_head(file: TextIO) -> Head:
     first = file.readline()
     if said := re.fullmatch(r'"?sep=(.)"?[\r\n]*', first, re.IGNORECASE):
         return Head(first, said[1])
+    sample = first + file.read(SAMPLED)
     file.seek(0)
-    return Head("", max(",;\t", key=first.count))
+    return Head("", max("\t;,", key=lambda separator: (_rows_alike(sample, separator), first.count(separator))))
+
+
+def _rows_alike(sample: str, separator: str) -> int:
+    """Count the rows that a separator parts as it parts the header: names and texts hold the other separators too."""
+    try:
+        header, *rows = csv.reader(io.StringIO(sample, newline="\n"), delimiter=separator)
+    except (csv.Error, ValueError):  # reading the file says what is wrong with it
+        return 0
+    width = len(header)
+    return sum(len(row) >= width and not any(row[width:]) for row in rows) if width > 1 else 0
 
 
 def names_of(header: Sequence[str], path: Path) -> list[str]:

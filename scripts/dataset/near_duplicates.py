@@ -69,16 +69,37 @@ def _closest(prompts: Sequence[str], ranks: Sequence[int]) -> dict[str, str]:
 def _vectors(prompts: Sequence[str]) -> list[Any]:
     """Return the prompts as the pieces they are written of, of unit length: all pieces alike, weighted as usual, by rarity."""
     import numpy as np
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.preprocessing import normalize
 
-    pieces = CountVectorizer(analyzer=_pieces, binary=True, dtype=np.float32).fit_transform(prompts)
+    pieces = _occurrences([{*_pieces(prompt)} for prompt in prompts])
     times = np.asarray(pieces.sum(axis=0)).ravel()
     written = times <= max(FEW, len(prompts) / 2)  # what most share says nothing about any of them
     rarity = np.log(len(prompts) / np.maximum(1, times - FEW + 1))
     usual = rarity * (times <= max(FEW, len(prompts) / 10))  # what is frequent adds little but most of the work
     weights: list[np.ndarray] = [written, usual, rarity**4]
-    return [normalize(pieces.multiply(each.astype(np.float32)).tocsr()) for each in weights]
+    return [_of_unit_length(pieces.multiply(each.astype(np.float32)).tocsr()) for each in weights]
+
+
+def _occurrences(sets: Sequence[set[str]]) -> Any:
+    """Return a sparse matrix, (sets, pieces), with a one where a piece is in a set.
+
+    By hand, as importing scikit-learn takes a second, and every command on data would wait for it.
+    """
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    columns = {piece: number for number, piece in enumerate(sorted(set().union(*sets)))}
+    indices = np.fromiter((columns[piece] for pieces in sets for piece in sorted(pieces)), np.int64)
+    starts = np.cumsum([0, *map(len, sets)])
+    return csr_matrix((np.ones(len(indices), np.float32), indices, starts), shape=(len(sets), len(columns)))
+
+
+def _of_unit_length(rows: Any) -> Any:
+    """Divide each row by its length; one of zeros stays."""
+    import numpy as np
+
+    lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
+    rows.data /= np.repeat(np.where(lengths > 0, lengths, 1), np.diff(rows.indptr)).astype(np.float32)
+    return rows
 
 
 def _cosines(vectors: Any, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -133,7 +133,10 @@ def load_datasets(
     Raises: UserError with file, line, field and reason of all bad rows, unless `data.on_bad_row` is `skip`.
     """
     if dataset_path is None:
-        raise UserError(f"{key}: found null, wanted data. Write down a file, or --set {key}=FILE.")
+        made = (
+            " python -m scripts.make_pairs makes pairs of the adapter's own answers." if key.startswith("dpo.") else ""
+        )
+        raise UserError(f"{key}: found null, wanted data. Name a file there, or --set {key}=FILE.{made}")
     files = [_load(source, parse, data, key) for source in sources_of(dataset_path)]
     bad = [row for file in files for row in file.bad_rows]
     for file in files if data.on_bad_row == "stop" else ():

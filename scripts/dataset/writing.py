@@ -24,7 +24,7 @@ def open_output(path: Path, source: Path) -> Iterator[Write]:
     A line of plain text (.txt) is a row with the one field `text`. The function given raises ValueError for a row that the
     format cannot hold.
     """
-    writers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
+    writers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet}
     yield from writers[path.suffix.lower()](path, source)
 
 

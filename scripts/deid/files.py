@@ -9,10 +9,10 @@ from typing import Any
 from scripts.common.errors import UserError, did_you_mean
 from scripts.dataset.files import SHEETS, BadRow, read_rows
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # Read, and written as JSONL: a compressed file and a sheet.
 UNPACKED = (".gz", *SHEETS)
-LINES = (".jsonl", ".csv", ".txt")
+LINES = (".jsonl", ".csv", ".tsv", ".txt")
 
 
 def check_paths(source: Path, out: Path, *, overwrite: bool) -> None:

@@ -107,7 +107,6 @@ def write_prompts(documents: Sequence[Document], asker: Asker) -> list[dict[str,
             f"the template {template!r} gives {len(rows)} documents one prompt, and records with one prompt stay on one side "
             "of the split. Put {title} or {beginning} into it; several documents in one file are parted by lines of ---."
         )
-    say(f"  for example: {rows[0]['instruction']}")
     return rows
 
 

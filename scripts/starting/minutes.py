@@ -66,7 +66,7 @@ def measure_speed() -> Speed:
             seconds.append(time.perf_counter() - started)
     product = 2 * side**3 / min(seconds) * available_cores()
     kind = _bf16_kind()
-    how = f"estimated: a matrix product runs at {product / 1e9:.0f} GFLOP/s on these cores, and the rest is by measured runs on a CPU with {kind}"
+    how = f"times are estimates: a matrix product runs at {product / 1e9:.0f} GFLOP/s here, and runs were measured on a CPU with {kind}"
     return Speed(product * REACHED[kind], how if kind != "fp32" else how.replace("with fp32", "without bf16"))
 
 

@@ -93,6 +93,18 @@ def choose_rhythm(
     return Rhythm(batch, epochs, per_epoch * epochs, rate, round_up(longest, 64))
 
 
+def count_too_long(base: Base, records: Sequence[Record | Preference]) -> int:
+    """Count the records that a base cannot read to their end; none where it computes its positions without a table."""
+    if base.folder is None or base.positions is None:
+        return 0
+    lengths = base.count_tokens([conversation_of(record) for record in records])
+    if not (too_long := sum(length > base.positions for length in lengths)):
+        return 0
+    from scripts.model.shape import position_table
+
+    return too_long if position_table(base.folder) else 0
+
+
 def learning_rate_for(hidden: int) -> float:
     """Return a learning rate for an adapter of SFT; the wider the model, the lower.
 

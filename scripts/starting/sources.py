@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from scripts.dataset.columns import (
     thumb_of,
 )
 from scripts.dataset.files import BadRow, read_rows
-from scripts.dataset.records import PARSERS, DatasetFile, describe_reading, load_datasets
+from scripts.dataset.records import PARSERS, DatasetFile, Feedback, Preference, Record, describe_reading, load_datasets
 from scripts.dataset.turns import read_turns
 from scripts.starting.asking import Asker, say
 from scripts.starting.documents import (
@@ -83,7 +83,7 @@ def look_at(names: Sequence[str], asker: Asker, folder: Path, stem: str) -> list
         write_records(write_conversations(log, asker, path), records)
         sources.append(_load(records, {}, SFT))
     if documents:
-        say(", ".join(str(path) for path in texts))
+        say(listed(map(str, texts)))
         sources.append(_from_documents(documents, asker, folder / f"{stem}.jsonl"))
     return sources
 
@@ -149,7 +149,14 @@ def _look_at_table(path: Path, asker: Asker, folder: Path) -> Source:
     if layout.name == PAIR:
         pairs = guess_columns(rows)
         asked = {"prompt", "instruction", "input"} & {*layout.columns}
-        return _load(path, pairs.columns if pairs and not asked and "chosen" in pairs.columns.values() else {}, DPO)
+        columns = pairs.columns if pairs and not asked and "chosen" in pairs.columns.values() else {}
+        try:
+            return _load(path, columns, DPO)
+        except UserError as error:
+            if "prompt: null" not in str(error) or "prompt" not in layout.columns:
+                raise
+        say("  the prompt stands in both answers too, and not quite the same there: it is taken from them")
+        return _load(path, {**columns, layout.columns["prompt"]: None}, DPO)
     if any(is_verdict(row, layout) for row in rows if layout.columns.keys() <= {*row}):
         return _load(path, _as_feedback(layout, layout.columns["label"]), KTO)
     thumb = _thumb_column(rows, layout)
@@ -249,6 +256,12 @@ def describe_columns(columns: dict[str, Any]) -> str:
     return ", ".join(f"{name} → {NAMES.get(field, field) if field else 'not used'}" for name, field in columns.items())
 
 
+def listed(names: Iterable[str]) -> str:
+    """Name some files: all of a few, of many the first."""
+    every = list(names)
+    return ", ".join(every) if len(every) <= 2 * SHOWN else f"{', '.join(every[:SHOWN])} and {len(every) - SHOWN} more"
+
+
 def _shorten(value: Any) -> str:
     text = " ".join(str(value).split())
     return text[:60] + ("…" if len(text) > 60 else "")
@@ -282,6 +295,14 @@ def _load(path: Path, columns: Mapping[str, str | None], stage: TrainingStage) -
     return _show(Source(stage, dataset, file))
 
 
+def _show_example(record: Record | Preference) -> None:
+    say(f"  for example  {_shorten(record.prompt[-1]['content'])}")
+    thumb = f"  (thumb {'up' if record.liked else 'down'})" if isinstance(record, Feedback) else ""
+    say(f"            →  {_shorten(record.answer)}{thumb}")
+    if isinstance(record, Preference):
+        say(f"     and not   {_shorten(record.rejected)}")
+
+
 def _show(source: Source) -> Source:
     file, stage = source.file, source.stage
     if source.dataset.columns:
@@ -292,6 +313,7 @@ def _show(source: Source) -> Source:
         "feedback": "answers with a thumb",
     }
     say(f"  usable: {len(file.records)} {what[stage.records]}, for {stage.title}")
+    _show_example(file.records[0])
     if source.merges_turns:
         say("  consecutive messages of one speaker are joined (data.merge_turns)")
     for row in file.bad_rows[:SHOWN]:

@@ -14,6 +14,7 @@ from scripts.starting.bases import Base
 from scripts.starting.settings import Rhythm
 from scripts.starting.sources import Source, describe_columns
 
+FILES_NAMED = 6
 WHAT = {
     SFT.name: "SFT (supervised fine-tuning): the model learns to answer as your examples do.",
     DPO.name: "DPO (direct preference optimisation): the model learns which of two answers you prefer.",
@@ -60,7 +61,8 @@ def write_yaml(proposal: Proposal, given: Sequence[str]) -> str:
     base, data = proposal.base, proposal.data
     lines = [
         *_comment(
-            f"Written by `python -m scripts.start {' '.join(given)}`; change what you like. configs/README.md has every key."
+            f"Written by `python -m scripts.start {' '.join(given[:FILES_NAMED])}{' …' * (len(given) > FILES_NAMED)}`; "
+            "change what you like. configs/README.md has every key."
         ),
         "",
         *_comment(
@@ -166,7 +168,9 @@ def _stage_lines(proposal: Proposal, stage: TrainingStage) -> list[str]:
             *_comment("How far each step goes. If the loss jumps about, halve it; if little changes, double it.", "  "),
             f"  learning_rate: {rhythm.learning_rate:.0e}".replace("e-0", "e-"),
             *_comment(
-                "The longest record in tokens, which are pieces of words; a longer one is refused, never cut.", "  "
+                "The limit for a record, in tokens, which are pieces of words; a longer one is "
+                f"{'left out' if proposal.data.on_bad_row == 'skip' else 'refused'}, never cut.",
+                "  ",
             ),
             f"  max_length: {rhythm.max_length}",
         ]
@@ -219,13 +223,15 @@ def _eval_lines(proposal: Proposal) -> list[str]:
         ]
     lines += [
         *_comment(
-            "Rules that nearly all of your own answers keep. Remove what is chance, and add what matters to you: configs/README.md.",
+            f"Rules that your own {proposal.checks[0].total} answers keep, all of them where no number stands. Remove what is chance, "
+            "and add what matters to you: configs/README.md.",
             "  ",
         ),
         "  checks:",
     ]
     for draft in proposal.checks:
-        lines += _comment(f"{draft.kept} of {draft.total} of your own answers keep it.", "    ")
+        if draft.kept < draft.total:
+            lines += _comment(f"{draft.kept} of {draft.total} of your own answers keep it.", "    ")
         first, *rest = [f"{key}: {_value(value)}" for key, value in draft.check.items()]
         lines += [f"    - {first}", *(f"      {line}" for line in rest)]
     return lines

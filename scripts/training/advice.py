@@ -15,6 +15,7 @@ from scripts.dataset.split import Split
 
 FEWEST_STEPS = 20  # with fewer, a learning rate is still warming up, and one odd batch decides
 FEWEST_TESTED = 30  # 30 records show gaps of about 30 points at best
+MOST_TESTED = 0.25  # of the records: what is held out more is missed in training
 FEWEST_COMPARED = 20  # answers, below which a minority is no more than two or three
 SMALLEST_MINORITY = 0.05
 WIDEST_SPREAD = 10  # of lengths: a tenth of the answers is that much longer than another tenth
@@ -50,10 +51,11 @@ def advise_on_records(
         # Near-duplicates are left out of a side that they belong to, so the ratio has to make up for them.
         total = sum(map(len, (split.train, split.validation, split.test, split.near_duplicates)))
         chosen = len(split.test) + sum(each.side == "test" for each in split.near_duplicates)
-        ratio = min(0.5, math.ceil(100 * FEWEST_TESTED / len(split.test) * chosen / total) / 100)
+        ratio = min(MOST_TESTED, math.ceil(100 * FEWEST_TESTED / len(split.test) * chosen / total) / 100)
+        larger = f", or data.test_ratio: {ratio:g}" if chosen < MOST_TESTED * total * 0.8 else ""
         advice.append(
-            f"only {len(split.test)} records are for the test, so the report can show large gaps alone; more records, or "
-            f"data.test_ratio: {ratio:g}"
+            f"only {len(split.test)} records are for the test, so the report can show only large differences; "
+            f"more records help most{larger}"
         )
     return advice + describe_styles([record.answer for record in split.train], f"{stage}.dataset_path")
 
@@ -70,11 +72,12 @@ def advise_on_steps(section: Training, stage: str, rows: int, processes: int = 1
     steps = total_steps(section, rows, processes)
     if steps >= FEWEST_STEPS:
         return []
+    few, one = f"only {steps} optimizer step{'s' * (steps > 1)}", "s" * (steps == 1)
     if (section.trainer.get("max_steps") or -1) > 0:  # type: ignore[operator]
-        return [f"only {steps} optimizer steps, which hardly change a model: {stage}.trainer.max_steps says so"]
+        return [f"{few}, which hardly change{one} a model: {stage}.trainer.max_steps says so"]
     epochs = math.ceil(section.num_train_epochs * FEWEST_STEPS / steps)
     return [
-        f"only {steps} optimizer steps, which hardly change a model; raise {stage}.num_train_epochs (to {epochs}, say) or lower "
+        f"{few}, which hardly change{one} a model; raise {stage}.num_train_epochs (to {epochs}, say) or lower "
         f"{stage}.per_device_train_batch_size"
     ]
 

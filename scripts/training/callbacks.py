@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sized
 from typing import Any
@@ -19,6 +20,8 @@ from scripts.common.signals import StopSignal
 from scripts.common.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+FILE_INTERVAL = 10  # seconds between two lines of the bar where nobody watches it: a log keeps every one
 
 
 def training_callbacks(section: Training, arguments: Any) -> list[TrainerCallback]:
@@ -47,7 +50,10 @@ class ProgressAndTracking(TrainerCallback):
         if args.process_index:  # other dropout than in the first process
             torch.manual_seed(args.seed + args.process_index)
         if is_main_process():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else FILE_INTERVAL,
+            )  # fmt: skip
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         batches: Any = kwargs.get("eval_dataloader")
@@ -86,7 +92,9 @@ class ProgressAndTracking(TrainerCallback):
         if control.should_save:
             self.tracker.deliver()
         if self.bar is not None and "loss" in numbers:
-            self.bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {self.tokens_per_second:.0f} tokens/s")
+            self.bar.set_postfix_str(
+                f"loss {numbers['loss']:.3f}, {self.tokens_per_second:.0f} tokens/s", refresh=sys.stderr.isatty()
+            )
         if "eval_loss" in numbers:
             tqdm.write(f"         step {state.global_step}: held-out loss {numbers['eval_loss']:.4f}")
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
-import torch
-
 from scripts.common.distributed import broadcast_from_rank_0
 from scripts.common.errors import UserError, explain_lack
 from scripts.common.machine import Machine
@@ -158,6 +156,8 @@ def trainer_arguments(run: Run, machine: Machine, plan: Plan, *, validation: int
 
     `validation` is the number of held-out records.
     """
+    import torch
+
     section, values, steps = run.section, run.values, plan.steps
     count = evaluations(section, machine, steps, validation)
     rhythm = max(1, steps // (count if count > 1 else EVALUATIONS_PER_RUN))
@@ -247,6 +247,7 @@ def try_out(arguments: Any, steps: int) -> None:
 
     Raises: the error of the library that a setting does not fit.
     """
+    import torch
     from torch.utils.data import DataLoader
     from transformers import Trainer, get_scheduler
     from transformers.integrations.liger import apply_liger_kernel

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
 from scripts.common.errors import entry_point
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -36,4 +39,40 @@ def test_a_bug_keeps_its_traceback() -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
+        main([])
+
+
+WRITES = """
+import sys
+from scripts.common.errors import entry_point
+
+@entry_point
+def main(argv):
+    for number in range(100000):
+        print("line", number)
+    return 0
+
+sys.exit(main([]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes as POSIX has them")
+def test_a_reader_that_has_seen_enough_ends_a_command_in_silence() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITES], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait(30) == 141
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_silent_end() -> None:
+    @entry_point
+    def main(argv):
+        raise BrokenPipeError(errno.EPIPE, "a worker has gone")
+
+    with pytest.raises(BrokenPipeError):
         main([])

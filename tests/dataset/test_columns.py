@@ -16,7 +16,14 @@ import pytest
 from scripts.common.errors import UserError
 from scripts.common.schema import Data, WeightedDataset
 from scripts.dataset.files import read_rows
-from scripts.dataset.records import DatasetFile, describe_reading, load_datasets, parse_preference, parse_record
+from scripts.dataset.records import (
+    PARSERS,
+    DatasetFile,
+    describe_reading,
+    load_datasets,
+    parse_preference,
+    parse_record,
+)
 from scripts.dataset.split import side_of
 from scripts.dataset.writing import open_output
 from tests.conftest import write_jsonl
@@ -492,8 +499,21 @@ CASES = {
     "08-prompt-inside-almost": None, "11-csv/backslash_quotes.csv": None, "11-csv/excel_sep_line.csv": parse_record,
     "11-csv/nan_cells.csv": parse_record, "11-csv/two_unnamed.csv": parse_record, "13-text-column/input_output.jsonl": parse_record,
     "13-text-column/query_response.jsonl": parse_record, "13-text-column/question_answer.jsonl": parse_record,
-    "13-text-column/text.jsonl": None,
+    "13-text-column/text.jsonl": None, "09-nfd-text/sft.jsonl": parse_record, "09-nfd-text/hindi.jsonl": parse_record,
+    "15-reasoning-data": parse_record, "16-new-special-tokens": parse_record, "18-strftime": parse_record,
 }  # fmt: skip
+
+
+def test_reported_thumbs_are_read_by_kto(shared_data: Path) -> None:
+    file = shared_data.parent / "cases/01-kto/kto.jsonl"
+    if not file.is_file():
+        pytest.skip("the reported files are not here")
+    assert {record.liked for record in read(file, PARSERS["feedback"]).records} == {True, False}
+
+
+def test_every_reported_folder_is_in_the_table(shared_data: Path) -> None:
+    folders = [folder.name for folder in (shared_data.parent / "cases").glob("*/")]
+    assert [name for name in folders if not any(case.partition("/")[0] == name for case in CASES)] == []
 
 
 @pytest.mark.parametrize("case", CASES)

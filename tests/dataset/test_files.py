@@ -14,6 +14,7 @@ import pytest
 
 from scripts.common.errors import UserError
 from scripts.common.schema import Data, WeightedDataset
+from scripts.dataset.files import read_rows
 from scripts.dataset.records import (
     load_datasets,
     parse_record,
@@ -98,6 +99,24 @@ def test_csv_is_read_with_the_separator_of_its_header(tmp_path: Path, separator:
     )
 
     assert load(path)[0].messages == tuple(talk("q", "a, b; c\td"))
+
+
+@pytest.mark.parametrize(
+    ("separator", "question"),
+    [(";", "Name, Vorname, Frage"), ("\t", "Question, in short"), (";", '"Frage; kurz, bitte"'), (",", "Note;Question"), ("\t", "a;b,c;d")],
+)  # fmt: skip
+def test_separator_is_chosen_by_the_rows_where_a_name_holds_another_one(
+    tmp_path: Path, separator: str, question: str
+) -> None:
+    lines = [f"{question}{separator}Answer", f'"Who; where,\nand, when?"{separator}Ann', f"And then?{separator}Bob"]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+    name = question.strip('"')
+    assert [row for _, row in read_rows(path)] == [
+        {name: "Who; where,\nand, when?", "Answer": "Ann"},
+        {name: "And then?", "Answer": "Bob"},
+    ]
 
 
 def test_csv_row_is_located_by_its_line_even_after_quoted_newlines(tmp_path: Path) -> None:

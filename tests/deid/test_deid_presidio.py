@@ -387,11 +387,11 @@ def test_other_encodings_than_utf8_are_refused_with_what_to_do(scrub, tmp_path, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("csv", ";"), ("csv", "\t"), ("tsv", "\t")])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_csv_keeps_its_separator_and_byte_order_mark(scrub, tmp_path, separator, mark):
+def test_a_table_keeps_its_separator_and_byte_order_mark(scrub, tmp_path, ending, separator, mark):
     text = f"{mark}id{separator}text\n1{separator}{SECRET}\n2{separator}fine\n"
-    source = tmp_path / "in.csv"
+    source = tmp_path / f"in.{ending}"
     source.write_text(text, encoding="utf-8")
     code, out = scrub(source, *PLUMBING)
     assert code == 0

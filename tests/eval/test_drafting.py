@@ -33,7 +33,7 @@ def test_letters_get_greeting_sign_off_length_and_language() -> None:
     drafts = drafted(answers)
 
     assert names(answers) == [
-        "begins with “Guten Tag Frau” or “Guten Tag Herr”", "a first line that ends with ,", "the last line begins with “Ihr Team Nord”",
+        "begins with “Guten Tag Frau” or “Guten Tag Herr”", "a first line that ends with “,”", "the last line begins with “Ihr Team Nord”",
         "the line before the last begins with “Viele Grüße”", "no bullets", "no headings or bold text", "no exclamation mark",
         "30 to 41 words", "in German",
     ]  # fmt: skip

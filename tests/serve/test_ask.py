@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 
 from scripts.common.config import load_config
-from scripts.common.terminal import Answers, printable
+from scripts.common.terminal import Answers, printable, shown
 from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
 from serve import ask
 from serve.adapters import find_default
+from serve.jobs import Job
 from tests.conftest import run_python
 from tests.serve.test_engine import generate_with_peft
 from tests.support.serving import save_adapter
@@ -57,6 +58,7 @@ def test_base_and_every_trained_adapter_answer_as_the_libraries_do(config, tiny_
         places.append(said.index(f"{name} ─"))
         assert seen(own_answer(tiny_llama, adapter)) in seen(said[places[-1] :])
     assert places == sorted(places)
+    assert said.endswith("\n"), "what a shell or a script prints next begins a line"
 
 
 def test_before_any_training_the_base_answers_and_the_first_stage_is_named(config, tiny_llama, capsys):
@@ -92,6 +94,14 @@ def test_an_answer_that_was_cut_says_so_and_what_allows_more(config, tiny_llama,
     assert "base: cut at 3 tokens; --set serve.default_max_new_tokens=" in capsys.readouterr().err
 
 
+def test_only_the_answer_that_was_cut_says_at_which_length() -> None:
+    ended = Job([1], "base", 64, out=[2] * 32, finish_reason="stop")
+    cut = Job([1], "sft", 64, out=[2] * 64, finish_reason="length")
+
+    assert ask.describe_cut([ended]) is None
+    assert str(ask.describe_cut([ended, cut])).startswith("sft: cut at 64 tokens")
+
+
 def test_no_question_and_a_question_that_does_not_fit_are_one_message(config, capsys):
     done = run_python("-m", "serve.ask", "--config", config, timeout=60)
     assert (done.returncode, "found no question" in done.stderr) == (2, True)
@@ -111,8 +121,26 @@ def test_answers_stand_beside_each_other_where_there_is_room_and_below_each_othe
     wide, narrow = lines(120, texts), lines(60, texts)
     assert any("one" in line and "two" in line and "三" in line for line in wide)
     assert not any("one" in line and "two" in line for line in narrow)
-    for shown in (wide, narrow):
-        assert [sum(line.count(word) for line in shown) for word in ("one", "two", "三")] == [30, 30, 60]
+    for seen_lines in (wide, narrow):
+        assert [sum(line.count(word) for line in seen_lines) for word in ("one", "two", "三")] == [30, 30, 60]
+
+
+def test_a_log_keeps_the_first_lines_of_an_answer_that_repeats_itself() -> None:
+    logged = shown("Who?", {"base": "again\n" * 60, "sft": "Ann"})
+
+    assert logged.count("again") == 20
+    assert "… and 40 more lines" in logged
+    assert "Ann" in logged
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_a_logged_answer_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    logged = shown("Who? " * 30, {"base": "one " * 60, "sft": "two " * 60}).splitlines()
+
+    assert max(map(len, logged)) <= min(width, 96)
+    assert any("one" in line and "two" in line for line in logged) == (width >= 80)
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:

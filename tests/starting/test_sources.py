@@ -128,6 +128,25 @@ def test_no_cell_is_lost_without_a_word(table: tuple[list[str], list[dict[str, s
     assert all(f"{name}" in shown.getvalue() for name in source.file.unused)
 
 
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be short."}]])
+def test_a_prompt_that_almost_agrees_with_the_answers_is_taken_from_them(tmp_path: Path, system: list[Any]) -> None:
+    rows = [
+        {"prompt": f"q {n}"} | {side: [*system, {"role": "user", "content": f"q {n} "}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        for n in range(6)
+    ]  # fmt: skip
+
+    source = look(write_jsonl(tmp_path / "mine.jsonl", rows))
+
+    assert source.dataset.columns == {"prompt": None}
+    assert [message["content"] for message in source.file.records[1].prompt] == [
+        *(m["content"] for m in system),
+        "q 1 ",
+    ]
+    better = better_answers_of(source)
+    assert better
+    assert [record.prompt for record in better.file.records] == [record.prompt for record in source.file.records]
+
+
 def test_two_columns_of_texts_whose_names_say_nothing_are_shown_to_be_checked(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "mine.csv"
     path.write_bytes(as_csv(("eins", "zwei"), [(row[2], row[3]) for row in emails(6)]))
@@ -340,3 +359,24 @@ def test_files_that_cannot_be_used_say_what_to_do(tmp_path: Path, name: str, con
 
     with pytest.raises(UserError, match=said):
         look(tmp_path / name)
+
+
+def test_the_first_record_is_shown_with_what_is_good_and_what_is_not(tmp_path: Path, capsys: Any) -> None:
+    kind = "preferences in German"
+    look(write_jsonl(tmp_path / "pairs.jsonl", STAGES[kind][1]))
+    look(write_jsonl(tmp_path / "thumbs.jsonl", STAGES["thumbs"][1]))
+
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert shown[shown.index("for example was ist 0 denn") :][1:3] == ["→ sehr gut so", "and not gar nicht gut"]
+    assert shown[shown.index("for example q 0") :][1] == "→ a (thumb down)"
+
+
+def test_of_many_documents_the_first_are_named(tmp_path: Path, capsys: Any) -> None:
+    files = [tmp_path / f"{n:02}.md" for n in range(30)]
+    for number, file in enumerate(files):
+        file.write_text(f"# Letter {number}\n\nThe parcel {number} is on its way to you.\n", encoding="utf-8")
+
+    look(*files)
+
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{files[0]}, {files[1]}, {files[2]} and 27 more"

@@ -39,11 +39,18 @@ def test_sound_data_and_settings_get_no_word() -> None:
     assert advise_on_run(Config(), "sft", rows) == []
 
 
-def test_few_test_records_are_named_with_a_ratio_that_gives_enough() -> None:
-    (said,) = advice_on(records_of([f"{s} {n}." for n in range(6) for s in SENTENCES]), test_ratio=0.1)
+@pytest.mark.parametrize(
+    ("count", "ratio", "advised"),
+    [(20, 0.05, "data.test_ratio: 0.1"), (6, 0.1, "data.test_ratio: 0.25"), (4, 0.25, None)],
+)
+def test_few_test_records_are_named_with_a_ratio_that_leaves_enough_to_learn_from(
+    count: int, ratio: float, advised: str | None
+) -> None:
+    (said,) = advice_on(records_of([f"{s} {n}." for n in range(count) for s in SENTENCES]), test_ratio=ratio)
 
     assert "records are for the test" in said
-    assert "data.test_ratio: 0.5" in said
+    assert "more records help most" in said
+    assert advised in said if advised else "data.test_ratio" not in said
 
 
 def test_duplicates_are_counted_with_the_key_of_their_files() -> None:
