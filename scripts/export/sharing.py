@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from scripts.common.paths import resolve
 from scripts.common.stages import ADAPTER_STAGES
 from scripts.export.parts import Parts
 
+log = logging.getLogger(__name__)
+
 # What decided the training; the rest of a configuration says where things lie and who may ask.
 TRAINED_WITH = (
     "base_model_id", "base_model_revision", "seed", "quantization", "lora", "data", "performance", *ADAPTER_STAGES,
 )  # fmt: skip
+PATHS = ("path", "dataset_path", "output_dir", "init_from", "trainer")  # keys of values that may be or hold paths
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
@@ -29,6 +33,10 @@ def save_for_others(parts: Parts, folder: Path) -> None:
     for name in parts.manifest.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(parts.adapter / name, folder / name)
+    if resolve(parts.base_id).is_dir():
+        log.warning(
+            "%s is a folder of this machine; with --base_model ID others find the base by its id", parts.base_id
+        )
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": known_as(parts.base_id)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8", newline="\n")
@@ -45,13 +53,13 @@ def manifest_for_others(parts: Parts) -> Manifest:
     return Manifest.model_validate(without_folders(facts))
 
 
-def without_folders(value: Any) -> Any:
-    """Cut absolute paths to their last part, anywhere in nested values."""
+def without_folders(value: Any, *, is_path: bool = False) -> Any:
+    """Cut absolute paths to their last part, anywhere in nested values; a text that looks like one stays."""
     if isinstance(value, dict):
-        return {key: without_folders(each) for key, each in value.items()}
+        return {key: without_folders(each, is_path=is_path or key in PATHS) for key, each in value.items()}
     if isinstance(value, list):
-        return [without_folders(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return [without_folders(each, is_path=is_path) for each in value]
+    return Path(value).name if is_path and isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def vllm_command(adapter: Path, base: str, name: str, place: str) -> str | None:

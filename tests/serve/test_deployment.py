@@ -137,10 +137,10 @@ def without_privileges(command: list[str]) -> list[str]:
 def started(image: Image, port: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start what the image starts, with the environment of compose and nothing else."""
     said = {name: expanded(value, more) for name, value in SERVICE["environment"].items()}
-    inside = {name: re.sub(r"^(?=/)", str(image.root), value) for name, value in said.items()}
+    inside = {name: re.sub(r"^(?=/)", str(image.root), value) for name, value in {**image.env, **said}.items()}
     folders = {"HOME": str(image.home), "TMPDIR": str(image.root / "tmp")}
     path = f"{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    environment = {"PATH": path, "OMP_NUM_THREADS": "1", **folders, **image.env, **inside}
+    environment = {"PATH": path, "OMP_NUM_THREADS": "1", **folders, **inside}
     command = [word.replace(PORT, port) for word in image.command]
     with (image.root / "log.txt").open("wb") as log:
         process = subprocess.Popen(
