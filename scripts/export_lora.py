@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(arguments, config)
     if arguments.format == "gguf":
         check_architecture(arguments, config)
-    stage, key, folder = choose_folder(arguments, config)
-    with open_run(stage, config, key, folder=folder) as run:
+    stage, key, out_dir = choose_folder(arguments, config)
+    with open_run(stage, config, key, folder=out_dir) as run:
         from scripts.common.tracking import tracked_run
         from scripts.export.merging import check_space
         from scripts.export.parts import find_parts
@@ -127,7 +127,8 @@ def choose_folder(arguments: argparse.Namespace, config: LoadedConfig) -> tuple[
         return "merged", "--out_dir" if arguments.out_dir else f"export.{name}", arguments.out_dir
     adapter = Path(arguments.adapter or config.values.dpo.output_dir)
     folder = Path(arguments.out_dir or adapter.with_name(f"{adapter.name}_export"))
-    if (folder / "adapter_config.json").is_file() and not (folder / CARD).is_file():
+    there = (folder / "adapter_config.json").is_file()
+    if there and read_manifest(folder, verify=False).metrics.get("format") != arguments.format:
         raise UserError(f"--out_dir: {folder} is a trained adapter and is not replaced by a copy. Choose another one.")
     return read_manifest(adapter, stages=ADAPTER_STAGES, verify=False).stage, "--out_dir", str(folder)
 

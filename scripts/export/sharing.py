@@ -49,6 +49,7 @@ def manifest_for_others(parts: Parts) -> Manifest:
     facts = made.model_dump(by_alias=True) | {
         "base_model": made.base_model.model_dump() | {"id": known_as(parts.base_id), "revision": parts.revision},
         "config": config | {"base_model_id": known_as(parts.base_id)},
+        "metrics": made.metrics | {"format": parts.form},  # which no trained adapter has
     }
     return Manifest.model_validate(without_folders(facts))
 

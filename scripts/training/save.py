@@ -74,8 +74,8 @@ def run_name(values: Config, stage: str) -> str:
     data = "+".join(Path(getattr(each, "path", str(each))).stem for each in paths)
     loss, beta = getattr(section, "loss_type", None), getattr(section, "beta", None)
     usual = loss is None or loss == type(section).model_fields["loss_type"].default
-    how = [*([] if usual else [loss]), f"lr {section.learning_rate:g}" if beta is None else f"beta {beta:g}"]
-    return " ".join([TRAINING_STAGES[stage].title, *how, f"· seed {values.seed} · {data}"])
+    how = [*([] if usual else [str(loss)]), f"lr {section.learning_rate:g}" if beta is None else f"beta {beta:g}"]
+    return " ".join([TRAINING_STAGES[stage].title, *how, f"seed {values.seed} · {data}"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -140,8 +140,9 @@ def save_adapter(
     )
     shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
     tracker.summarise({key: value for key, value in metrics.items() if isinstance(value, int | float)})
-    if metrics["held_out_loss"] is not None:  # as a metric too, by which runs are sorted: tags sort as text
-        tracker.log_metrics({"summary/held_out_loss": metrics["held_out_loss"]})
+    if before is not None:  # a metric too, by whose last value runs are sorted: tags sort as text
+        tracker.log_metrics({"summary/held_out_loss": before}, 0)
+        tracker.log_metrics({"summary/held_out_loss": metrics["held_out_loss"]}, metrics["steps"])
     tracker.set_tag("artifact_sha256", manifest.sha256)
     tracker.log_artifact(run.output_dir / "curves.png")
     tracker.log_artifact(run.output_dir / MANIFEST)
