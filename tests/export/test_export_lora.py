@@ -541,7 +541,7 @@ def test_upload_to_something_that_is_no_repository(adapter: Path, export, capsys
 
 
 def test_failed_upload_says_that_the_model_is_whole(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"the Hub refused it[^\0]*The model is whole in"):
+    with pytest.raises(UserError, match=r"the Hub refused it[^\0]*The result is whole in"):
         push(tmp_path, "me/mine")  # the tests have no network
 
 

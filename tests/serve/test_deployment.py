@@ -11,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -233,6 +235,24 @@ def test_the_image_answers_with_a_key_and_writes_to_its_volumes_only(image: tupl
     after = {path for path in made.root.rglob("*") if not any(path.is_relative_to(place) for place in writable)}
     assert after - before == {made.root / "log.txt"}
     assert (made.root / "state/votes.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (400, True), (503, False), (500, False)])
+def test_the_health_check_goes_by_readiness_and_not_by_the_hosts_that_are_served(
+    tmp_path: Path, status: int, healthy: bool
+) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        assert is_healthy(build(tmp_path / "image"), str(server.server_address[1])) == healthy
+        server.shutdown()
 
 
 def modules_reached(start: str) -> set[Path]:
