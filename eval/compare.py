@@ -137,14 +137,19 @@ def told(metric: Metric) -> str:
 
 
 def lay_out(report: Report) -> str:
-    """Lay out all figures as a table in Markdown, in which MLflow shows them side by side."""
-    rows = [["held out", "n", *report.models], ["---"] * (2 + len(report.models))]
+    """Lay out all figures as a block of text; MLflow shows tables of Markdown with no space between their columns."""
+    rows = [["held out", "n", *report.models]]
     for metric in report.metrics:
         found = [metric.models.get(name) for name in report.models]
         unit = "" if metric.unit == "share" else f", {metric.unit}"
         shown = [spoken(each.value if each else None, metric.unit) for each in found]
         rows.append([f"{metric.title}{unit}", str(metric.n), *shown])
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for title, *figures in rows:
+        right = (figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True))
+        lines.append("  ".join([title.ljust(widths[0]), *right]))
+    return "\n".join(["```", *lines, "```"])
 
 
 def newest(arms: Sequence[Arm]) -> Manifest:

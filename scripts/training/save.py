@@ -220,6 +220,7 @@ def print_summary(run: Run, metrics: dict[str, Any]) -> None:
         f"peak memory    {metrics['peak_memory_gib']:.1f} GiB",
         f"adapter        {run.output_dir}",
         f"MLflow         {runs}",
+        "               (its pages begin with GenAI; choose Model training at the top left)",
         f'talk to it     python -m serve.ask "…" {run.config.flags}',
     ]
     if following := next_stage(run):

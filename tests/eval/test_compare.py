@@ -100,12 +100,12 @@ def test_the_folder_is_a_finished_artifact_below_the_dpo_adapter(compared: Path)
     )
     verdict, _, table = run.data.tags["mlflow.note.content"].partition("\n\n")
     assert verdict == report.verdict.text
-    header, _, *rows = table.splitlines()
-    assert header == "| held out | n | base | sft | dpo |"
+    fence, header, *rows, end = table.splitlines()
+    assert (fence, header.split(), end) == ("```", ["held", "out", "n", "base", "sft", "dpo"], "```")
     assert len(rows) == len(report.metrics)
-    assert {row.count("|") for row in rows} == {6}
+    assert {len(row) for row in rows} == {len(header)}
     loss = next(metric for metric in report.metrics if metric.name == "held_out_loss")
-    assert any(spoken(loss.models["dpo"].value, loss.unit) in row for row in rows if row.startswith(f"| {loss.title}"))
+    assert any(spoken(loss.models["dpo"].value, loss.unit) in row for row in rows if row.startswith(loss.title))
 
 
 def test_a_dry_run_checks_the_arms_and_says_what_they_can_show(
