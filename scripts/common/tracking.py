@@ -93,9 +93,9 @@ class Tracker:
 
     def describe(self, text: str) -> None:
         """Set the description of the run, in Markdown; of one that is too long the last lines are left out."""
-        self.set_tag(
-            NOTE, text if len(text) <= MAX_DESCRIPTION_LENGTH else text[:MAX_DESCRIPTION_LENGTH].rsplit("\n", 1)[0]
-        )
+        if len(text) > MAX_DESCRIPTION_LENGTH:
+            text = text[:MAX_DESCRIPTION_LENGTH].rsplit("\n", 1)[0]
+        self.set_tag(NOTE, text)
 
     def log_model(self, folder: Path, name: str, registered: str, kind: str, tags: Mapping[str, str]) -> None:
         """Put a folder into the store once, as a model of this run and a version of a registered model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ def manifest_for_others(parts: Parts) -> Manifest:
 
 
 def without_folders(value: Any, *, is_path: bool = False) -> Any:
-    """Cut absolute paths to their last part, anywhere in nested values; a text that looks like one stays."""
+    """Cut paths that lead out of the checkout to their last part, in nested values; a text that looks like one stays."""
     if isinstance(value, dict):
         return {key: without_folders(each, is_path=is_path or key in PATHS) for key, each in value.items()}
     if isinstance(value, list):
         return [without_folders(each, is_path=is_path) for each in value]
-    return Path(value).name if is_path and isinstance(value, str) and Path(value).is_absolute() else value
+    leads_out = is_path and isinstance(value, str) and (Path(value).is_absolute() or {"..", "~"} & {*Path(value).parts})
+    return Path(value).name if leads_out else value
 
 
 def vllm_command(adapter: Path, base: str, name: str, place: str) -> str | None:
@@ -73,4 +75,5 @@ def vllm_command(adapter: Path, base: str, name: str, place: str) -> str | None:
     rank = next((rank for rank in VLLM_RANKS if rank >= wanted), None)
     if rank is None or config.get("use_dora"):
         return None
-    return f"vllm serve {base} --enable-lora --lora-modules {name}={place} --max-lora-rank {rank}"
+    module = shlex.quote(f"{name}={place}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules {module} --max-lora-rank {rank}"

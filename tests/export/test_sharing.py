@@ -160,13 +160,19 @@ def test_a_trained_adapter_is_never_replaced_by_a_copy_and_keeps_its_weights(
 def test_paths_are_cut_and_texts_that_look_like_paths_are_not() -> None:
     facts = {"datasets": [{"path": "/home/anna/a.jsonl"}], "data": {"system_prompt": "/home is where you live"}}
     facts |= {
-        "sft": {"dataset_path": [{"path": "/x/b.jsonl"}, "data/c.jsonl"], "trainer": {"deepspeed": "/x/zero.json"}}
+        "sft": {
+            "dataset_path": [{"path": "/x/b.jsonl"}, "data/c.jsonl", "../d.jsonl"],
+            "trainer": {"deepspeed": "/x/zero.json"},
+        }
     }
 
     assert without_folders(facts) == {
         "datasets": [{"path": "a.jsonl"}],
         "data": {"system_prompt": "/home is where you live"},
-        "sft": {"dataset_path": [{"path": "b.jsonl"}, "data/c.jsonl"], "trainer": {"deepspeed": "zero.json"}},
+        "sft": {
+            "dataset_path": [{"path": "b.jsonl"}, "data/c.jsonl", "d.jsonl"],
+            "trainer": {"deepspeed": "zero.json"},
+        },
     }
 
 
