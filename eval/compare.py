@@ -33,7 +33,7 @@ from eval.arms import (
     stages_of,
 )
 from eval.checks import check_rules
-from eval.figures import spoken
+from eval.figures import SPACE, spoken
 from eval.held_out import HeldOut, leave_out_unfit, read_held_out
 from eval.looks import Looks, side_of
 from scripts.common.artifacts import Manifest, RunFacts
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TEST: Final = "test"
+WIDEST = 44  # characters of a title in the description of a run
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ def told(metric: Metric) -> str:
 
 
 def lay_out(report: Report) -> str:
-    """Lay out all figures as a block of text; MLflow shows tables of Markdown with no space between their columns."""
+    """Lay out all figures as a block of text as wide as MLflow shows it; it puts no space between columns of a table."""
     rows = [["held out", "n", *report.models]]
     for metric in report.metrics:
         found = [metric.models.get(name) for name in report.models]
-        unit = "" if metric.unit == "share" else f", {metric.unit}"
-        shown = [spoken(each.value if each else None, metric.unit) for each in found]
-        rows.append([f"{metric.title}{unit}", str(metric.n), *shown])
+        title = re.sub(r" \(.*", "", metric.title) + ("" if metric.unit == "share" else f", {metric.unit}")
+        shown = [spoken(each.value if each else None, metric.unit).replace(SPACE, " ") for each in found]
+        rows.append([title if len(title) <= WIDEST else f"{title[: WIDEST - 1]}…", str(metric.n), *shown])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for title, *figures in rows:
