@@ -123,8 +123,8 @@ def check_arguments(arguments: argparse.Namespace, config: LoadedConfig) -> None
 def choose_folder(arguments: argparse.Namespace, config: LoadedConfig) -> tuple[str, str, str | None]:
     """Return the stage of the result, the key that names its folder, and the folder where no configuration does."""
     if arguments.format != "adapter":
-        name = "gguf_dir" if arguments.format == "gguf" else "output_dir"
-        return "merged", "--out_dir" if arguments.out_dir else f"export.{name}", arguments.out_dir
+        key = f"export.{'gguf_dir' if arguments.format == 'gguf' else 'output_dir'}"
+        return "merged", "--out_dir" if arguments.out_dir else key, arguments.out_dir
     adapter = Path(arguments.adapter or config.values.dpo.output_dir)
     folder = Path(arguments.out_dir or adapter.with_name(f"{adapter.name}_export"))
     there = (folder / "adapter_config.json").is_file()
