@@ -33,6 +33,7 @@ from eval.arms import (
     stages_of,
 )
 from eval.checks import check_rules
+from eval.figures import SPACE, spoken
 from eval.held_out import HeldOut, leave_out_unfit, read_held_out
 from eval.looks import Looks, side_of
 from scripts.common.artifacts import Manifest, RunFacts
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TEST: Final = "test"
+WIDEST = 44  # characters of a title in the description of a run
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(metric: Metric) -> str:
     """Name a metric for a list of runs: a check by its words, as its number depends on the order in the configuration."""
     return metric.title if re.fullmatch(r"check_\d+", metric.name) else metric.name
+
+
+def lay_out(report: Report) -> str:
+    """Lay out all figures as a block of text as wide as MLflow shows it; it puts no space between columns of a table."""
+    rows = [["held out", "n", *report.models]]
+    for metric in report.metrics:
+        found = [metric.models.get(name) for name in report.models]
+        title = re.sub(r" \(.*", "", metric.title) + ("" if metric.unit == "share" else f", {metric.unit}")
+        shown = [spoken(each.value if each else None, metric.unit).replace(SPACE, " ") for each in found]
+        rows.append([title if len(title) <= WIDEST else f"{title[: WIDEST - 1]}…", str(metric.n), *shown])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for title, *figures in rows:
+        right = (figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True))
+        lines.append("  ".join([title.ljust(widths[0]), *right]))
+    return "\n".join(["```", *lines, "```"])
 
 
 def newest(arms: Sequence[Arm]) -> Manifest:
@@ -254,14 +272,11 @@ def publish_report(
         side = side_of(comparison.held_out, run.values.data)
         looks.add(side, [member.manifest.sha256 for member in members_of(comparison.arms)])
     run.publish(part, manifest)
-    figures = {
-        re.sub(r"[^\w./ -]", "_", f"eval/{told(metric)}/{name}"): each.value
-        for metric in report.metrics
-        for name, each in metric.models.items()
-    }
-    tracker.log_metrics({key: value for key, value in figures.items() if value is not None})
+    primary = [metric for metric in report.metrics if metric.primary]
+    figures = {f"{told(metric)}.{name}": each.value for metric in primary for name, each in metric.models.items()}
+    tracker.summarise({key: value for key, value in figures.items() if value is not None})
     if report.verdict:
-        tracker.describe(report.verdict.text)
+        tracker.describe(f"{report.verdict.text}\n\n{lay_out(report)}")
         tracker.set_tag("outcome", report.verdict.outcome)
     tracker.log_artifact(run.output_dir)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -142,9 +141,7 @@ def publish_votes(run: Run, manifest: Manifest, report: Report, file: VotesFile)
     run.publish(part, manifest)
     name = f"judged by {', '.join(sorted({row['judge'] for row in rows}))} · {run.output_dir.name}"
     with tracked_run(run.config, "judge", name=name, parent_run_id=manifest.mlflow.run_id) as tracker:
-        for row in rows:
-            name = re.sub(r"[^\w.-]+", "_", f"{row['judge']} {row['a']} over {row['b']}")
-            tracker.log_metrics({f"eval/judge/{name}": row["value"]})
+        tracker.summarise({f"{row['judge']}.{row['a']} over {row['b']}": row["value"] for row in rows})
         tracker.describe("\n\n".join(row["text"] for row in rows))
         tracker.log_artifact(run.output_dir)
     for row in rows:

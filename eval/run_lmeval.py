@@ -284,6 +284,7 @@ def publish_results(
         metrics=figures | {"peak_memory_gib": round(peak_memory_gib(), 2)},
     )
     run.publish(part, manifest)
+    # As metrics and not as tags: a benchmark is run on one model after the other, and a chart compares the runs.
     tracker.log_metrics({f"eval/{name}": value for name, value in figures.items()})
     tracker.log_params({f"{entry['task']}.{k}": v for entry in entries for k, v in entry["settings"].items()})
     tracker.log_artifact(run.output_dir)

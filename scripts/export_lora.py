@@ -1,7 +1,7 @@
 """Merge an adapter into its base and prove that the result on disk answers as base + adapter do.
 
-Reads an adapter folder and its base model; writes the merged model with tokenizer, model card and manifest.
-Over tolerance, nothing is written. Needs requirements.txt.
+Reads an adapter folder and its base model; writes the merged model, or with `--format adapter` the adapter itself as others
+can use it, with tokenizer, model card and manifest. Over tolerance, nothing is written. Needs requirements.txt.
 
     python scripts/export_lora.py --base_model models/smollm2-135m-instruct --adapter outputs/dpo_adapter --out_dir outputs/merged_full_model
     python -m scripts.export_lora --config configs/demo.yaml
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GGUF_TYPES = ("f16", "q8_0")
+CARD = "README.md"
+TYPES = {"safetensors": ("fp32", "bf16", "fp16"), "gguf": ("f16", "q8_0"), "adapter": ()}  # of the saved weights
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,19 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--base_model", metavar="ID", help="base model (default: the one in the adapter's manifest)")
-    parser.add_argument("--adapter", metavar="DIR", help="adapter to merge (default: dpo.output_dir)")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to export (default: dpo.output_dir)")
     parser.add_argument(
-        "--out_dir", metavar="DIR", help="result (default: export.output_dir, for gguf export.gguf_dir)"
+        "--out_dir",
+        metavar="DIR",
+        help="result (default: export.output_dir, for gguf export.gguf_dir, for an adapter its folder with _export behind it)",
     )
     parser.add_argument(
         "--format",
-        choices=("safetensors", "gguf"),
+        choices=tuple(TYPES),
         default="safetensors",
-        help="gguf is for llama.cpp and Ollama and takes some architectures only (default: %(default)s)",
+        help="gguf is for llama.cpp and Ollama and takes some architectures only; adapter merges nothing (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16", *GGUF_TYPES),
+        choices=("auto", *TYPES["safetensors"], *TYPES["gguf"]),
         help="type of the saved weights (default: export.dtype; auto is the base's own); gguf takes f16 or q8_0",
     )
     parser.add_argument("--push_to_hub", metavar="REPO", help="afterwards upload to this private repository on the Hub")
@@ -72,48 +75,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(arguments, config)
     if arguments.format == "gguf":
         check_architecture(arguments, config)
-    key = "--out_dir" if arguments.out_dir else f"export.{'gguf_dir' if arguments.format == 'gguf' else 'output_dir'}"
-    with open_run("merged", config, key, folder=arguments.out_dir) as run:
+    stage, key, out_dir = choose_folder(arguments, config)
+    with open_run(stage, config, key, folder=out_dir) as run:
         from scripts.common.tracking import tracked_run
         from scripts.export.merging import check_space
         from scripts.export.parts import find_parts
-        from scripts.export.proof import check_saved, measure_quantised_base, merge_and_save
+        from scripts.export.proof import check_saved, measure_quantised_base, write_result
 
         limit_resources(run)
         parts = find_parts(run, arguments)
-        check_space(parts.base_folder, run.run_dir, parts.dtype)
+        if parts.merges:
+            check_space(parts.base_folder, run.run_dir, parts.dtype)
         with (
             work_folders(run) as (folder, logits),
             tracked_run(
                 config,
-                "merged",
-                name=f"export of {Path(parts.adapter).name} · {parts.dtype}",
+                "merged" if parts.merges else "export",
+                name=f"export of {Path(parts.adapter).name} · {parts.dtype if parts.merges else parts.form}",
                 parent_run_id=parts.manifest.mlflow.run_id,
             ) as tracker,
         ):
             tracker.log_params({"adapter": parts.adapter, "base_model_id": parts.base_id, "dtype": parts.dtype})
-            proof = merge_and_save(parts, folder, logits)
+            proof = write_result(parts, folder, logits)
             check_saved(parts, folder, proof)
-            if parts.trained_in_bits:
+            if parts.merges and parts.trained_in_bits:
                 measure_quantised_base(parts, config, proof)
             metrics = collect_metrics(parts, proof)
-            publish(run, parts, folder, metrics, tracker)
+            publish(run, parts, folder, metrics, tracker, arguments.push_to_hub)
     if arguments.push_to_hub:
         push(run.output_dir, arguments.push_to_hub)
-    say_what_is_next(run, parts, metrics)
+    say_what_is_next(run, parts, metrics, arguments.push_to_hub)
     return 0
 
 
 def check_arguments(arguments: argparse.Namespace, config: LoadedConfig) -> None:
     """Refuse what contradicts itself, before anything is read."""
-    gguf = arguments.format == "gguf"
-    if arguments.dtype and arguments.dtype != "auto" and (arguments.dtype in GGUF_TYPES) != gguf:
-        wanted = "f16 or q8_0" if gguf else "fp32, bf16 or fp16"
+    types = TYPES[arguments.format]
+    if arguments.dtype not in (None, "auto", *types):
+        wanted = f"{', '.join(types[:-1])} or {types[-1]}" if types else "none, as an adapter keeps its weights"
         raise UserError(f"--dtype {arguments.dtype}: is not a type of --format {arguments.format}; wanted {wanted}.")
     if arguments.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.push_to_hub):
         raise UserError(f"--push_to_hub: found {arguments.push_to_hub}, wanted OWNER/NAME.")
     if arguments.push_to_hub and (config.values.offline or os.environ.get("HF_HUB_OFFLINE") == "1"):
         raise UserError("--push_to_hub: found offline: true or HF_HUB_OFFLINE=1. Set offline to false to upload.")
+
+
+def choose_folder(arguments: argparse.Namespace, config: LoadedConfig) -> tuple[str, str, str | None]:
+    """Return the stage of the result, the key that names its folder, and the folder where no configuration does."""
+    if arguments.format != "adapter":
+        key = f"export.{'gguf_dir' if arguments.format == 'gguf' else 'output_dir'}"
+        return "merged", "--out_dir" if arguments.out_dir else key, arguments.out_dir
+    adapter = Path(arguments.adapter or config.values.dpo.output_dir)
+    folder = Path(arguments.out_dir or adapter.with_name(f"{adapter.name}_export"))
+    there = (folder / "adapter_config.json").is_file()
+    if there and read_manifest(folder, verify=False).metrics.get("format") != arguments.format:
+        raise UserError(f"--out_dir: {folder} is a trained adapter and is not replaced by a copy. Choose another one.")
+    return read_manifest(adapter, stages=ADAPTER_STAGES, verify=False).stage, "--out_dir", str(folder)
 
 
 def check_architecture(arguments: argparse.Namespace, config: LoadedConfig) -> None:
@@ -154,7 +171,7 @@ def collect_metrics(parts: Parts, proof: Proof) -> dict[str, Any]:
 
     return {
         "dtype": parts.dtype,
-        "format": "gguf" if parts.gguf else "safetensors",
+        "format": parts.form,
         "prompts": len(proof.probes),
         **{name: figures.as_metrics() for name, figures in proof.figures.items()},
         "model_fp32_gib": round(parameter_count(parts.base_folder) * 4 / 2**30, 3),
@@ -162,58 +179,69 @@ def collect_metrics(parts: Parts, proof: Proof) -> dict[str, Any]:
     }
 
 
-def publish(run: Run, parts: Parts, folder: Path, metrics: dict[str, Any], tracker: Tracker) -> None:
+def publish(
+    run: Run, parts: Parts, folder: Path, metrics: dict[str, Any], tracker: Tracker, repository: str | None
+) -> None:
     """Write card and manifest, put the folder in place of the old one, and record the figures in MLflow."""
     from scripts.export.model_card import render_card
+    from scripts.export.sharing import manifest_for_others
 
-    adapter = parts.manifest
-    card = render_card(adapter, parts.adapter, parts.base_folder, metrics, run.values.eval.output_dir)
-    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
-    manifest = run.publish(
-        folder,
-        Manifest(
-            stage=run.stage,
-            base_model=adapter.base_model.model_copy(update={"id": parts.base_id, "revision": parts.revision}),
-            **parts.chat.facts(),
-            parent=adapter.as_parent(parts.adapter),
-            datasets=adapter.datasets,
-            split=adapter.split,
-            plan=adapter.plan,
-            config=run.values.model_dump(mode="json"),
-            mlflow=RunFacts(run_id=tracker.run_id),
-            metrics=metrics,
-        ),
-    )
-    for name, figures in metrics.items():
-        if isinstance(figures, dict):
-            tracker.log_metrics({f"eval/parity/{name}/{key}": value for key, value in figures.items()})
+    card = render_card(parts, metrics, run.values.eval.output_dir, repository or run.output_dir.name)
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    made = manifest_of_merged(run, parts, metrics, tracker) if parts.merges else manifest_for_others(parts)
+    manifest = run.publish(folder, made)
+    measured = {name: figures for name, figures in metrics.items() if isinstance(figures, dict)}
+    tracker.summarise({f"{name}.{key}": value for name, figures in measured.items() for key, value in figures.items()})
     tracker.set_tag("artifact_sha256", manifest.sha256)
     tracker.log_artifact(run.output_dir / MANIFEST)
-    tracker.log_artifact(run.output_dir / "README.md")
+    tracker.log_artifact(run.output_dir / CARD)
+
+
+def manifest_of_merged(run: Run, parts: Parts, metrics: dict[str, Any], tracker: Tracker) -> Manifest:
+    """Say what the merged model was made of."""
+    adapter = parts.manifest
+    return Manifest(
+        stage=run.stage,
+        base_model=adapter.base_model.model_copy(update={"id": parts.base_id, "revision": parts.revision}),
+        **parts.chat.facts(),
+        parent=adapter.as_parent(parts.adapter),
+        datasets=adapter.datasets,
+        split=adapter.split,
+        plan=adapter.plan,
+        config=run.values.model_dump(mode="json"),
+        mlflow=RunFacts(run_id=tracker.run_id),
+        metrics=metrics,
+    )
 
 
 def push(out_dir: Path, repository: str) -> None:
-    """Upload the finished folder to a private repository."""
+    """Upload the finished folder to a repository, which is private unless it is there already and public."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
+        private = HfApi().model_info(repository).private
         HfApi().upload_folder(repo_id=repository, folder_path=out_dir)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError, OSError) as error:  # ValueError: a name, or the card
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--push_to_hub {repository}: the Hub refused it: {reason}\nThe model is whole in {out_dir}; "
+            f"--push_to_hub {repository}: the Hub refused it: {reason}\nThe result is whole in {out_dir}; "
             f"`hf auth login`, then `hf upload {repository} {out_dir}`."
         ) from None
-    log.info("uploaded to https://huggingface.co/%s (private)", repository)
+    log.info("uploaded to %s/%s (%s)", HfApi().endpoint, repository, "private" if private else "public")
 
 
-def say_what_is_next(run: Run, parts: Parts, metrics: dict[str, Any]) -> None:
-    """Say where the model is and how it is used."""
+def say_what_is_next(run: Run, parts: Parts, metrics: dict[str, Any], repository: str | None) -> None:
+    """Say where the result is and how it is used."""
+    from scripts.export.sharing import vllm_command
+
     out_dir = run.output_dir
     use = f"ollama create my-model -f {out_dir}/Modelfile" if parts.gguf else f"serve.adapter_path: {out_dir}"
-    log.info("the merged model is in %s\n  peak memory %.1f GiB\n  next  %s", out_dir, metrics["peak_memory_gib"], use)
+    if not parts.merges:
+        use = vllm_command(out_dir, parts.base_id, parts.manifest.stage, repository or str(out_dir)) or use
+    what, memory = "merged model" if parts.merges else "adapter", metrics["peak_memory_gib"]
+    log.info("the %s is in %s\n  peak memory %.1f GiB\n  next  %s", what, out_dir, memory, use)
 
 
 if __name__ == "__main__":

@@ -443,8 +443,9 @@ def publish(study: Study, result: Result, tracker: Tracker) -> None:
     }
     write_manifest(study.folder, compared.model_copy(update=facts), files)
     if result.measure:
-        figures = {f"validation/{result.measure}/{r.name}": r.value for r in result.variants if r.value is not None}
-        tracker.log_metrics(figures)
+        ranked = [f"- {r.name}: {shown(r.value, result.unit)}" for r in result.variants if r.value is not None]
+        title = f"Validation side, {result.title} (mean over the seeds). Chosen: {result.chosen}."
+        tracker.describe("\n".join([title, "", *ranked]))
     tracker.set_tag("chosen", result.chosen)
     tracker.log_artifact(study.folder / RECORD)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -266,8 +267,14 @@ def _check_files(folder: Path, files: dict[str, str]) -> None:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise UserError(f"{folder / MANIFEST}: files: found {name!r}, wanted names inside the folder.")
-        if not file.is_file() or sha256_file(file) != digest:
-            raise UserError(f"{file}: {'changed' if file.is_file() else 'is missing'} {fix}")
+        try:
+            there = file.is_file() and sha256_file(file)
+        except OSError as error:
+            raise UserError(
+                f"{file}: {error.strerror}. Let the user that runs this read it: `chmod -R a+rX {folder}`."
+            ) from None
+        if there != digest:
+            raise UserError(f"{file}: {'changed' if there else 'is missing'} {fix}")
     for file in folder.iterdir():
         if file.suffix in LOADED and file.name not in (MANIFEST, *files):
             raise UserError(f"{file}: was added {fix}")
@@ -371,6 +378,9 @@ def publish(part: Path, output_dir: str | Path) -> None:
     """
     output_dir = Path(output_dir)
     old = output_dir.with_name(output_dir.name + ".old")
+    # safetensors makes its files readable by their owner alone, so that no service could read them.
+    for weights in part.rglob("*.safetensors"):
+        weights.chmod(stat.S_IMODE(part.stat().st_mode) & 0o666)
     _fsync_tree(part)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     if old.exists():

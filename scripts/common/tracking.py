@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ RETRY_SECONDS = 60
 METRICS_SECONDS = 2  # between deliveries: each takes a store 5 to 20 ms or, far away, more than a step
 METRICS_AT_ONCE = 1000  # MLflow takes no more
 MAX_PARAMETER_LENGTH = 500  # long enough for any of ours but a list of datasets
+MAX_DESCRIPTION_LENGTH = 5000  # what older servers take
 
 
 class Tracker:
@@ -82,8 +84,17 @@ class Tracker:
         """Set a tag."""
         self._send(lambda: self._client.set_tag(self.run_id, key, value))
 
+    def summarise(self, figures: Mapping[str, float]) -> None:
+        """Record single figures as tags: a metric of one value would be drawn as a chart with one bar."""
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(re.sub(r"[^\w./ -]", "_", f"summary.{key}"), f"{value:.6g}") for key, value in figures.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, tags=tags))
+
     def describe(self, text: str) -> None:
-        """Set the description of the run, in Markdown."""
+        """Set the description of the run, in Markdown; of one that is too long the last lines are left out."""
+        if len(text) > MAX_DESCRIPTION_LENGTH:
+            text = text[:MAX_DESCRIPTION_LENGTH].rsplit("\n", 1)[0]
         self.set_tag(NOTE, text)
 
     def log_model(self, folder: Path, name: str, registered: str, kind: str, tags: Mapping[str, str]) -> None:

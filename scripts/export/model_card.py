@@ -1,4 +1,4 @@
-"""The model card of a merged model: what it was made of, what was measured, and what it must not be taken for."""
+"""The model card of an export: what it was made of, what was measured, and what it must not be taken for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import yaml
 from scripts.common.artifacts import DatasetFacts, Manifest, SplitFacts
 from scripts.common.deid_report import check_deid_report
 from scripts.common.errors import UserError
-from scripts.common.paths import portable_path, resolve
+from scripts.common.paths import resolve
 from scripts.common.stages import TRAINING_STAGES
+from scripts.export.parts import Parts
+from scripts.export.sharing import known_as, vllm_command
 
 TRAINING_SETTINGS = (  # those that a stage has
     "num_train_epochs",
@@ -28,8 +30,8 @@ TRAINING_SETTINGS = (  # those that a stage has
 LIMITS = """\
 - The comparison above holds for prompts like those it was measured on, and checks see only what rules can say.
 - A fine-tuned model keeps the base's errors and biases and can state falsehoods fluently.
-- It can repeat parts of its training text. De-identification lowers what can leak; it is no guarantee.
-- Merging changed the weights for good. To continue training, or to switch it off, use the adapter."""
+- It can repeat parts of its training text. De-identification lowers what can leak; it is no guarantee."""
+OF_MERGED = "- Merging changed the weights for good. To continue training, or to switch it off, use the adapter."
 TITLES = {
     "adapter_effect": "what the adapter changes (base against base + adapter)",
     "merge": "merged in fp32 against base + adapter",
@@ -38,17 +40,19 @@ TITLES = {
 }
 
 
-def render_card(
-    manifest: Manifest, adapter: Path, base_folder: Path, metrics: dict[str, Any], comparison_dir: str
-) -> str:
-    """Write the card of the model that an adapter became."""
-    base = manifest.base_model.id
+def render_card(parts: Parts, metrics: dict[str, Any], comparison_dir: str, place: str) -> str:
+    """Write the card of an adapter, or of the model that it became; `place` is where others find it."""
+    manifest, base_folder, base = parts.manifest, parts.base_folder, known_as(parts.base_id)
     stage = TRAINING_STAGES[manifest.stage].title
-    parts = [
-        front_matter(manifest, base_folder),
-        f"# {Path(base).name}, fine-tuned with {stage} and merged",
-        f"`{base}` with the adapter `{portable_path(adapter)}` (sha256 `{manifest.sha256[:16]}…`) folded into its "
-        f"weights, saved in {metrics['dtype']} as {metrics['format']}. `manifest.json` holds every hash and setting.",
+    made = f"the adapter `{parts.adapter.name}` (sha256 `{manifest.sha256[:16]}…`)"
+    sections = [
+        front_matter(parts),
+        f"# {Path(base).name}, fine-tuned with {stage}" + (" and merged" if parts.merges else ""),
+        f"`{base}` with {made} folded into its weights, saved in {metrics['dtype']} as {metrics['format']}. "
+        "`manifest.json` holds every hash and setting."
+        if parts.merges
+        else f"A LoRA adapter for `{base}`: {made}, with its weights unchanged. `manifest.json` holds hashes and settings.",
+        *([] if parts.merges else ["## Use", describe_use(parts, base, place)]),
         "## Data",
         *(describe_dataset(entry) for entry in manifest.datasets),
         describe_split(manifest.split),
@@ -59,23 +63,42 @@ def render_card(
         "## Does it answer as base + adapter do?",
         describe_parity(metrics),
         "## Limits",
-        LIMITS,
+        f"{LIMITS}\n{OF_MERGED}" if parts.merges else LIMITS,
         "## Licence",
         describe_licence(base, base_folder),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
-def front_matter(manifest: Manifest, base_folder: Path) -> str:
+def front_matter(parts: Parts) -> str:
     """Write the block that model hubs read."""
-    base = manifest.base_model.id
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not resolve(base).is_dir():
+    fields: dict[str, Any] = {"library_name": "transformers" if parts.merges else "peft"}
+    fields["pipeline_tag"] = "text-generation"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base := known_as(parts.base_id)):
         fields["base_model"] = base
-    if licence := licence_of(base_folder):
+    if licence := licence_of(parts.base_folder):
         fields["license"] = licence
-    fields["tags"] = [manifest.stage, "lora", "merged"]
+    fields["tags"] = [parts.manifest.stage, "lora", *(["merged"] if parts.merges else [])]
     return "---\n" + yaml.safe_dump(fields, sort_keys=False) + "---"
+
+
+def describe_use(parts: Parts, base: str, place: str) -> str:
+    """Say how an adapter is loaded, with which system prompt where it was trained with one, and how vLLM serves it."""
+    stage = parts.manifest.stage
+    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{f", revision={parts.revision!r}" if parts.revision else ""})'
+    ]
+    lines += [
+        f'model = PeftModel.from_pretrained(base, "{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+    ]
+    use = "```python\n" + "\n".join(lines) + "\n```"
+    if command := vllm_command(parts.adapter, base, stage, place):
+        use += f"\n\nWith vLLM: `{command}`"
+    if prompt := parts.manifest.system_prompt:
+        use += f"\n\nIt was trained with this system prompt:\n\n> {' '.join(prompt.split())}"
+    return use
 
 
 def describe_dataset(entry: DatasetFacts) -> str:
@@ -88,7 +111,7 @@ def describe_dataset(entry: DatasetFacts) -> str:
     except UserError:
         deid = "No de-identification report vouches for it"
     return (
-        f"- `{entry.path}` (sha256 `{entry.sha256[:16]}…`): {entry.train} records trained on, "
+        f"- `{Path(entry.path).name}` (sha256 `{entry.sha256[:16]}…`): {entry.train} records trained on, "
         f"{(entry.validation or 0) + (entry.test or 0)} held out. {deid}."
     )
 
@@ -109,7 +132,7 @@ def describe_training(manifest: Manifest) -> str:
     settings += [f"{key}: true" for key, value in {**config["lora"], **config["quantization"]}.items() if value is True]
     before, after = metrics.get("held_out_loss_before"), metrics.get("held_out_loss")
     loss = "" if before is None or after is None else f" Held-out loss {before:.4f} → {after:.4f}."
-    parent = f" It continued `{manifest.parent.path}`." if manifest.parent else ""
+    parent = f" It continued `{Path(manifest.parent.path).name}`." if manifest.parent else ""
     stage = TRAINING_STAGES[manifest.stage].title
     return f"{stage} with TRL and PEFT, seed {config['seed']}: {', '.join(settings)}.{parent}{loss}"
 

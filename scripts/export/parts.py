@@ -1,4 +1,4 @@
-"""What is merged into what: an adapter, the base it was made on, and the form in which the result is saved."""
+"""What is exported: an adapter, the base it was made on, and the form in which the result is saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scripts.model.find import find_model
 
 @dataclass(frozen=True)
 class Parts:
-    """What is merged into what, and in which form it is saved."""
+    """What is exported, and in which form."""
 
     adapter: Path
     manifest: Manifest  # of the adapter
@@ -32,8 +32,16 @@ class Parts:
     base_folder: Path
     config: Any  # of the base, as transformers reads it
     chat: ChatFormat
-    gguf: bool
+    form: str  # safetensors, gguf, or the adapter itself
     dtype: str
+
+    @property
+    def gguf(self) -> bool:
+        return self.form == "gguf"
+
+    @property
+    def merges(self) -> bool:
+        return self.form != "adapter"
 
     @property
     def tokenizer(self) -> Any:
@@ -61,11 +69,13 @@ def find_parts(run: Run, arguments: argparse.Namespace) -> Parts:
     manifest = check_adapter_fits(adapter, base_folder, tokenizer)
     check_vocabulary(base_folder, tokenizer)
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
-    gguf = arguments.format == "gguf"
+    form, gguf = arguments.format, arguments.format == "gguf"
     if gguf:
         check_supported(config, tokenizer)
     dtype = arguments.dtype or ("auto" if gguf else run.values.export.dtype)
-    if dtype == "auto":
+    if form == "adapter":
+        dtype = "fp32"
+    elif dtype == "auto":
         dtype = "f16" if gguf else stored_dtype(base_folder)
     chat = ChatFormat.of(tokenizer, manifest)
-    return Parts(adapter, manifest, base_id, revision, base_folder, config, chat, gguf, dtype)
+    return Parts(adapter, manifest, base_id, revision, base_folder, config, chat, form, dtype)

@@ -1,4 +1,4 @@
-"""Merge, save and load again, proving at each step that the answers are still those of base + adapter."""
+"""Save and load again, proving at each step that the answers are still those of base + adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.common.config import LoadedConfig
-from scripts.export import gguf_file, merging, ollama, parity
+from scripts.export import gguf_file, merging, ollama, parity, sharing
 from scripts.export.gguf_weights import load_weights
 from scripts.export.parts import Parts
 from scripts.model.adapter import load_adapter, switched_to
@@ -38,8 +38,8 @@ class Proof:
         return self.figures[name]
 
 
-def merge_and_save(parts: Parts, folder: Path, logits: Path) -> Proof:
-    """Merge the adapter into its base, prove in fp32 that nothing was lost, and write the result.
+def write_result(parts: Parts, folder: Path, logits: Path) -> Proof:
+    """Prove that the adapter changes its base, and write it: merged, which is proven in fp32, or as it is.
 
     `logits` is an empty folder for those of base + adapter.
     """
@@ -53,10 +53,11 @@ def merge_and_save(parts: Parts, folder: Path, logits: Path) -> Proof:
     parity.check_effect(effect, parts.adapter)
 
     proof = Proof(probes, before_merge, {"adapter_effect": effect})
-    model = merging.merge(model)
-    exact = proof.measure("merge", model)
-    log.info("merged, in fp32: %s", exact)
-    parity.check_exact(exact, effect, "the merged model")
+    if parts.merges:
+        model = merging.merge(model)
+        exact = proof.measure("merge", model)
+        log.info("merged, in fp32: %s", exact)
+        parity.check_exact(exact, effect, "the merged model")
     save(parts, model, folder)
     del model
     gc.collect()  # PEFT's wrappers refer to each other
@@ -64,8 +65,10 @@ def merge_and_save(parts: Parts, folder: Path, logits: Path) -> Proof:
 
 
 def save(parts: Parts, model: Any, folder: Path) -> None:
-    """Write the merged model in the form that was asked for, and the licence of its base."""
-    if parts.gguf:
+    """Write the result in the form that was asked for, and the licence of the base."""
+    if not parts.merges:
+        sharing.save_for_others(parts, folder)
+    elif parts.gguf:
         file = gguf_file.write_gguf(model, parts.tokenizer, folder, parts.dtype, Path(parts.base_id).name)
         ollama.write_modelfile(parts.chat, folder, file.name, adds_bos=gguf_file.adds_bos(parts.tokenizer))
     else:
@@ -77,7 +80,7 @@ def check_saved(parts: Parts, folder: Path, proof: Proof) -> None:
     """Load what was written, and refuse it if it does not answer as base + adapter did."""
     reloaded = proof.measure("reloaded", load_again(parts, folder, proof.probes))
     log.info("read again from disk in %s: %s", parts.dtype, reloaded)
-    what = f"the merged model, read again from disk in {parts.dtype},"
+    what = f"the {'merged model' if parts.merges else 'adapter'}, read again from disk in {parts.dtype},"
     if parts.dtype == "fp32":
         parity.check_exact(reloaded, proof.effect, what)
     else:
@@ -86,6 +89,8 @@ def check_saved(parts: Parts, folder: Path, proof: Proof) -> None:
 
 def load_again(parts: Parts, folder: Path, probes: Sequence[Sequence[int]]) -> Any:
     """Load what was written, weights widened to fp32, so that only their own rounding shows."""
+    if not parts.merges:
+        return load_adapter(load_full_precision(parts.base_folder), folder)
     if not parts.gguf:
         return load_full_precision(folder)
     (file,) = folder.glob("*.gguf")

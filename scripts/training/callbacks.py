@@ -88,6 +88,9 @@ class ProgressAndTracking(TrainerCallback):
         self._measure_speed(numbers)
         if not is_main_process():
             return
+        totals = {key: numbers.pop(key) for key in list(numbers) if key.startswith("train_")}  # of the whole run
+        if totals:
+            self.tracker.summarise(totals)
         self.tracker.log_metrics({metric_name(key): value for key, value in numbers.items()}, state.global_step)
         if control.should_save:
             self.tracker.deliver()
@@ -125,7 +128,5 @@ class KeepNewest(TrainerCallback):
 
 
 def metric_name(key: str) -> str:
-    """Name a trainer's number for MLflow: train/… or validation/… for curves, summary/… for the means of a whole run."""
-    if key.startswith("eval_"):
-        return f"validation/{key.removeprefix('eval_')}"
-    return f"summary/{key}" if key.startswith("train_") else f"train/{key}"
+    """Name a trainer's number for MLflow's curves: train/… or validation/…."""
+    return f"validation/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"

@@ -65,15 +65,17 @@ def parameters_of(values: Config, stage: str) -> dict[str, Any]:
 
 
 def run_name(values: Config, stage: str) -> str:
-    """Name a run so that a list tells it from others: method, what it turns on, data and seed."""
+    """Name a run so that a list tells it from others: method, what it turns on, seed and data.
+
+    A list shows the first twenty characters or so; data are what runs have most in common.
+    """
     section = getattr(values, stage)
     paths = [section.dataset_path] if isinstance(section.dataset_path, str) else section.dataset_path or []
     data = "+".join(Path(getattr(each, "path", str(each))).stem for each in paths)
-    loss, beta = getattr(section, "loss_type", ""), getattr(section, "beta", None)
-    how = [text for text in (loss if loss != stage else "", "" if beta is None else f"beta {beta:g}") if text] or [
-        f"lr {section.learning_rate:g}"
-    ]
-    return " ".join([TRAINING_STAGES[stage].title, *how, f"· {data} · seed {values.seed}"])
+    loss, beta = getattr(section, "loss_type", None), getattr(section, "beta", None)
+    usual = loss is None or loss == type(section).model_fields["loss_type"].default
+    how = [*([] if usual else [str(loss)]), f"lr {section.learning_rate:g}" if beta is None else f"beta {beta:g}"]
+    return " ".join([TRAINING_STAGES[stage].title, *how, f"seed {values.seed} · {data}"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,11 +139,10 @@ def save_adapter(
         ),
     )
     shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
-    for key, value in metrics.items():  # as tags: a metric of one value would be drawn as a chart with one bar
-        if isinstance(value, int | float):
-            tracker.set_tag(f"summary.{key}", f"{value:.6g}")
-    if metrics["held_out_loss"] is not None:
-        tracker.log_metrics({"summary/held_out_loss": metrics["held_out_loss"]})  # by which runs are sorted
+    tracker.summarise({key: value for key, value in metrics.items() if isinstance(value, int | float)})
+    if before is not None:  # a metric too, by whose last value runs are sorted: tags sort as text
+        tracker.log_metrics({"summary/held_out_loss": before}, 0)
+        tracker.log_metrics({"summary/held_out_loss": metrics["held_out_loss"]}, metrics["steps"])
     tracker.set_tag("artifact_sha256", manifest.sha256)
     tracker.log_artifact(run.output_dir / "curves.png")
     tracker.log_artifact(run.output_dir / MANIFEST)
@@ -219,6 +220,7 @@ def print_summary(run: Run, metrics: dict[str, Any]) -> None:
         f"peak memory    {metrics['peak_memory_gib']:.1f} GiB",
         f"adapter        {run.output_dir}",
         f"MLflow         {runs}",
+        "               (its pages begin with GenAI; choose Model training at the top left)",
         f'talk to it     python -m serve.ask "…" {run.config.flags}',
     ]
     if following := next_stage(run):

@@ -417,6 +417,41 @@ def test_first_publish_makes_the_folders_above(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "outputs" / "today" / "out").stage == "sft"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permission bits")
+@pytest.mark.parametrize(("folder", "weights"), [(0o755, 0o644), (0o700, 0o600)])
+def test_weights_are_read_by_whom_the_folder_admits_and_private_files_stay_private(
+    tmp_path: Path, folder: int, weights: int
+) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    part.chmod(folder)
+    (part / "adapter_model.safetensors").touch(0o600)  # as safetensors does
+    (part / "votes.jsonl").touch(0o600)
+
+    publish(part, tmp_path / "out")
+
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {"adapter_model.safetensors": weights, "votes.jsonl": 0o600}
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+def test_a_file_that_may_not_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "a")
+    (folder / "weights.bin").chmod(0)
+    program = f"from scripts.common.artifacts import read_manifest; read_manifest({str(folder)!r})"
+    bound = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+
+    done = subprocess.run(
+        [*bound, sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("scripts.common.errors.UserError: ")
+    assert said.endswith(
+        f"weights.bin: Permission denied. Let the user that runs this read it: `chmod -R a+rX {folder}`."
+    )
+
+
 def test_publish_succeeds_though_the_previous_folder_cannot_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,22 @@ def test_finished_run_holds_what_was_sent(config, tmp_path: Path) -> None:
     assert text_of(tracker, "adapter/a.txt") == "inner"
 
 
+def test_single_figures_are_tags_and_a_long_description_ends_with_a_whole_line(config) -> None:
+    with tracked_run(config, "comparison") as tracker:
+        tracker.summarise({"all rules (strict).dpo": 2 / 3, "steps": 12})
+        tracker.describe("\n".join(["verdict", *("figures " * 40 for _ in range(40))]))
+
+    data = run_of(tracker).data
+    assert {key: value for key, value in data.tags.items() if key.startswith("summary.")} == {
+        "summary.all rules _strict_.dpo": "0.666667",
+        "summary.steps": "12",
+    }
+    first, *lines = data.tags["mlflow.note.content"].split("\n")
+    assert (first, set(lines)) == ("verdict", {"figures " * 40})
+    assert 10 < len(lines) < 20
+    assert not [name for name in data.metrics if not name.startswith("system/")]
+
+
 def test_an_adapter_is_a_model_of_its_run_and_a_version_in_the_registry(config, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -11,6 +11,7 @@ import pytest
 
 from eval import compare
 from eval.arms import Member, find_arms, members_of
+from eval.figures import spoken
 from eval.held_out import HeldOut, read_held_out
 from eval.measuring import Loaded, Prepared, load_models, measure_models
 from eval.report import Report, read_report
@@ -91,7 +92,25 @@ def test_the_folder_is_a_finished_artifact_below_the_dpo_adapter(compared: Path)
     mlflow.set_tracking_uri(f"sqlite:///{compared}/mlflow.db")
     run = mlflow.get_run(facts["mlflow"]["run_id"])
     assert run.data.tags["mlflow.parentRunId"] == manifest(compared / "out/dpo_adapter")["mlflow"]["run_id"]
-    assert "eval/held_out_loss/dpo" in run.data.metrics
+    assert not [name for name in run.data.metrics if not name.startswith("system/")], "charts of one bar"
+    report = read_report(compared / "out/comparison")
+    asked = next(metric for metric in report.metrics if metric.primary)
+    assert float(run.data.tags[f"summary.{compare.told(asked)}.dpo"]) == pytest.approx(
+        asked.models["dpo"].value, rel=1e-5
+    )
+    verdict, _, table = run.data.tags["mlflow.note.content"].partition("\n\n")
+    assert verdict == report.verdict.text
+    fence, header, *rows, end = table.splitlines()
+    assert (fence, header.split(), end) == ("```", ["held", "out", "n", "base", "sft", "dpo"], "```")
+    assert len(rows) == len(report.metrics)
+    assert {len(row) for row in rows} == {len(header)}
+    assert "\xa0" not in table, "MLflow would show its name"
+    loss = next(metric for metric in report.metrics if metric.name == "held_out_loss")
+    assert any(
+        spoken(loss.models["dpo"].value, loss.unit).replace("\xa0", " ") in row
+        for row in rows
+        if row.startswith(loss.title)
+    )
 
 
 def test_a_dry_run_checks_the_arms_and_says_what_they_can_show(

@@ -100,6 +100,7 @@ def test_every_command_is_of_a_kind_that_is_checked() -> None:
     kinds = (
         r"(\w+=\S+ )*(uvicorn|mlflow) ", "make ", "curl ", "Invoke-RestMethod ", "pip install( -r \\S+)+$", r"pip install --no-deps \S+==\S+$", "(python3|py) -m venv ",
         "torchrun ", "accelerate launch ", r"\$env:[A-Z_]+ = ", r"(source )?\.venv\S+/?activate", r"vllm serve ",
+        r"(\w+=\S+ )*docker compose -f serve/compose\.yaml up",
     )  # fmt: skip
     unchecked = [c for c in COMMANDS if c not in PYTHON + TESTS and not re.match("|".join(kinds), c, re.IGNORECASE)]
     assert unchecked == []

@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import ROOT, write_jsonl
 from tests.support.chain import write_kto_chain
+from tests.support.pairs import write_pairs_project
 from tests.support.serving import free_port
 from tests.support.windows import CTRL_BREAK, run_on_windows, windows
 
@@ -168,6 +169,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     (folder / "serve.keys").write_text("a-key-of-some-length\n")
     (folder / "deid.key").write_bytes(b"k" * 32)
     out = folder / "out"
+    (folder / "pairs").mkdir()
+    write_pairs_project(folder / "pairs")  # on a model whose answers end
     return write_kto_chain(
         folder,
         pairs={"samples_per_prompt": 2, "max_new_tokens": 8},
@@ -182,6 +185,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
 
 
 CONFIG = ["--config", "{folder}/config.yaml"]
+PAIRS = ["-m", "scripts.make_pairs", "--config", "{folder}/pairs/config.yaml", "--out", "{folder}/pairs.jsonl", "--by"]
 DEID = ["{root}/scripts/deid_presidio.py", "--in", "{folder}/raw.jsonl", *CONFIG]
 STAGES: dict[str, list[str]] = {
     "doctor": ["-m", "scripts.doctor", *CONFIG],
@@ -198,6 +202,9 @@ STAGES: dict[str, list[str]] = {
     "lm-eval": ["{root}/eval/run_lmeval.py", *CONFIG, "--model_path", "{folder}/out/sft_adapter", "--task", "domain", "--limit", "2"],
     "export": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter"],
     "export again": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter"],
+    "export of the adapter itself": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter", "--format", "adapter"],
+    "pairs": [*PAIRS, "demonstrations"],
+    "pairs again, of the samples that are there": [*PAIRS, "checks"],
     "export to GGUF": ["{root}/scripts/export_lora.py", *CONFIG, "--adapter", "{folder}/out/dpo_adapter", "--format", "gguf"],
     "batch": ["-m", "serve.batch", "{folder}/ask.jsonl", "--out", "{folder}/answers.jsonl", *CONFIG],
     "study": ["-m", "scripts.study", *CONFIG, "--set", "tracking.log_adapter=false"],
@@ -343,9 +350,9 @@ def test_study_passes_ctrl_break_on_and_the_same_command_continues(chain: Path) 
 @pytest.mark.slow
 def test_written_files_are_the_same_bytes_as_elsewhere(chain: Path) -> None:
     """What is hashed, shared or read by others has the same bytes on every system."""
-    names = ("*.jsonl", "*.yaml", "manifest.json", "report.json", "curves.json", "report.html")
+    names = ("*.jsonl", "*.yaml", "*manifest.json", "report.json", "curves.json", "report.html")
     written = {name: list(chain.parent.rglob(name)) for name in names}
     assert all(written.values()), "the stages above have run"
     assert not [path for paths in written.values() for path in paths if b"\r\n" in path.read_bytes()]
-    for path in written["manifest.json"]:
+    for path in written["*manifest.json"]:
         json.loads(path.read_text(encoding="utf-8"))

@@ -163,6 +163,10 @@ def test_every_run_stands_below_that_of_the_study(whole: Path) -> None:
     assert parent.info.status == "FINISHED"
     assert parent.info.run_id == manifest(whole / "study")["mlflow"]["run_id"]
     assert parent.data.tags["chosen"] == result_of(whole)["chosen"]
+    ranking = parent.data.tags["mlflow.note.content"].splitlines()
+    assert f"Chosen: {result_of(whole)['chosen']}." in ranking[0]
+    assert [line[2:].partition(":")[0] for line in ranking[2:]] == [one["name"] for one in result_of(whole)["variants"]]
+    assert not [name for name in parent.data.metrics if not name.startswith("system/")], "charts of one bar"
 
 
 def test_the_folder_proves_itself_like_that_of_any_stage(whole: Path) -> None:

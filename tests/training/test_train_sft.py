@@ -223,10 +223,13 @@ def test_mlflow_run_holds_params_metrics_datasets_and_artifacts(in_finished) -> 
     assert {"config.resolved.yaml", "manifest.json", "curves.png"} <= names
     assert (
         run.info.run_name
-        == f"SFT lr {manifest.section['learning_rate']:g} · {Path(manifest.datasets[0].path).stem} · seed {manifest.config['seed']}"
+        == f"SFT lr {manifest.section['learning_rate']:g} seed {manifest.config['seed']} · {Path(manifest.datasets[0].path).stem}"
     )
     assert {name.partition(".")[0] for name in run.data.params} == {*save.DECISIVE, "sft"}
     assert run.data.tags["summary.steps"] == str(manifest.metrics["steps"])
+    assert float(run.data.tags["summary.train_loss"]) > 0
+    single = [name for name in run.data.metrics if len(client.get_metric_history(run.info.run_id, name)) == 1]
+    assert [name for name in single if not name.startswith("system/")] == [], "charts of one bar"
     (version,) = client.search_model_versions("name = 'llm-finetune-sft-dpo-sft'")
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert (version.run_id, model.source_run_id) == (run.info.run_id, run.info.run_id)
