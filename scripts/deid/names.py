@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from scripts.deid.languages import function_words, leads_to_name, vocabulary
+from scripts.deid.languages import function_words, leads_to_name, no_name, vocabulary
 from scripts.deid.spans import Span
 from scripts.deid.words import words
 
@@ -287,8 +287,14 @@ def _leading(language: str) -> re.Pattern[str]:
     if language == "en":
         return _LEADING
     lead = vocabulary(language)
-    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and"))
+    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and", "kin"))
     return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$))+")
+
+
+@cache
+def _relative(language: str) -> re.Pattern[str]:
+    """Return relatives and others whose name may follow; the word is no part of it."""
+    return re.compile(rf"(?i)(?:{vocabulary(language)['kin']})")
 
 
 def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
@@ -296,6 +302,7 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
     trimmed = []
     if language != "en":
         spans = [part for span in spans for part in _between_days(text, span, language)]
+        spans = [_without_words(text, span, language) for span in spans]
     spans = [part for span in spans for part in _couple(text, span)]
     for span in spans:
         if span.entity == "PERSON":
@@ -314,6 +321,32 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
             span = span._replace(start=start, end=end)
         trimmed.append(span)
     return [span for span in trimmed if span.start < span.end]
+
+
+def _without_words(text: str, span: Span, language: str) -> Span:
+    """Take off the ends of a name or place what heads a form, and before a capital the small words of the sentence."""
+    if span.entity not in ("PERSON", "LOCATION", "ORGANIZATION", "STREET_ADDRESS"):
+        return span
+    words = list(re.finditer(r"[^\s,;:]+", text[span.start : span.end]))
+    heads = no_name(language)
+    while words and heads.fullmatch(words[0][0]) and not is_part_of_name(words[0][0]):
+        words.pop(0)
+    while words and heads.fullmatch(words[-1][0]) and not is_part_of_name(words[-1][0]):
+        words.pop()
+    if span.entity == "PERSON" and any(word[0][0].isupper() for word in words):
+        particles = 0  # those right before the capital belong to the name
+        first = next(index for index, word in enumerate(words) if word[0][0].isupper())
+        while particles < first and words[first - particles - 1][0] in _PARTICLES:
+            particles += 1
+        if particles and particles < first and words[first][0].casefold() in given_names():
+            particles = 0  # `inloggen van Marloes`
+        if first - particles and words[0][0].islower() and words[0][0].isalpha():
+            words = words[first - particles :]
+    elif span.entity == "PERSON" and words and all(word[0] in _PARTICLES for word in words):
+        words = []
+    if not words:
+        return span._replace(end=span.start)
+    return span._replace(start=span.start + words[0].start(), end=span.start + words[-1].end())
 
 
 def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
@@ -376,10 +409,14 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int, str]], la
             end = match.end("word")
             continue
         initial = len(word) == 1 and word.isupper() and (match["dot"] or capitals)
+        noble = text[shown:end].strip() == "von"
         named = (
             word[0].isupper()
             and folded not in _NOT_AFTER
-            and (language == "en" or (language != "de" and not capitals) or is_name(word))  # German nouns have capitals
+            and (
+                language == "en" or (language != "de" and not capitals) or is_name(word) or noble
+            )  # German nouns have capitals
+            and (language == "en" or not no_name(language).fullmatch(word))
             and (capitals or not word.isupper() or initial or len(word) == 1)
         )
         if lower:
@@ -409,6 +446,8 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int, str]], lan
             continue
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
         if language != "en" and _leading(language).fullmatch(word + " "):
+            break
+        if language != "en" and (no_name(language).fullmatch(word) or _relative(language).fullmatch(word)):
             break
         if _ROLE.fullmatch(word) and not start < span.start:
             return match.start("word")

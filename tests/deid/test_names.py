@@ -129,3 +129,17 @@ def test_a_name_with_small_words_within_stays_whole_where_a_model_takes_its_end_
 def test_within_a_dutch_sentence_a_capital_van_or_de_begins_a_name():
     text = "Vraag even aan Van Leeuwen of De Bruin de sleutels heeft. De bank is dicht, Van alles is nieuw."
     assert [text[s.start : s.end] for s in find_names(text, "nl")] == ["Van Leeuwen", "De Bruin"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "name"),
+    [
+        ("de", "Rechnung Dorothea Kluge", "Dorothea Kluge"),
+        ("de", "Dorothea Kluge Kundennummer", "Dorothea Kluge"),
+        ("nl", "haar kapper Wessel", "Wessel"),
+        ("nl", "van den Berg", "van den Berg"),
+        ("it", "parrucchiere Dino Bonomi", "Dino Bonomi"),
+    ],
+)
+def test_what_heads_a_form_and_small_words_before_a_capital_are_no_part_of_a_name(language, text, name):
+    assert [text[s.start : s.end] for s in trim_names(text, [Span(0, len(text), "PERSON", 0.9)], language)] == [name]
