@@ -297,6 +297,12 @@ def _relative(language: str) -> re.Pattern[str]:
     return re.compile(rf"(?i)(?:{vocabulary(language)['kin']})")
 
 
+@cache
+def _title(language: str) -> re.Pattern[str]:
+    """Return the titles that belong to the name they stand before."""
+    return re.compile(rf"(?i)(?:{vocabulary(language)['title']})")
+
+
 def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
     """Take the small words off the ends of names."""
     trimmed = []
@@ -340,8 +346,11 @@ def _without_words(text: str, span: Span, language: str) -> Span:
             particles += 1
         if particles and particles < first and words[first][0].casefold() in given_names():
             particles = 0  # `inloggen van Marloes`
-        if first - particles and words[0][0].islower() and words[0][0].isalpha():
-            words = words[first - particles :]
+        kept = first - particles
+        while kept and _title(language).fullmatch(words[kept - 1][0]):
+            kept -= 1  # `signor Everardo Lotti`
+        if kept and words[0][0].islower() and words[0][0].isalpha():
+            words = words[kept:]
     elif span.entity == "PERSON" and words and all(word[0] in _PARTICLES for word in words):
         words = []
     if not words:

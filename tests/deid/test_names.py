@@ -139,6 +139,8 @@ def test_within_a_dutch_sentence_a_capital_van_or_de_begins_a_name():
         ("nl", "haar kapper Wessel", "Wessel"),
         ("nl", "van den Berg", "van den Berg"),
         ("it", "parrucchiere Dino Bonomi", "Dino Bonomi"),
+        ("it", "signor Dino Bonomi", "signor Dino Bonomi"),
+        ("nl", "buurman meneer Wessel Kok", "meneer Wessel Kok"),
     ],
 )
 def test_what_heads_a_form_and_small_words_before_a_capital_are_no_part_of_a_name(language, text, name):
