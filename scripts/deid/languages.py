@@ -125,7 +125,7 @@ def recognizers(language: str) -> list[dict[str, Any]]:
             ("title", rf"\b(?:{lead['title']})[ ](?:(?:{lead['title']})[ ])*(?:{name}|{capitals})", 0.85),
             ("label", rf"\b(?:{lead['name']})[ ]?:[ ]*\K{name}", 0.8),
             ("greeting", rf"(?:^|\n)\s*(?:{lead['greeting']})[ ]\K(?!Grü|Kund|Gäste|Team|Kolleg|collègues|clients?\b|clientes?\b|tutti\b|todos\b){name}(?=[ ]*(?:$|[\n,.!:]))", 0.7),
-            ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K{name}{end}", 0.7),
+            ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K(?:{name}|{capitals}){end}", 0.7),
             ("relative", rf"\b(?:{lead['kin']}),?[ ]\K{name}", 0.6),
             ("rota", rf"\b(?:{lead['days']})[ ]\K{name}(?=[ ]*(?:$|[\n,;]))", 0.6),
             ("list", rf"(?<=\b(?:{lead['people']})[ ]?:[^.\n]{{0,120}})(?<=[:,;][ ]){name}(?=[ ]*(?:[,.;(]|$))", 0.6),

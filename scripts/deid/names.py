@@ -45,6 +45,7 @@ _INITIALS = re.compile(r"\b(?:[A-Z]\.[ -]?){1,3}(?P<last>[^\W\d_a-zß-öø-ÿ][\
 _PAIR = re.compile(r"\b(?P<first>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+) (?P<last>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+)\b")
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
 _PARTICLES = words("particles")
+_OP_DEN = re.compile(r"op(?= de[nr]? [^\W\d_a-zß-öø-ÿ])")
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)$")
 # Words that belong to the name they stand before.
@@ -297,6 +298,20 @@ def _relative(language: str) -> re.Pattern[str]:
     return re.compile(rf"(?i)(?:{vocabulary(language)['kin']})")
 
 
+_KIN = re.compile(
+    r"(?i)(?:oma|opa|tante|onkel|oom|oncle|tonton|mamie|papi|t[ií][ao]|abuel[ao]|zi[ao]|nonn[ao]|av[óô])\s"
+)
+_POSSESSIVE = re.compile(
+    r"(?i)\b(?:(?:[mds]ein|ihr|unser|euer|eur)(?:e[mnrs]?)?|[mts](?:on|a|es)|[nv]otre|mi|tu|su|nuestr[ao]|[mts](?:io|uo|ia|ua)|[nv]ostr[ao]"
+    r"|[mts]eu|minha|noss[ao]|mijn|jouw|je|zijn|haar|hun|onze|ons)\s$"
+)
+
+
+def _is_kin(text: str, start: int) -> bool:
+    """Say whether a relative stands here whom the sentence speaks of and does not address: `ihren Onkel Anton`."""
+    return bool(_KIN.match(text, start)) and bool(_POSSESSIVE.search(text, max(0, start - 10), start))
+
+
 @cache
 def _title(language: str) -> re.Pattern[str]:
     """Return the titles that belong to the name they stand before."""
@@ -344,15 +359,18 @@ def _without_words(text: str, span: Span, language: str) -> Span:
         first = next(index for index, word in enumerate(words) if word[0][0].isupper())
         while particles < first and words[first - particles - 1][0] in _PARTICLES:
             particles += 1
-        if particles and particles < first and words[first][0].casefold() in given_names():
-            particles = 0  # `inloggen van Marloes`
-        kept = first - particles
-        while kept and _title(language).fullmatch(words[kept - 1][0]):
-            kept -= 1  # `signor Everardo Lotti`
+        kept, title = first - particles, _title(language)
+        led = kept > 0 and title.fullmatch(words[kept - 1][0])
+        if kept and not led and words[first][0].casefold() in given_names():
+            kept = first  # `inloggen van Marloes`
+        while kept and title.fullmatch(words[kept - 1][0]) and not _is_kin(text, span.start + words[kept - 1].start()):
+            kept -= 1  # `signor Everardo Lotti`, but `suo zio Everardo`
         if kept and words[0][0].islower() and words[0][0].isalpha():
             words = words[kept:]
     elif span.entity == "PERSON" and words and all(word[0] in _PARTICLES for word in words):
         words = []
+    if len(words) > 1 and _is_kin(text, span.start + words[0].start()):
+        words.pop(0)
     if not words:
         return span._replace(end=span.start)
     return span._replace(start=span.start + words[0].start(), end=span.start + words[-1].end())
@@ -414,7 +432,7 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int, str]], la
         others = [other for other in taken if other[0] <= match.start("word") < other[1] and other[:2] != span[:2]]
         if others:  # of `Heidi van der Vlist` a model may take the end for a firm or a place
             return others[0][1] if end > shown and others[0][2] in ("ORGANIZATION", "LOCATION") else shown
-        if folded in _PARTICLES:
+        if folded in _PARTICLES or _OP_DEN.match(text, match.start("word")):
             end = match.end("word")
             continue
         initial = len(word) == 1 and word.isupper() and (match["dot"] or capitals)

@@ -140,8 +140,38 @@ def test_within_a_dutch_sentence_a_capital_van_or_de_begins_a_name():
         ("nl", "van den Berg", "van den Berg"),
         ("it", "parrucchiere Dino Bonomi", "Dino Bonomi"),
         ("it", "signor Dino Bonomi", "signor Dino Bonomi"),
+        ("de", "Onkel Detlef", "Onkel Detlef"),
+        ("nl", "mevrouw de Roos", "mevrouw de Roos"),
         ("nl", "buurman meneer Wessel Kok", "meneer Wessel Kok"),
     ],
 )
 def test_what_heads_a_form_and_small_words_before_a_capital_are_no_part_of_a_name(language, text, name):
     assert [text[s.start : s.end] for s in trim_names(text, [Span(0, len(text), "PERSON", 0.9)], language)] == [name]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "name"),
+    [("de", "mit ihrem Onkel Detlef", "Onkel Detlef"), ("fr", "et son oncle Armand", "oncle Armand"), ("nl", "en haar oom Wessel", "oom Wessel")],
+)  # fmt: skip
+def test_a_relative_that_is_spoken_of_is_no_part_of_the_name(language, text, name):
+    start = text.index(name)
+    [left] = trim_names(text, [Span(start, len(text), "PERSON", 0.9)], language)
+    assert text[left.start : left.end] == name.split()[1]
+
+
+def test_a_dutch_name_takes_in_what_stands_between():
+    text = "Wessel op den Kamp en Bas gaan op de fiets."
+    spans = extend_names(text, [Span(0, 6, "PERSON", 0.9), Span(22, 25, "PERSON", 0.9)], "nl")
+    assert [text[s.start : s.end] for s in spans] == ["Wessel op den Kamp", "Bas"]
+
+
+def test_a_german_noun_within_a_sentence_is_no_name_and_a_listed_name_is_one():
+    text = "Im Beet blühen Flieder und Astern, sagt Detlef."
+
+    def rejected(word):
+        start = text.index(word)
+        return Doubts(text, "de").reject(Span(start, start + len(word), "PERSON", 0.95))
+
+    assert rejected("Flieder")
+    assert rejected("Astern")
+    assert not rejected("Detlef")
