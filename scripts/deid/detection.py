@@ -92,13 +92,13 @@ class Detector:
         by_name = "PERSON" in self.entities
         unknown = [number for number, text in enumerate(texts) if not is_spent(text)]
         with _doubts_raise(), engine.nlp[self.language].memory_zone():
-            read = [titled(text) for text in texts] if by_name else texts
-            artifacts = self._artifacts(read, frozenset(unknown))
+            artifacts = self._artifacts([titled(text) for text in texts] if by_name else texts, frozenset(unknown))
             first = [self._by_pattern(text, known) for text, known in zip(texts, artifacts, strict=True)]
             learnt: list[list[Span]] = [[] for _ in texts]
             if self.rampart:
                 sure = [[span for span in first[n] if self._is_sure(texts[n], span)] for n in unknown]
-                for number, found in zip(unknown, self.rampart.detect([texts[n] for n in unknown], sure), strict=True):
+                read = self.rampart.detect([texts[n] for n in unknown], sure, self.language)
+                for number, found in zip(unknown, read, strict=True):
                     learnt[number] = found
             for text, spans, more in zip(texts, first, learnt, strict=True):
                 spans = spans + more

@@ -68,7 +68,9 @@ class Rampart:
         labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
         self.labels = [labels[str(number)] for number in range(len(labels))]
 
-    def detect(self, texts: Sequence[str], known: Sequence[Sequence[Span]] | None = None) -> list[list[Span]]:
+    def detect(
+        self, texts: Sequence[str], known: Sequence[Sequence[Span]] | None = None, language: str = "en"
+    ) -> list[list[Span]]:
         """Return the findings of each text, beside those that are known and not read; texts of similar length share a batch."""
         import numpy as np
 
@@ -77,7 +79,10 @@ class Rampart:
         for number, encoding in enumerate(self.tokenizer.encode_batch(list(texts), add_special_tokens=False)):
             tokens, offsets = encoding.ids, encoding.offsets
             starts = [start for token, (start, _) in zip(encoding.tokens, offsets, strict=True) if token[:2] == "##"]
-            unread = [*_without_names(texts[number], starts), *(span[:2] for span in (known[number] if known else ()))]
+            unread = [
+                *_without_names(texts[number], starts, language),
+                *(span[:2] for span in (known[number] if known else ())),
+            ]
             for low, high in unread:
                 begin, end = bisect_left(offsets, (low, 0)), bisect_left(offsets, (high, 0))
                 tokens, offsets = tokens[:begin] + tokens[end:], offsets[:begin] + offsets[end:]
@@ -117,15 +122,18 @@ def is_spent(text: str) -> bool:
 
 def _left_over(text: str) -> bool:
     """Say whether a number of four digits, or within a sentence a capitalised word, stands beside the tags of a text."""
-    return any(not match["word"] or not _is_label(match["word"]) for match in _LEFT_OVER.finditer(TAG.sub("x", text)))
+    plain = TAG.sub(" ", text)
+    shouted = plain.isupper() and len(_WORD.findall(plain)) > 2
+    words = [match["word"] for match in _LEFT_OVER.finditer(TAG.sub("x", text))]
+    return any(not word or not _is_label(word, shouted=shouted) for word in words)
 
 
-def _is_label(word: str) -> bool:
+def _is_label(word: str, *, shouted: bool) -> bool:
     """Say whether a word in capitals is a label, as in `MRN <ID_NUMBER>`, or the name of a variable."""
-    return word.isupper() and (len(word) < 6 or "_" in word) and not is_name(word)
+    return word.isupper() and ("_" in word or (len(word) < 6 and not shouted)) and not is_name(word)
 
 
-def _without_names(text: str, pieces: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _without_names(text: str, pieces: Sequence[int], language: str) -> Iterator[tuple[int, int]]:
     """Yield what the model need not read: keys, plain sentences, and in a text with our tags in it those that are spent.
 
     `pieces` are the places of words that its vocabulary holds in pieces only, as it does rare names.
@@ -133,14 +141,14 @@ def _without_names(text: str, pieces: Sequence[int]) -> Iterator[tuple[int, int]
     tagged = TAG.search(text)
     for sentence in _SENTENCE.finditer(text):
         rare = bisect_left(pieces, sentence.start()) < bisect_left(pieces, sentence.end())
-        if (tagged and not _left_over(sentence[0])) or (not rare and is_plain(sentence[0])):
+        if (tagged and not _left_over(sentence[0])) or (language == "en" and not rare and is_plain(sentence[0])):
             yield sentence.span()
         else:  # a key is a third of the tokens of many texts
             yield from (key.span() for key in _KEY.finditer(text, *sentence.span()))
 
 
 def is_plain(sentence: str) -> bool:
-    """Say whether a sentence is of ordinary words only: no capital but a function word's, no long number, no name and no street."""
+    """Say whether an English sentence is of ordinary words only: no capital but a function word's, no long number, no name and no street."""
     words = _WORD.findall(sentence)
     return (
         len(words) >= _FEWEST_WORDS

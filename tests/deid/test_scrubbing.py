@@ -415,6 +415,7 @@ def test_only_sentences_of_ordinary_words_are_plain(sentence, plain):
         ("DB_PASSWORD=<SECRET>", True),
         ("<PERSON> and Okafor signed.", False),
         ("CALL <PERSON> AND FATIMA", False),
+        ("TELL <PERSON> THAT TRUUS RANG", False),
         ("<PERSON> lives in PORSGRUNN", False),
         ("<PERSON>, room 4411", False),
         ("The parcel is at the door.", False),
