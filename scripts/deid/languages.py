@@ -130,6 +130,7 @@ def recognizers(language: str) -> list[dict[str, Any]]:
             ("rota", rf"\b(?:{lead['days']})[ ]\K{name}(?=[ ]*(?:$|[\n,;]))", 0.6),
             ("list", rf"(?<=\b(?:{lead['people']})[ ]?:[^.\n]{{0,120}})(?<=[:,;][ ]){name}(?=[ ]*(?:[,.;(]|$))", 0.6),
             ("called", rf"\b(?:{lead['called']})[ ]\K{name}", 0.7),
+            ("yours", rf"(?-i:\b(?:{lead.get('yours', '(?!)')}))[ ]\K{name}(?=[ ]*(?:$|[\n,.;]|(?:en|et|y|e)[ ](?-i:\p{{Lu}})))", 0.7),
         ],
         "DATE_TIME": [
             ("day and month", rf"\b\d{{1,2}}(?:\.|er|º|°)?[ ](?:de[ ])?(?:{lead['months']})\b(?:\.?,?[ ](?:de[ ])?(?:19|20)\d\d\b)?", 0.8),
@@ -179,7 +180,7 @@ def _own_words(language: str) -> frozenset[str]:
         code: set(
             re.findall(
                 r"[^\W\d_]{4,}",
-                " ".join(kinds[kind] for kind in sorted(kinds.keys() - {"everyday", "ask", "months", "and"})),
+                " ".join(kinds[kind] for kind in sorted(kinds.keys() - {"everyday", "ask", "months", "and", "yours"})),
             )
         )
         for code, kinds in _vocabularies().items()

@@ -371,9 +371,24 @@ def _without_words(text: str, span: Span, language: str) -> Span:
         words = []
     if len(words) > 1 and _is_kin(text, span.start + words[0].start()):
         words.pop(0)
+    if span.entity == "PERSON" and len(words) > 1 and text[span.start : span.end].isupper():
+        words = words[: _length_of_name([word[0] for word in words], language)]
     if not words:
         return span._replace(end=span.start)
     return span._replace(start=span.start + words[0].start(), end=span.start + words[-1].end())
+
+
+def _length_of_name(words: Sequence[str], language: str) -> int:
+    """Return how many words are of a name in capitals, after which others may follow: `FRAU EVA LINDNER KOMMT`.
+
+    A given name that no listed name follows is taken to have a family name.
+    """
+    first = next((n for n, word in enumerate(words) if not _title(language).fullmatch(word)), 0)
+    listed = [n for n, word in enumerate(words) if n >= first and is_name(word)]
+    if not listed:
+        return max(first + 1, min(len(words), 2))
+    alone = listed == [first] and words[first].casefold() in given_names()
+    return listed[-1] + 1 + alone
 
 
 def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
