@@ -288,8 +288,8 @@ def _leading(language: str) -> re.Pattern[str]:
     if language == "en":
         return _LEADING
     lead = vocabulary(language)
-    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and", "kin"))
-    return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$))+")
+    kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and"))
+    return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$)|(?:{lead['kin']})\s+(?=\w))+")
 
 
 @cache
@@ -360,11 +360,12 @@ def _without_words(text: str, span: Span, language: str) -> Span:
         while particles < first and words[first - particles - 1][0] in _PARTICLES:
             particles += 1
         kept, title = first - particles, _title(language)
-        led = kept > 0 and title.fullmatch(words[kept - 1][0])
-        if kept and not led and words[first][0].casefold() in given_names():
-            kept = first  # `inloggen van Marloes`
-        while kept and title.fullmatch(words[kept - 1][0]) and not _is_kin(text, span.start + words[kept - 1].start()):
-            kept -= 1  # `signor Everardo Lotti`, but `suo zio Everardo`
+        length = _length_of_title(words[:kept], title)
+        if kept and not length and words[first][0].casefold() in given_names():
+            kept, length = first, _length_of_title(words[:first], title)  # `inloggen van Marloes`
+        while length and not _is_kin(text, span.start + words[kept - length].start()):
+            kept -= length  # `signor Everardo Lotti`, but `suo zio Everardo`
+            length = _length_of_title(words[:kept], title)
         if kept and words[0][0].islower() and words[0][0].isalpha():
             words = words[kept:]
     elif span.entity == "PERSON" and words and all(word[0] in _PARTICLES for word in words):
@@ -376,6 +377,11 @@ def _without_words(text: str, span: Span, language: str) -> Span:
     if not words:
         return span._replace(end=span.start)
     return span._replace(start=span.start + words[0].start(), end=span.start + words[-1].end())
+
+
+def _length_of_title(words: Sequence[re.Match[str]], title: re.Pattern[str]) -> int:
+    """Return how many words at the end are a title: `la familia`, `signor`."""
+    return next((n for n in (2, 1) if title.fullmatch(" ".join(word[0] for word in words[-n:])) and len(words) >= n), 0)
 
 
 def _length_of_name(words: Sequence[str], language: str) -> int:
