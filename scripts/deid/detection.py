@@ -19,9 +19,9 @@ from scripts.deid.doubts import Doubts, impersonal, named_by_context
 from scripts.deid.labels import find_cells
 from scripts.deid.languages import months_of
 from scripts.deid.names import extend_names, find_names, titled, trim_names
-from scripts.deid.rampart import Rampart
+from scripts.deid.rampart import Rampart, is_spent
 from scripts.deid.secret_values import find_secrets, is_placeholder
-from scripts.deid.spans import TAG, Span, cut, normalise, to_original
+from scripts.deid.spans import Span, cut, normalise, to_original
 from scripts.deid.words import words
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ DIGIT_ENTITIES = frozenset({
     "AGE", "CREDIT_CARD", "DEVICE_ID", "IBAN_CODE", "ID_NUMBER", "IP_ADDRESS", "MEDICAL_LICENSE", "PHONE_NUMBER",
     "STREET_ADDRESS", "UK_NHS", "US_ITIN", "US_MBI", "US_NPI", "US_PASSPORT", "US_SSN", "VEHICLE_ID", "ZIP_CODE",
 })  # fmt: skip
+# Known by their format; a model of names would read them piece by piece, ten tokens and more each.
+SURE_ENTITIES = frozenset({"SECRET", "CREDIT_CARD", "IBAN_CODE", "CRYPTO", "UUID", "VEHICLE_ID"})
 _DATE_LIKE = re.compile(
     r"\d\s?/\s?\d|\d-\d{1,2}-\d|\d\.\s?\d{1,2}\.\s?\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
     r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s-]+(?:of\s+)?"
@@ -47,10 +49,6 @@ _NEXT_SENTENCE = re.compile(r"(?<=\d [A-Z][a-z][a-z])\.\s(?=\d{1,3}\b)|(?<=\d [A
 _KEY_LIKE = re.compile(r"[\w+/=.-]{14}|://|-----BEGIN |;\s?(?:[Pp]wd|[Pp]assword)=|Private-Lines")
 _YEAR = re.compile(r"(?:18|19|20)\d\d")
 _HEADING = re.compile(r":\s")
-# Three digits, or a capitalised word that does not begin a sentence.
-_LEFT_OVER = re.compile(
-    r"\d[\d ./:-]?\d[\d ./:-]?\d|(?<![.!?:\n] )(?<![\n\"'>*-])(?<!^)\b(?!I['’ ])[^\W\d_a-zß-öø-ÿ]\w"
-)
 _WINDOW, _OVERLAP = 20_000, 400
 
 
@@ -92,21 +90,18 @@ class Detector:
     def _analyse(self, texts: Sequence[str]) -> Iterator[list[Span]]:
         engine = self.analyzer.nlp_engine
         by_name = "PERSON" in self.entities
-        wordy = [name for name in self.entities if name not in DIGIT_ENTITIES - self.user_entities]
-        unknown = [number for number, text in enumerate(texts) if not _is_spent(text)]
-        learnt: list[list[Span]] = [[] for _ in texts]
-        if self.rampart:
-            for number, found in zip(unknown, self.rampart.detect([texts[n] for n in unknown]), strict=True):
-                learnt[number] = found
+        unknown = [number for number, text in enumerate(texts) if not is_spent(text)]
         with _doubts_raise(), engine.nlp[self.language].memory_zone():
-            read = [titled(text) for text in texts] if by_name else texts
-            artifacts = self._artifacts(read, frozenset(unknown))
-            for number, (text, more) in enumerate(zip(texts, learnt, strict=True)):
-                entities = [*self.entities] if re.search(r"\d", text) else wordy
-                if "SECRET" in entities and "SECRET" not in self.user_entities and not _KEY_LIKE.search(text):
-                    entities = [name for name in entities if name != "SECRET"]
-                results = self.analyzer.analyze(text, self.language, entities=entities, nlp_artifacts=artifacts[number])
-                spans = [Span(r.start, r.end, r.entity_type, r.score) for r in results] + more + find_secrets(text)
+            artifacts = self._artifacts([titled(text) for text in texts] if by_name else texts, frozenset(unknown))
+            first = [self._by_pattern(text, known) for text, known in zip(texts, artifacts, strict=True)]
+            learnt: list[list[Span]] = [[] for _ in texts]
+            if self.rampart:
+                sure = [[span for span in first[n] if self._is_sure(texts[n], span)] for n in unknown]
+                read = self.rampart.detect([texts[n] for n in unknown], sure, self.language)
+                for number, found in zip(unknown, read, strict=True):
+                    learnt[number] = found
+            for text, spans, more in zip(texts, first, learnt, strict=True):
+                spans = spans + more
                 if by_name:
                     spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
@@ -118,6 +113,21 @@ class Detector:
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
                 believed = extend_names(text, believed, self.language)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed
+
+    def _by_pattern(self, text: str, artifacts: Any) -> list[Span]:
+        """Return what Presidio, spaCy and the rules for secrets find."""
+        entities = [*self.entities]
+        if not re.search(r"\d", text):
+            entities = [name for name in entities if name not in DIGIT_ENTITIES - self.user_entities]
+        if "SECRET" in entities and "SECRET" not in self.user_entities and not _KEY_LIKE.search(text):
+            entities = [name for name in entities if name != "SECRET"]
+        results = self.analyzer.analyze(text, self.language, entities=entities, nlp_artifacts=artifacts)
+        return [Span(r.start, r.end, r.entity_type, r.score) for r in results] + find_secrets(text)
+
+    def _is_sure(self, text: str, span: Span) -> bool:
+        """Say whether a finding begins where it seems to and will count, so that no model of names need read it."""
+        before = text[max(0, span.start - 1) : span.start]
+        return span.entity in SURE_ENTITIES and not re.match(r"[\w'’.+%&-]", before) and self._counts(text, span)
 
     def _artifacts(self, texts: Sequence[str], unknown: frozenset[int]) -> list[Any]:
         """Return spaCy's reading of each text; what is spent is only cut into words."""
@@ -166,14 +176,6 @@ def trim_dates(text: str, spans: Sequence[Span]) -> list[Span]:
             span = span._replace(start=parts[0].start(), end=end.start() if end else parts[-1].end())
         trimmed.append(span)
     return trimmed
-
-
-def _is_spent(text: str) -> bool:
-    """Say whether a text with our tags in it holds nothing more for the models of names: no capital and no number of three digits.
-
-    It was read by them before its findings were replaced. The patterns still search it.
-    """
-    return bool(TAG.search(text)) and not _LEFT_OVER.search(TAG.sub("x", text))
 
 
 class RecognizerError(RuntimeError):

@@ -34,9 +34,7 @@ _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
 _LED_TO, _SURE = 0.7, 0.9
 # Rampart is seldom this sure of what is none.
 _SURE_NOUN = 0.98
-_ARTICLE = re.compile(
-    r"(?i)\b(?:der|die|das|den|dem|des|ein(?:e[mnrs]?)?|kein(?:e[mnrs]?)?|im|am|ins|ans|zum|zur|vom|beim|aufs|jede[mnrs]?|diese[mnrs]?)\s$"
-)
+_WITHIN = re.compile(r"[^\W\d_],? $")
 _NOUN_END = re.compile(r"(?:ung|heit|keit|schaft|tion|tät|ismus|ment|nis|ling|zeug|werk|stelle)(?:en|e|s|se|sen)?$")
 _DIALLED = re.compile(r"\(?\d{3}\)?[-. ]\d{3}[-.]\d{4}")
 _HEALTH = re.compile(r"(?i)\b(?:nhs|health|chi|patient)\b")
@@ -205,14 +203,15 @@ class Doubts:
         return span.score < (_LED_TO if CUE.search(self.text, before, span.start) else _SURE)
 
     def _noun(self, span: Span, surface: str) -> bool:
-        """Say whether a single German word is a noun, which has a capital as names do: on no list, and after an article or with
+        """Say whether a single German word is a noun, which has a capital as names do: on no list, and within a sentence or with
         the ending of one.
         """
         if span.score >= _SURE_NOUN or not re.fullmatch(r"[^\W\d_]+", surface) or is_part_of_name(surface):
             return False
         if leads_to_name("de").search(self.text, max(0, span.start - 24), span.start):
             return False
-        return bool(_NOUN_END.search(surface) or _ARTICLE.search(self.text, max(0, span.start - 12), span.start))
+        within = surface[0].isupper() and _WITHIN.search(self.text, max(0, span.start - 3), span.start)
+        return bool(_NOUN_END.search(surface) or within)
 
     def _in_date(self, span: Span, surface: str) -> bool:
         """Say whether a name is the month of a date: 30 Jan, 2-Jun-1930."""

@@ -25,6 +25,10 @@ READABLE = ("en", "de", "fr", "es", "it", "pt", "nl")
 MIN_LETTERS = 20  # a shorter text is taken for the language of its file
 _SURE = 0.9
 _WORD = re.compile(r"[^\W\d_]+")
+# Letters and endings of words that no English word has.
+_FOREIGN = re.compile(
+    r"(?<!\w)[a-zß-öø-ÿœ]*[ß-öø-ÿœ][a-zß-öø-ÿœ]+(?!\w)|\b[^\W\d_]{4,}(?:ungen|schaft|keit|heit|nummer|zione|zioni|mento)\b|[¿¡]"
+)
 _NOT_PROSE = re.compile(r"https?://\S+|\S*[?&=/]\w+=\S*|\S+@\S+|```.*?(?:```|\Z)", re.S)
 # Languages of other scripts; every other language is taken to use Latin letters.
 _SCRIPTS = {
@@ -77,8 +81,12 @@ def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
     """Say whether function words and labels speak for a language and not for the expected one."""
     ours, theirs = function_words(expected), function_words(language)
     found = Counter(match[0].casefold() for match in _WORD.finditer(_within_names().sub(" ", prose)))
-    against = sum(count for word, count in found.items() if word in ours - theirs)
+    against = sum(count for word, count in found.items() if word in ours - theirs - _labels(language))
     speaking = [word for word in found if len(word) > 1 and word in theirs - ours]
+    if expected == "en" and language in READABLE:
+        for word in {match[0].casefold() for match in _FOREIGN.finditer(prose)} - {*speaking}:
+            speaking.append(word)
+            found[word] = max(found[word], 1)
     small = sum(len(word) > 2 for word in set(re.findall(r"(?<![\w.(])[^\W\d_A-Z]+(?![\w.(=])", prose)))
     if (
         language not in READABLE and not theirs
@@ -117,11 +125,12 @@ def recognizers(language: str) -> list[dict[str, Any]]:
             ("title", rf"\b(?:{lead['title']})[ ](?:(?:{lead['title']})[ ])*(?:{name}|{capitals})", 0.85),
             ("label", rf"\b(?:{lead['name']})[ ]?:[ ]*\K{name}", 0.8),
             ("greeting", rf"(?:^|\n)\s*(?:{lead['greeting']})[ ]\K(?!Grü|Kund|Gäste|Team|Kolleg|collègues|clients?\b|clientes?\b|tutti\b|todos\b){name}(?=[ ]*(?:$|[\n,.!:]))", 0.7),
-            ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K{name}{end}", 0.7),
+            ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K(?:{name}|{capitals}){end}", 0.7),
             ("relative", rf"\b(?:{lead['kin']}),?[ ]\K{name}", 0.6),
             ("rota", rf"\b(?:{lead['days']})[ ]\K{name}(?=[ ]*(?:$|[\n,;]))", 0.6),
             ("list", rf"(?<=\b(?:{lead['people']})[ ]?:[^.\n]{{0,120}})(?<=[:,;][ ]){name}(?=[ ]*(?:[,.;(]|$))", 0.6),
             ("called", rf"\b(?:{lead['called']})[ ]\K{name}", 0.7),
+            ("yours", rf"(?-i:\b(?:{lead.get('yours', '(?!)')}))[ ]\K{name}(?=[ ]*(?:$|[\n,.;]|(?:en|et|y|e)[ ](?-i:\p{{Lu}})))", 0.7),
         ],
         "DATE_TIME": [
             ("day and month", rf"\b\d{{1,2}}(?:\.|er|º|°)?[ ](?:de[ ])?(?:{lead['months']})\b(?:\.?,?[ ](?:de[ ])?(?:19|20)\d\d\b)?", 0.8),
@@ -149,13 +158,29 @@ def function_words(language: str) -> frozenset[str]:
 
 
 @cache
+def _labels(language: str) -> frozenset[str]:
+    """Return the words that head the fields of a form in a language, those that it shares with others too."""
+    lead = vocabulary(language)
+    return frozenset(
+        re.findall(r"[^\W\d_]{3,}", " ".join(lead.get(kind, "") for kind in ("name", "phone", "address", "fields")))
+    )
+
+
+@cache
+def no_name(language: str) -> re.Pattern[str]:
+    """Return a pattern of what heads a form or a list and is no part of a name or an address: `Rechnungsnummer`, `Betreff`."""
+    fields = vocabulary(language).get("fields", "(?!)")
+    return re.compile(rf"(?i)(?:{fields}|[^\W\d_]+(?:nummer|nr\.?|datum|betrag|termin|zeit))(?!\w)")
+
+
+@cache
 def _own_words(language: str) -> frozenset[str]:
     """Return the greetings, titles and labels that only this language has."""
     lists = {
         code: set(
             re.findall(
                 r"[^\W\d_]{4,}",
-                " ".join(kinds[kind] for kind in sorted(kinds.keys() - {"everyday", "ask", "months", "and"})),
+                " ".join(kinds[kind] for kind in sorted(kinds.keys() - {"everyday", "ask", "months", "and", "yours"})),
             )
         )
         for code, kinds in _vocabularies().items()

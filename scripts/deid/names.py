@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from scripts.deid.languages import function_words, leads_to_name, vocabulary
+from scripts.deid.languages import function_words, leads_to_name, no_name, vocabulary
 from scripts.deid.spans import Span
 from scripts.deid.words import words
 
@@ -45,6 +45,7 @@ _INITIALS = re.compile(r"\b(?:[A-Z]\.[ -]?){1,3}(?P<last>[^\W\d_a-zß-öø-ÿ][\
 _PAIR = re.compile(r"\b(?P<first>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+) (?P<last>[^\W\d_a-zß-öø-ÿ][^\W\d_A-Z]+)\b")
 _SLASHED = re.compile(r"\b(?P<name>[A-Z][A-Z'-]{1,24}/[A-Z][A-Z ]{1,30}(?: (?:MRS?|MS|MISS|MSTR|DR|CHD))?)\b")
 _PARTICLES = words("particles")
+_OP_DEN = re.compile(r"op(?= de[nr]? [^\W\d_a-zß-öø-ÿ])")
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)$")
 # Words that belong to the name they stand before.
@@ -288,7 +289,33 @@ def _leading(language: str) -> re.Pattern[str]:
         return _LEADING
     lead = vocabulary(language)
     kinds = "|".join(lead[kind] for kind in ("greeting", "farewell", "days", "and"))
-    return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$))+")
+    return re.compile(rf"(?i)(?:(?:{kinds})\b[,!.]?(?:\s+|$)|(?:{lead['kin']})\s+(?=\w))+")
+
+
+@cache
+def _relative(language: str) -> re.Pattern[str]:
+    """Return relatives and others whose name may follow; the word is no part of it."""
+    return re.compile(rf"(?i)(?:{vocabulary(language)['kin']})")
+
+
+_KIN = re.compile(
+    r"(?i)(?:oma|opa|tante|onkel|oom|oncle|tonton|mamie|papi|t[ií][ao]|abuel[ao]|zi[ao]|nonn[ao]|av[óô])\s"
+)
+_POSSESSIVE = re.compile(
+    r"(?i)\b(?:(?:[mds]ein|ihr|unser|euer|eur)(?:e[mnrs]?)?|[mts](?:on|a|es)|[nv]otre|mi|tu|su|nuestr[ao]|[mts](?:io|uo|ia|ua)|[nv]ostr[ao]"
+    r"|[mts]eu|minha|noss[ao]|mijn|jouw|je|zijn|haar|hun|onze|ons)\s$"
+)
+
+
+def _is_kin(text: str, start: int) -> bool:
+    """Say whether a relative stands here whom the sentence speaks of and does not address: `ihren Onkel Anton`."""
+    return bool(_KIN.match(text, start)) and bool(_POSSESSIVE.search(text, max(0, start - 10), start))
+
+
+@cache
+def _title(language: str) -> re.Pattern[str]:
+    """Return the titles that belong to the name they stand before."""
+    return re.compile(rf"(?i)(?:{vocabulary(language)['title']})")
 
 
 def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[Span]:
@@ -296,6 +323,7 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
     trimmed = []
     if language != "en":
         spans = [part for span in spans for part in _between_days(text, span, language)]
+        spans = [_without_words(text, span, language) for span in spans]
     spans = [part for span in spans for part in _couple(text, span)]
     for span in spans:
         if span.entity == "PERSON":
@@ -314,6 +342,59 @@ def trim_names(text: str, spans: Sequence[Span], language: str = "en") -> list[S
             span = span._replace(start=start, end=end)
         trimmed.append(span)
     return [span for span in trimmed if span.start < span.end]
+
+
+def _without_words(text: str, span: Span, language: str) -> Span:
+    """Take off the ends of a name or place what heads a form, and before a capital the small words of the sentence."""
+    if span.entity not in ("PERSON", "LOCATION", "ORGANIZATION", "STREET_ADDRESS"):
+        return span
+    words = list(re.finditer(r"[^\s,;:]+", text[span.start : span.end]))
+    heads = no_name(language)
+    while words and heads.fullmatch(words[0][0]) and not is_part_of_name(words[0][0]):
+        words.pop(0)
+    while words and heads.fullmatch(words[-1][0]) and not is_part_of_name(words[-1][0]):
+        words.pop()
+    if span.entity == "PERSON" and any(word[0][0].isupper() for word in words):
+        particles = 0  # those right before the capital belong to the name
+        first = next(index for index, word in enumerate(words) if word[0][0].isupper())
+        while particles < first and words[first - particles - 1][0] in _PARTICLES:
+            particles += 1
+        kept, title = first - particles, _title(language)
+        length = _length_of_title(words[:kept], title)
+        if kept and not length and words[first][0].casefold() in given_names():
+            kept, length = first, _length_of_title(words[:first], title)  # `inloggen van Marloes`
+        while length and not _is_kin(text, span.start + words[kept - length].start()):
+            kept -= length  # `signor Everardo Lotti`, but `suo zio Everardo`
+            length = _length_of_title(words[:kept], title)
+        if kept and words[0][0].islower() and words[0][0].isalpha():
+            words = words[kept:]
+    elif span.entity == "PERSON" and words and all(word[0] in _PARTICLES for word in words):
+        words = []
+    if len(words) > 1 and _is_kin(text, span.start + words[0].start()):
+        words.pop(0)
+    if span.entity == "PERSON" and len(words) > 1 and text[span.start : span.end].isupper():
+        words = words[: _length_of_name([word[0] for word in words], language)]
+    if not words:
+        return span._replace(end=span.start)
+    return span._replace(start=span.start + words[0].start(), end=span.start + words[-1].end())
+
+
+def _length_of_title(words: Sequence[re.Match[str]], title: re.Pattern[str]) -> int:
+    """Return how many words at the end are a title: `la familia`, `signor`."""
+    return next((n for n in (2, 1) if title.fullmatch(" ".join(word[0] for word in words[-n:])) and len(words) >= n), 0)
+
+
+def _length_of_name(words: Sequence[str], language: str) -> int:
+    """Return how many words are of a name in capitals, after which others may follow: `FRAU EVA LINDNER KOMMT`.
+
+    A given name that no listed name follows is taken to have a family name.
+    """
+    first = next((n for n, word in enumerate(words) if not _title(language).fullmatch(word)), 0)
+    listed = [n for n, word in enumerate(words) if n >= first and is_name(word)]
+    if not listed:
+        return max(first + 1, min(len(words), 2))
+    alone = listed == [first] and words[first].casefold() in given_names()
+    return listed[-1] + 1 + alone
 
 
 def _between_days(text: str, span: Span, language: str) -> Iterator[Span]:
@@ -372,14 +453,18 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int, str]], la
         others = [other for other in taken if other[0] <= match.start("word") < other[1] and other[:2] != span[:2]]
         if others:  # of `Heidi van der Vlist` a model may take the end for a firm or a place
             return others[0][1] if end > shown and others[0][2] in ("ORGANIZATION", "LOCATION") else shown
-        if folded in _PARTICLES:
+        if folded in _PARTICLES or _OP_DEN.match(text, match.start("word")):
             end = match.end("word")
             continue
         initial = len(word) == 1 and word.isupper() and (match["dot"] or capitals)
+        noble = text[shown:end].strip() == "von"
         named = (
             word[0].isupper()
             and folded not in _NOT_AFTER
-            and (language == "en" or (language != "de" and not capitals) or is_name(word))  # German nouns have capitals
+            and (
+                language == "en" or (language != "de" and not capitals) or is_name(word) or noble
+            )  # German nouns have capitals
+            and (language == "en" or not no_name(language).fullmatch(word))
             and (capitals or not word.isupper() or initial or len(word) == 1)
         )
         if lower:
@@ -409,6 +494,8 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int, str]], lan
             continue
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
         if language != "en" and _leading(language).fullmatch(word + " "):
+            break
+        if language != "en" and (no_name(language).fullmatch(word) or _relative(language).fullmatch(word)):
             break
         if _ROLE.fullmatch(word) and not start < span.start:
             return match.start("word")

@@ -35,7 +35,7 @@ _SPECIAL = str.maketrans(dict.fromkeys("‐‑‒–−﹣－", "-") | dict.from
 _INVISIBLE = frozenset("\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
 _DISGUISED = re.compile(
     r"(?P<entity>&(?:[A-Za-z]{2,8}|#\d{2,6}|#x[0-9A-Fa-f]{2,5});)|(?<=[\w=/&?+.:-])(?P<percent>(?:%[0-9A-Fa-f]{2})+)"
-    r"|(?P<query>(?<=[?&=])[^\W\d_][^\s&#?\"'<>=+%]*(?:\+[^\W\d_][^\s&#?\"'<>=+%]*)+)|(?P<marked>[^\W\d_][\u0300-\u036f]+)"
+    r"|(?P<query>(?<=[?&=])[^\W\d_][^\s\d&#?\"'<>=+%/]*(?:\+(?:[^\W\d_][^\s\d&#?\"'<>=+%/]*|\d+))+(?![\w+/=%]))|(?P<marked>[^\W\d_][\u0300-\u036f]+)"
     r"|(?P<spaced>(?<!\S)[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,}(?: {2,4}[^\W\d_](?: [^\W\d_](?![^\s.,;:!?])){2,})*)"
 )
 # What a finding never crosses: the end of a line, a cell, a tag, a quotation of JSON, and LaTeX's breaks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -73,3 +74,20 @@ def test_a_phone_number_is_no_health_number(detector):
 )
 def test_coordinates_wallets_extensions_and_forms_of_their_own_are_found(scrub, text, gone):
     assert gone not in scrub({"text": text})[0].row["text"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "Hauptstraße 14, 10115 Berlin",
+        "14 rue de la Paix, 75002 Paris",
+        "Calle Mayor 21, 28013 Madrid",
+        "Keizersgracht 120, 1015 CJ Amsterdam",
+        "Rua Augusta 45, 1100-048 Lisboa",
+        "27 Banbury Road, Oxford OX2 6NN",
+    ],
+)
+def test_addresses_of_other_countries_are_not_cut_in_half(scrub, address):
+    left = scrub({"text": f"Please send the parcel to Deborah Klein, {address}"})[0].row["text"]
+    assert re.findall(r"\d\w*", left) == []
+    assert not any(word in left for word in re.findall(r"[^\W\d_]{3,}", address))

@@ -48,6 +48,20 @@ def test_names_addresses_and_code_are_no_other_language(text):
     assert language_of(text, "en") == "en"
 
 
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("de", "Name: Wilma Krüger\nTel.: 030 5550132\nStraße: Eichenweg 8, 13187 Berlin"),
+        ("de", "Anmeldungen: Reuter, Ottilie; Haack, Joachim; Doğan, Emre"),
+        ("de", "Betreff: Vertragsnummer 5512, Wilma Krüger"),
+        ("nl", "Handtekening: Hedwig Overgaauw, plaats: Roermond"),
+        ("it", "Oggetto: fattura 118 di Carlo Bonomi"),
+    ],
+)
+def test_forms_and_lists_are_known_by_what_heads_their_fields(language, text):
+    assert language_of(text, "en") == language
+
+
 def test_a_short_text_has_the_language_of_its_file():
     assert majority([TEXTS["fr"], TEXTS["fr"], TEXTS["en"], "Salut"], "en") == "fr"
     assert majority([TEXTS["pl"], TEXTS["pl"]], "en") == "en"

@@ -129,3 +129,55 @@ def test_a_name_with_small_words_within_stays_whole_where_a_model_takes_its_end_
 def test_within_a_dutch_sentence_a_capital_van_or_de_begins_a_name():
     text = "Vraag even aan Van Leeuwen of De Bruin de sleutels heeft. De bank is dicht, Van alles is nieuw."
     assert [text[s.start : s.end] for s in find_names(text, "nl")] == ["Van Leeuwen", "De Bruin"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "name"),
+    [
+        ("de", "Rechnung Dorothea Kluge", "Dorothea Kluge"),
+        ("de", "Dorothea Kluge Kundennummer", "Dorothea Kluge"),
+        ("nl", "haar kapper Wessel", "Wessel"),
+        ("nl", "van den Berg", "van den Berg"),
+        ("it", "parrucchiere Dino Bonomi", "Dino Bonomi"),
+        ("it", "signor Dino Bonomi", "signor Dino Bonomi"),
+        ("de", "Onkel Detlef", "Onkel Detlef"),
+        ("es", "para la familia Quiroga", "la familia Quiroga"),
+        ("nl", "bij de heer Kok", "de heer Kok"),
+        ("fr", "Neveu, Claire", "Neveu, Claire"),
+        ("de", "FRAU EVA LINDNER KOMMT", "FRAU EVA LINDNER"),
+        ("de", "FRAU EVA QUUXEL KOMMT", "FRAU EVA QUUXEL"),
+        ("nl", "MENEER JAN DE BOER BELT", "MENEER JAN DE BOER"),
+        ("nl", "mevrouw de Roos", "mevrouw de Roos"),
+        ("nl", "buurman meneer Wessel Kok", "meneer Wessel Kok"),
+    ],
+)
+def test_what_heads_a_form_and_small_words_before_a_capital_are_no_part_of_a_name(language, text, name):
+    assert [text[s.start : s.end] for s in trim_names(text, [Span(0, len(text), "PERSON", 0.9)], language)] == [name]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "name"),
+    [("de", "mit ihrem Onkel Detlef", "Onkel Detlef"), ("fr", "et son oncle Armand", "oncle Armand"), ("nl", "en haar oom Wessel", "oom Wessel")],
+)  # fmt: skip
+def test_a_relative_that_is_spoken_of_is_no_part_of_the_name(language, text, name):
+    start = text.index(name)
+    [left] = trim_names(text, [Span(start, len(text), "PERSON", 0.9)], language)
+    assert text[left.start : left.end] == name.split()[1]
+
+
+def test_a_dutch_name_takes_in_what_stands_between():
+    text = "Wessel op den Kamp en Bas gaan op de fiets."
+    spans = extend_names(text, [Span(0, 6, "PERSON", 0.9), Span(22, 25, "PERSON", 0.9)], "nl")
+    assert [text[s.start : s.end] for s in spans] == ["Wessel op den Kamp", "Bas"]
+
+
+def test_a_german_noun_within_a_sentence_is_no_name_and_a_listed_name_is_one():
+    text = "Im Beet blühen Flieder und Astern, sagt Detlef."
+
+    def rejected(word):
+        start = text.index(word)
+        return Doubts(text, "de").reject(Span(start, start + len(word), "PERSON", 0.95))
+
+    assert rejected("Flieder")
+    assert rejected("Astern")
+    assert not rejected("Detlef")

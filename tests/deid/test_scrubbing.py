@@ -16,7 +16,7 @@ from scripts.deid import replacement
 pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
 
 from scripts.deid.evaluation import evaluate, wilson
-from scripts.deid.rampart import load_rampart
+from scripts.deid.rampart import is_plain, is_spent, load_rampart
 from scripts.deid.recognizers import load_detector
 from scripts.deid.replacement import Replacer, check_operators, decrypt, identify
 from scripts.deid.scrubbing import scrub_chunk
@@ -380,6 +380,49 @@ def test_rampart_finds_names_and_addresses():
     assert {"PERSON", "STREET_ADDRESS"} <= {span.entity for span in found[0]}
     assert found[1] == []
     assert any(texts[2][span.start : span.end] in "Maria Gonzalez" for span in found[2])
+
+
+def test_rampart_leaves_out_what_is_known():
+    if load_rampart(Deid()) is None:
+        pytest.skip("needs make setup")
+    rampart = load_rampart(Deid(rampart="on"))
+    text = "Maria Gonzalez met Peter Hansen."
+    assert {span.start for span in rampart.detect([text])[0]} == {0, 19}
+    assert {span.start for span in rampart.detect([text], [[Span(0, 14, "SECRET", 1.0)]])[0]} == {19}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "plain"),
+    [
+        ("She buys 12 apples and eats two of them.", True),
+        ("how do I change the card that I ordered?", True),
+        ("can you ask dana about the boxes?", False),
+        ("Artemis makes tea every day.", False),
+        ("The boxes are with Okafor now.", False),
+        ("i live at 12 oak street near the park", False),
+        ("The code for the door is 441 now.", False),
+        ("ask the man", False),
+    ],
+)
+def test_only_sentences_of_ordinary_words_are_plain(sentence, plain):
+    assert is_plain(sentence) is plain
+
+
+@pytest.mark.parametrize(
+    ("text", "spent"),
+    [
+        ("<PERSON> takes 500 mg, MRN <ID_NUMBER>.", True),
+        ("DB_PASSWORD=<SECRET>", True),
+        ("<PERSON> and Okafor signed.", False),
+        ("CALL <PERSON> AND FATIMA", False),
+        ("TELL <PERSON> THAT TRUUS RANG", False),
+        ("<PERSON> lives in PORSGRUNN", False),
+        ("<PERSON>, room 4411", False),
+        ("The parcel is at the door.", False),
+    ],
+)
+def test_a_text_is_spent_when_no_name_can_be_left_beside_its_tags(text, spent):
+    assert is_spent(text) is spent
 
 
 def test_columns_reach_lists_and_what_lies_in_a_field():

@@ -19,6 +19,9 @@ from scripts.deid.spans import PRIORITY, TAG, Span, merge_addresses, normalise, 
         ("ＳＳＮ：１２", "SSN:12"),
         ("a\u00a0b", "a b"),
         ("plain", "plain"),
+        ("/find?who=Odile+Marchetti+1984&n=2", "/find?who=Odile Marchetti+1984&n=2"),
+        ("API_TOKEN=hrkVbNqTe+zXoPmtRu4YbaRhTj", "API_TOKEN=hrkVbNqTe+zXoPmtRu4YbaRhTj"),
+        ("key=qWe+rTy/uIo+pAs=", "key=qWe+rTy/uIo+pAs="),
     ],
 )
 def test_disguises_are_read_as_plain_text(text, read):
