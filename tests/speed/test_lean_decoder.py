@@ -97,7 +97,9 @@ def test_loss_and_every_gradient_equal_trls(tmp_path: Path, family: str, checkpo
     speed_up(model)
     lean = loss_and_gradients(model)
 
-    assert tokens_computed(model, monkeypatch) == 24 + 20 + 5 + 0 + 2 + 29 + 3, "the last token of a row predicts nothing"
+    assert tokens_computed(model, monkeypatch) == 24 + 20 + 5 + 0 + 2 + 29 + 3, (
+        "the last token of a row predicts nothing"
+    )
     assert tokens_computed(model, monkeypatch, norm=-1) == 5 * 3, "the last layer ends with what predicts a label"
     assert abs(lean[0] - plain[0]) < 1e-6  # the families' own norms round to fp32
     assert furthest(lean[1], plain[1]) < 1e-5
