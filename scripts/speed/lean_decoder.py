@@ -23,7 +23,7 @@ from torch.nn import functional
 from scripts.model.memory import LEAN_KEPT_KEYS
 from scripts.model.shape import ModelShape
 from scripts.speed.lora_products import Product, with_room
-from scripts.speed.packing import Packed, Piece
+from scripts.speed.packing import Packed, Piece, columns_of
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # q, k, v and room
@@ -160,7 +160,7 @@ class Attend(torch.autograd.Function):
 
 def _columns(pieces: Sequence[Piece], with_past: bool) -> Any:
     """Yield number of the piece, start and end in the packed list, and column of each stretch."""
-    before = max(piece.past_tokens for piece in pieces) if with_past else 0
+    before = columns_of(pieces)[1] if with_past else 0
     for number, piece in enumerate(pieces):
         column = before - piece.past_tokens if with_past else 0
         for start, end in (*(piece.past if with_past else ()), (piece.start, piece.end)):
@@ -170,7 +170,7 @@ def _columns(pieces: Sequence[Piece], with_past: bool) -> Any:
 
 def _side_by_side(x: torch.Tensor, pieces: Sequence[Piece], with_past: bool = False) -> torch.Tensor:
     """Gather the tokens of pieces from x (G, N, ·): (G P, T, ·), or with what stands before them (G P, S + T, ·)."""
-    own, past = max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+    own, past = columns_of(pieces)
     gathered = x.new_zeros(len(x), len(pieces), own + past * with_past, x.shape[2])
     for number, start, end, columns in _columns(pieces, with_past):
         gathered[:, number, columns] = x[:, start:end]
@@ -195,7 +195,7 @@ def _put(total: torch.Tensor, gathered: torch.Tensor, pieces: Sequence[Piece], w
 
 def _blocks(pieces: Sequence[Piece]) -> Any:
     """Yield the columns of some queries, and how many columns of keys they see."""
-    own, past = max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+    own, past = columns_of(pieces)
     for begin in range(0, own, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, own)
         yield slice(begin, end), past + end
@@ -211,7 +211,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, pieces: Sequence[Piece], window: 
     if window is not None and seen > window:
         place = torch.arange(seen, device=q.device)
         by_token.masked_fill_((place[seen - tokens :, None] - place >= window)[:, None], -torch.inf)
-    past = max(piece.past_tokens for piece in pieces)
+    past = columns_of(pieces)[1]
     for number, piece in enumerate(pieces):
         if piece.past_tokens < past:  # no infinity here: the queries of a short piece's padding may see nothing else
             by_token[:, number, ..., : past - piece.past_tokens] = torch.finfo(scores.dtype).min

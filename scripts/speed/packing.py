@@ -109,9 +109,14 @@ def pack(rows: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
     return Packed(torch.tensor(ids), torch.tensor(positions), pieces, [torch.tensor(row) for row in places])
 
 
+def columns_of(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Return how many columns pieces side by side take for their own tokens, and for what stands before them."""
+    return max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+
+
 def _padded_scores(pieces: Sequence[Piece]) -> float:
     """Count the scores of pieces side by side: each is as long as the longest, and so is what stands before it."""
-    own, past = max(map(len, pieces)), max(piece.past_tokens for piece in pieces)
+    own, past = columns_of(pieces)
     return len(pieces) * own * (past + own / 2)
 
 
