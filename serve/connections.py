@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # From a connection's first byte, or from its opening when none comes, to the end of a request's head.
 HEAD_SECONDS = 10.0
+# A closed connection whose client may still be sending: at once, the client's system would throw the answer away unread.
+LINGER_SECONDS = 2.0
 # Descriptors that are never connections: files, and what libraries open.
 RESERVED_DESCRIPTORS = 64
 # So many turns of the event loop pass from accepting a connection to having closed one too many.
@@ -39,8 +41,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, connections: Connections, protocol: Any) -> None:
         self.connections, self.protocol = connections, protocol
-        self.transport: asyncio.BaseTransport | None = None
-        self.in_request = False
+        self.transport: Any = None
+        self.in_request = self.has_sent = self.lingers = False
         self.deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -48,16 +50,19 @@ class Connection(asyncio.Protocol):
         self.connections.opened(self)
         self._expect_head()
         with self._as_current():
-            self.protocol.connection_made(transport)
+            self.protocol.connection_made(LingeringTransport(self))
 
     def data_received(self, data: bytes) -> None:
+        if self.lingers:
+            return
+        self.has_sent = True
         if not self.in_request:
             self._expect_head()
         with self._as_current():
             self.protocol.data_received(data)
 
     def eof_received(self) -> Any:
-        return self.protocol.eof_received()
+        return None if self.lingers else self.protocol.eof_received()
 
     def pause_writing(self) -> None:
         self.protocol.pause_writing()
@@ -68,7 +73,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_complete()
         self.connections.closed(self)
-        self.protocol.connection_lost(exc)
+        if not self.lingers:
+            self.protocol.connection_lost(exc)
 
     def reading(self) -> None:
         """Note that a request's head is complete; its body has a limit of its own."""
@@ -82,8 +88,22 @@ class Connection(asyncio.Protocol):
 
     def done(self) -> None:
         """Note that a request has ended and another may come."""
-        self.in_request = False
+        self.in_request = self.has_sent = False
         self.connections.waits_for_client(self)
+
+    def linger(self) -> None:
+        """Close for the server only: the client reads the end, and what it still sends is dropped for a short while."""
+        self._head_is_complete()
+        self.lingers = True
+        self.connections.waits_for_client(self)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self.protocol.connection_lost, None)
+        loop.call_later(LINGER_SECONDS, self.transport.close)
+        try:
+            self.transport.write_eof()
+            self.transport.resume_reading()
+        except OSError:  # the client has gone in this moment
+            self.transport.abort()
 
     @contextmanager
     def _as_current(self) -> Iterator[None]:
@@ -105,6 +125,26 @@ class Connection(asyncio.Protocol):
     def _too_slow(self) -> None:
         self.deadline = None
         self.connections.close(self, "sent no whole request head in time")
+
+
+class LingeringTransport:
+    """A transport that does not close on a client in the middle of what it sends."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection.transport, name)
+
+    def is_closing(self) -> bool:
+        return self._connection.lingers or self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        transport = self._connection.transport
+        if self._connection.has_sent and transport.can_write_eof() and not self.is_closing():
+            self._connection.linger()
+        elif not self._connection.lingers:
+            transport.close()
 
 
 class Connections:
@@ -140,7 +180,7 @@ class Connections:
     def close(self, connection: Connection, reason: str) -> None:
         """Close a connection at once; the log says so once a second at most."""
         self._forget(connection)
-        if isinstance(connection.transport, asyncio.Transport):
+        if connection.transport is not None:
             connection.transport.abort()
         self._closed[reason] = self._closed.get(reason, 0) + 1
         if self._quiet is None:

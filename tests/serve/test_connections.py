@@ -113,6 +113,31 @@ def test_broken_requests_do_not_flood_the_log(server):
     assert server.log_text()[written:].count("Invalid HTTP request") <= 10
 
 
+def test_a_client_in_the_middle_of_a_head_that_is_too_long_reads_the_answer(server):
+    """Closed at once, its system would throw the answer away and report a reset."""
+    for size in (100_000, 1_000_000):
+        for _ in range(10):
+            with connect(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ") as connection:
+                for _ in range(10):
+                    connection.sendall(b"a" * (size // 10))
+                answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 400"), answer
+
+
+def test_a_refused_client_that_does_not_close_is_left(server):
+    before = serving_process(server).num_fds()
+    held = [connect(server, b"NONSENSE\r\n\r\n") for _ in range(50)]
+    for connection in held:
+        connection.settimeout(10)
+        assert b"".join(iter(lambda: connection.recv(65536), b"")).startswith(b"HTTP/1.1 400")
+    deadline = time.monotonic() + 20
+    while serving_process(server).num_fds() > before + 10 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert serving_process(server).num_fds() <= before + 10
+    for connection in held:
+        connection.close()
+
+
 @pytest.mark.parametrize("megabytes", [3, 40])
 @pytest.mark.parametrize("headers", [{"authorization": "Bearer a-key-to-ask"}, {}], ids=["with a key", "without"])
 def test_every_client_sees_why_its_large_body_is_refused(server, megabytes, headers):
