@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -68,6 +69,14 @@ def is_closed(connection: socket.socket, seconds: float) -> bool:
         return True
 
 
+def all_received(connection: socket.socket) -> bytes:
+    """Return what the server sends until it closes.
+
+    Raises: ConnectionError when the connection breaks instead.
+    """
+    return b"".join(iter(partial(connection.recv, 65536), b""))
+
+
 @pytest.mark.parametrize("data", [b"", HALF_HEAD], ids=["idle", "half a head"])
 def test_more_connections_than_descriptors_stop_nobody(server, data):
     written = len(server.log_text())
@@ -120,8 +129,7 @@ def test_a_client_in_the_middle_of_a_head_that_is_too_long_reads_the_answer(serv
             with connect(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ") as connection:
                 for _ in range(10):
                     connection.sendall(b"a" * (size // 10))
-                answer = b"".join(iter(lambda: connection.recv(65536), b""))
-            assert answer.startswith(b"HTTP/1.1 400"), answer
+                assert all_received(connection).startswith(b"HTTP/1.1 400")
 
 
 def test_a_refused_client_that_does_not_close_is_left(server):
@@ -129,7 +137,7 @@ def test_a_refused_client_that_does_not_close_is_left(server):
     held = [connect(server, b"NONSENSE\r\n\r\n") for _ in range(50)]
     for connection in held:
         connection.settimeout(10)
-        assert b"".join(iter(lambda: connection.recv(65536), b"")).startswith(b"HTTP/1.1 400")
+        assert all_received(connection).startswith(b"HTTP/1.1 400")
     deadline = time.monotonic() + 20
     while serving_process(server).num_fds() > before + 10 and time.monotonic() < deadline:
         time.sleep(0.2)
