@@ -89,7 +89,7 @@ def load_models(config: Config, machine: Machine) -> Models:
         weights[name] = lora_weights(wrapped, path)
         network = wrapped.unload()
     rows = stack_adapters(network, weights, machine.device, machine.dtype)
-    quicken_head(network)
+    quicken_head(network, pack=True)
     chats = {BASE: ChatFormat.of_base(tokenizer, config.data)}
     chats |= {name: ChatFormat.of(tokenizer, manifest) for name, manifest in manifests.items()}
     chats[BASE].check_kwargs("data.chat_template_kwargs")
@@ -220,6 +220,7 @@ def _load_merged(config: Config, machine: Machine, folder: Path) -> Models:
     source = f"serve.adapter_path: {folder}"
     rows = RowAdapters({}, machine.device, machine.dtype)
     rows.index = {manifest.stage: 0}  # the network itself
+    quicken_head(network, pack=True)
     served = {manifest.stage: Served(manifest.stage, sha256=manifest.sha256)}
     chats = {manifest.stage: ChatFormat.of(tokenizer, manifest)}
     return Models(network, tokenizer, chats, _shape_of(network, source), rows, served, manifest.stage, source, folder)

@@ -8,11 +8,12 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from scripts.speed.speed_up import Cache, Packed, lean_decoder_of, logits_of
 from serve.adapters import Models
-from serve.stacking import StackedProduct, fastest_product
+from serve.stacking import StackedProduct, fastest_product, stack_layers
 
 GROW_TOKENS = 64  # by which the memory of a row that is read grows at least
 
@@ -123,29 +124,24 @@ class RowCache:
         return partial(self._read if self.reading else self._step, number, packed, window)
 
     def _step(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
-        """Add a token to each row, bank by bank; q (G, B R, D), scaled, k and v (G, B, D). Returns (B, G R D)."""
+        """Add a token to each row, bank by bank; q (G, B, R, D), scaled, k and v (G, B, D). Returns (B, G R D)."""
         if len(self.stepping) == 1 and len(self.stepping[0][1]) == 1:
             return self.stepping[0][0].attention(number, packed, window)(q, k, v, room)
-        groups, count, size = k.shape
-        queries = q.view(groups, count, -1, size)
-        found = q.new_empty(count, q.shape[1] // count * groups * size)
+        found = q.new_empty(k.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
         for bank, rows in self.stepping:
             attend = bank.attention(number, packed, window)
-            found[rows] = attend(queries[:, rows].flatten(1, 2), k[:, rows], v[:, rows], room)
+            found[rows] = attend(q[:, rows], k[:, rows], v[:, rows], room)
         return found
 
     def _read(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
-        """Read new tokens of some rows, one after the other; q (G, N R, D), scaled. Returns (N, G R D)."""
-        groups, count, size = k.shape
-        shared = q.shape[1] // count
+        """Read new tokens of some rows, one after the other; q (G, N, R, D), scaled. Returns (N, G R D)."""
         found = []
         for slot, start, end, tokens in self.reading:
             layer = self.own[slot][number]
             layer[0, :, start:end], layer[1, :, start:end] = k[:, tokens], v[:, tokens]
             since = max(0, start + 1 - window) if window is not None else 0
-            keys, values = (each.repeat_interleave(shared, 0)[None] for each in layer[:, :, since:end])
-            queries = q[:, tokens.start * shared : tokens.stop * shared]
-            heads = queries.view(groups, end - start, shared, size).transpose(1, 2).flatten(0, 1)[None]
+            keys, values = (each.repeat_interleave(q.shape[2], 0)[None] for each in layer[:, :, since:end])
+            heads = q[:, tokens].transpose(1, 2).flatten(0, 1)[None]
             mask = self._mask(slot, start, end, since, window, q)
             attended = functional.scaled_dot_product_attention(heads, keys, values, mask, scale=1.0)
             found.append(attended[0].transpose(0, 1).flatten(1))
@@ -169,6 +165,7 @@ class LeanForward:
     def __init__(self, models: Models) -> None:
         self.models, self.network = models, models.network
         self.renew()
+        self._stack_all()
         self.cache = RowCache(lambda: Cache(*self.shape, self.embeddings))
 
     @staticmethod
@@ -184,6 +181,14 @@ class LeanForward:
         first = lean.layers[0]
         self.shape = (len(lean.layers), first.groups, first.attention.head_dim)
         self.embeddings = self.network.get_input_embeddings().weight
+
+    def _stack_all(self) -> None:
+        """Give layers without an adapter the products of those that have one."""
+        ours = {layer for each in self.lean.layers for product in each.products for layer in product.layers}
+        plain = {name for name, module in self.network.named_modules() if module in ours and type(module) is nn.Linear}
+        if plain:
+            stack_layers(self.network, plain, self.models.rows)
+            self.renew()
 
     @property
     def bytes_per_token(self) -> int:

@@ -199,7 +199,9 @@ class LiveAdapters:
     def _check_memory(self, weights: dict[str, LoraWeights]) -> None:
         """Refuse before anything is changed: an adapter's columns, and the largest stack twice while it grows."""
         network = self.models.network
-        stacks = {id(member.stack): member.stack.weight.nbytes for member in members(network).values()}
+        stacks = {
+            id(member.stack): member.stack.A.nbytes + member.stack.B.nbytes for member in members(network).values()
+        }
         fresh = [network.get_submodule(target) for target in set(weights) - members(network).keys()]
         copied = [sum(p.nbytes for p in module.parameters()) for module in fresh]
         needed = sum(layer.A.nbytes + layer.B.nbytes for layer in weights.values())

@@ -12,7 +12,7 @@ from torch import nn
 
 from scripts.common.stages import BASE
 from scripts.model.base import copy_out_of_file
-from scripts.model.products import linear
+from scripts.model.products import linear, packed, packed_linear
 from scripts.model.shape import siblings
 
 
@@ -25,7 +25,7 @@ class LoraWeights:
 
 
 class RowAdapters:
-    """Say which adapter each row of the running batch uses; one mask serves every layer.
+    """Say which adapter each row of the running batch uses, for all layers.
 
     Each adapter owns a block of rank columns. A row's mask is 1 in the block of its adapter and 0 elsewhere.
     """
@@ -37,7 +37,10 @@ class RowAdapters:
         for name, rank in ranks.items():
             self.take_block(name, rank)
         self.refresh()
-        self.mask: torch.Tensor | None = None
+        self.columns: slice | None = (
+            None  # of the adapters in the batch, from the first to the last; None for the base alone
+        )
+        self.mask: torch.Tensor | None = None  # of those columns; None where all rows use all of them
 
     def take_block(self, name: str, rank: int) -> int:
         """Give an adapter the first columns that are free, behind the others where none are; return the first."""
@@ -47,8 +50,7 @@ class RowAdapters:
                 break
             start = taken + length
         self.blocks[name] = (start, rank)
-        # Of an odd width, the outputs that stand beside it would lie where llama4 cannot see them as complex numbers.
-        self.width = max(self.width, start + rank + (start + rank) % 2)
+        self.width = max(self.width, start + rank)
         return start
 
     def refresh(self) -> None:
@@ -62,38 +64,50 @@ class RowAdapters:
     def set(self, names: Sequence[str]) -> None:
         """Choose the adapters of the next forward pass. A batch of base rows does no adapter work."""
         indices = [self.index[name] for name in names]
-        self.mask = self.table[indices].unsqueeze(1) if any(indices) else None
+        blocks = {self.blocks[name] for name in names if self.index[name]}
+        self.columns = self.mask = None
+        if blocks:
+            self.columns = slice(min(start for start, _ in blocks), max(start + rank for start, rank in blocks))
+            if len(set(indices)) > 1:
+                self.mask = self.table[indices, self.columns][:, None, :, None]
 
 
 class StackedLinears(nn.Module):
-    """Linear layers that read the same input, with all adapters under each other: two products serve any mixture of rows.
+    """Linear layers that read the same input, with all adapters beside them: three products serve any mixture of rows.
 
-    y = W x + b + B (mask * A x), A: (sum of ranks, in), B: (out, sum of ranks), for each layer. The A stand below the W
-    in one matrix: beside a few tokens, a small product takes as long as a large one.
+    y = W x + b + B (mask * A x), for each of k layers. W: (sum of out, in). The columns of an adapter lie together for all
+    layers, so that a batch computes those it needs: A: (width, k, in), B: (width, k, sum of out), zero where a column
+    belongs to another layer.
     """
 
-    def __init__(self, bases: list[Any], As: list[torch.Tensor], Bs: list[torch.Tensor], rows: RowAdapters) -> None:
+    def __init__(self, bases: list[Any], rows: RowAdapters) -> None:
         super().__init__()
-        self.rows, self.widths = rows, [len(B) for B in Bs]
-        self.width = len(As[0])  # columns of all adapters; the mask may be wider while layers grow one by one
+        self.rows = rows
+        outputs_inputs = [_shape(base) for base in bases]
+        self.widths, inputs = [outputs for outputs, _ in outputs_inputs], outputs_inputs[0][1]
         self.base: nn.Module | None = None
-        weights, bias = As, None
+        weight = bias = None
         if not all(type(base) is nn.Linear for base in bases):
             (self.base,) = bases  # quantised, or stored the other way round
         else:
-            weights = [base.weight.detach() for base in bases] + As
+            weight = torch.cat([base.weight.detach() for base in bases])
             if any(base.bias is not None for base in bases):
-                parts = [
-                    As[0].new_zeros(len(B)) if base.bias is None else base.bias.detach()
-                    for base, B in zip(bases, Bs, strict=True)
-                ]
-                bias = torch.cat([*parts, As[0].new_zeros(sum(map(len, As)))])
-        self.register_buffer("weight", torch.cat(weights), persistent=False)
+                bias = torch.cat(
+                    [
+                        base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias.detach()
+                        for base in bases
+                    ]
+                )
+        options: Any = {"device": rows.device, "dtype": rows.dtype}
+        self.packed = packed(weight, bias) if weight is not None else None
+        self.register_buffer("weight", weight if self.packed is None else None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.register_buffer("B_t", torch.block_diag(*[B.t() for B in Bs]).contiguous(), persistent=False)
+        self.register_buffer("A", torch.zeros(rows.width, len(bases), inputs, **options), persistent=False)
+        self.register_buffer("B", torch.zeros(rows.width, len(bases), sum(self.widths), **options), persistent=False)
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None
-        self.B_t: torch.Tensor
+        self.A: torch.Tensor
+        self.B: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the output of each layer. x: (B, T, in), or those tokens as (B, 1, T, in) or (B * T, in)."""
@@ -102,47 +116,45 @@ class StackedLinears(nn.Module):
 
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all layers in one tensor, (…, out)."""
-        product = linear(x, self.weight, self.bias)
-        y: torch.Tensor
-        y, hidden = (
-            (self.base(x), product)
-            if self.base is not None
-            else product.split([sum(self.widths), len(self.B_t)], dim=-1)
-        )
-        if self.rows.mask is not None:
-            hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.width)
-            hidden = hidden * self.rows.mask[:, :, None, : self.width]
-            y = torch.addmm(y.flatten(0, -2), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
+        y = self._of_base(x)
+        columns, mask = self.rows.columns, self.rows.mask
+        if columns is None:
+            return y
+        A, B = self.A[columns], self.B[columns]
+        hidden = linear(x, A.flatten(0, 1))
+        if mask is not None:
+            hidden = hidden.view(len(mask), -1, *A.shape[:2]) * mask
+        y.flatten(0, -2).addmm_(hidden.view(-1, A.shape[0] * A.shape[1]), B.flatten(0, 1))
         return y
 
-    def grown(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Return weight, bias and B of a wider stack, whose new columns are zero; this one stays as it is."""
-        count, plain = len(self.widths), self.weight[: len(self.weight) - len(self.B_t)]
-        A = self.weight.new_zeros(count, width, self.weight.shape[1])
-        A[:, : self.width] = self.weight[len(plain) :].view(count, self.width, -1)
-        B_t = self.B_t.new_zeros(count, width, self.B_t.shape[1])
-        B_t[:, : self.width] = self.B_t.view(count, self.width, -1)
-        bias = self.bias
-        if bias is not None:
-            bias = torch.cat([bias, bias.new_zeros(count * (width - self.width))])
-        return torch.cat([plain, A.flatten(0, 1)]), bias, B_t.flatten(0, 1)
+    def _of_base(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None:
+            return packed_linear(x, self.packed)
+        y: torch.Tensor = self.base(x) if self.base is not None else linear(x, self.weight, self.bias)
+        return y
 
-    def become(self, parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]) -> None:
+    @property
+    def width(self) -> int:
+        """Return how many columns there are; the rows may have more while layers grow one by one."""
+        return len(self.A)
+
+    def grown(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B of a wider stack, whose new columns are zero; this one stays as it is."""
+        A, B = (torch.cat([old, old.new_zeros(width - len(old), *old.shape[1:])]) for old in (self.A, self.B))
+        return A, B
+
+    def become(self, parts: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Take over what `grown` made."""
-        self.weight, self.bias, self.B_t = parts
-        self.width = len(self.B_t) // len(self.widths)
+        self.A, self.B = parts
 
     def write(self, number: int, start: int, layer: LoraWeights | None, rank: int) -> None:
         """Put an adapter's matrices for one of the layers into its columns; without any, zeros."""
-        first_column = number * self.width + start
-        first_row = len(self.weight) - len(self.B_t) + first_column
-        first_output = sum(self.widths[:number])
-        self.weight[first_row : first_row + rank] = 0
-        self.B_t[first_column : first_column + rank] = 0
+        self.A[start : start + rank, number] = 0
+        self.B[start : start + rank, number] = 0
         if layer:
-            self.weight[first_row : first_row + len(layer.A)] = layer.A.to(self.weight)
-            outputs = slice(first_output, first_output + self.widths[number])
-            self.B_t[first_column : first_column + len(layer.A), outputs] = layer.B.t().to(self.B_t)
+            columns, first = slice(start, start + len(layer.A)), sum(self.widths[:number])
+            self.A[columns, number] = layer.A.to(self.A)
+            self.B[columns, number, first : first + self.widths[number]] = layer.B.t().to(self.B)
 
 
 class Member(nn.Module):
@@ -221,12 +233,7 @@ def rank_of(layers: dict[str, LoraWeights]) -> int:
 def stack_layers(network: Any, targets: set[str], rows: RowAdapters) -> None:
     """Replace linear layers with stacks that have room for every adapter's block, and nothing in it yet."""
     for together in _sharing_an_input(network, targets):
-        bases = [network.get_submodule(target) for target in together]
-        outputs_inputs = [_shape(base) for base in bases]
-        options: Any = {"device": rows.device, "dtype": rows.dtype}
-        As = [torch.zeros(rows.width, inputs, **options) for _, inputs in outputs_inputs]
-        Bs = [torch.zeros(outputs, rows.width, **options) for outputs, _ in outputs_inputs]
-        stack = StackedLinears(bases, As, Bs, rows)
+        stack = StackedLinears([network.get_submodule(target) for target in together], rows)
         shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, target in enumerate(together):
             owner, _, child = target.rpartition(".")
@@ -253,7 +260,10 @@ def _shape(base: Any) -> tuple[int, int]:
 
 
 def _sharing_an_input(network: Any, targets: set[str]) -> list[list[str]]:
-    """Group layers that read the same input. Only plain ones can be one matrix, so the others stay alone."""
-    plain = {target for target in targets if type(network.get_submodule(target)) is nn.Linear}
-    in_order = [name for name, _ in network.named_modules() if name in plain]  # as a decoder layer uses them
-    return siblings(in_order) + [[target] for target in sorted(targets - plain)]
+    """Group layers that read the same input, with those beside them that no adapter changes.
+
+    Only plain layers can be one matrix, so the others stay alone.
+    """
+    plain = [name for name, module in network.named_modules() if type(module) is nn.Linear]  # as a layer uses them
+    groups = [group for group in siblings(plain) if targets.intersection(group)]
+    return groups + [[target] for target in sorted(targets.difference(plain))]

@@ -59,7 +59,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
-    """Cut heads (N, (G R + 2 G) D) into q (G, N R, D), k and v (G, N, D); turn q and k by their position, cos and sin (N, D)."""
+    """Cut heads (N, (G R + 2 G) D) into q (G, N, R, D), k and v (G, N, D); turn q and k by their position, cos and sin (N, D)."""
 
     @staticmethod
     def forward(
@@ -72,7 +72,7 @@ class Rotate(torch.autograd.Function):
         queries, keys = q.new_empty(groups, count, q.shape[2], size), k.new_empty(groups, count, size)
         _turn(q, cos[:, None, None] * scale, sin[:, None, None] * scale, queries.transpose(0, 1))
         _turn(k, cos[:, None], sin[:, None], keys.transpose(0, 1))
-        return queries.view(groups, -1, size), keys, v.transpose(0, 1).contiguous()
+        return queries, keys, v.transpose(0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor) -> Any:
@@ -80,11 +80,25 @@ class Rotate(torch.autograd.Function):
         groups, count, size = grad_k.shape
         grad = with_room(count, ctx.width, ctx.room, grad_k)
         q, k, v = _split(grad, groups, size)
-        turned = grad_q.view(groups, count, -1, size).transpose(0, 1)
-        _turn(turned, cos[:, None, None] * ctx.scale, sin[:, None, None] * -ctx.scale, q)
+        _turn(grad_q.transpose(0, 1), cos[:, None, None] * ctx.scale, sin[:, None, None] * -ctx.scale, q)
         _turn(grad_k.transpose(0, 1), cos[:, None], -sin[:, None], k)
         v.copy_(grad_v.transpose(0, 1))
         return grad, None, None, None, None, None
+
+
+def rotated(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int
+) -> tuple[torch.Tensor, ...]:
+    """Do what Rotate does without a gradient, in as few steps as there are: beside a few tokens each counts."""
+    size = cos.shape[1]
+    parts = heads.unflatten(1, (-1, size))
+    of_q = parts.shape[1] - 2 * groups
+    turning = parts[:, :-groups]
+    halves_apart = torch.cat([-sin[:, : size // 2], sin[:, size // 2 :]], 1)
+    q, k = torch.addcmul(turning * cos[:, None], turning.roll(size // 2, -1), halves_apart[:, None]).split(
+        [of_q, groups], 1
+    )
+    return (q * scale).unflatten(1, (groups, -1)).transpose(0, 1), k.transpose(0, 1), parts[:, -groups:].transpose(0, 1)
 
 
 def _split(heads: torch.Tensor, groups: int, size: int) -> tuple[torch.Tensor, ...]:
@@ -103,7 +117,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.T
 
 
 class Attend(torch.autograd.Function):
-    """Let each token look at the tokens before it in its row. q (G, N R, D), scaled; k and v (G, N, D); returns (N, G R D).
+    """Let each token look at the tokens before it in its row. q (G, N, R, D), scaled; k and v (G, N, D); returns (N, G R D).
 
     Pieces that are alike stand side by side, P of them, so that all cores have work; of these the queries are taken block by
     block, so that the scores fit the processor's cache and keys after the block are left out.
@@ -114,7 +128,7 @@ class Attend(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, window: int | None, room: int
     ) -> torch.Tensor:
         groups, count, size = k.shape
-        output = with_room(count, q.shape[1] // count * groups * size, room, q)
+        output = with_room(count, groups * q.shape[2] * size, room, q)
         kept = []
         for pieces in packed.alike:
             queries, keys, values = _gathered(q, k, v, pieces)
@@ -179,7 +193,7 @@ def _side_by_side(x: torch.Tensor, pieces: Sequence[Piece], with_past: bool = Fa
 
 def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
     """Return queries (G P, T, R D), keys and values (G P, S + T, D) of pieces."""
-    queries = _side_by_side(q.view(*k.shape[:2], -1), pieces)
+    queries = _side_by_side(q.flatten(2), pieces)
     return queries, _side_by_side(k, pieces, with_past=True), _side_by_side(v, pieces, with_past=True)
 
 
@@ -231,7 +245,6 @@ def attend_padded(
     pieces: Sequence[Piece], window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     """Do what Attend does in one call of torch's fused kernel, for a GPU: it would wait for the host between pieces."""
-    groups, count, size = k.shape
     looking = [torch.arange(piece.start, piece.end) for piece in pieces]
     seen = [
         torch.cat([torch.arange(*stretch) for stretch in (*piece.past, (piece.start, piece.end))]) for piece in pieces
@@ -246,10 +259,8 @@ def attend_padded(
     allowed = (distance >= 0) & (distance < (window or length)) & ((keys >= 0)[:, None] | (distance == 0))
     mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, torch.finfo(q.dtype).min)
     real, queries, keys = (queries >= 0).to(q.device), queries.clamp(min=0).to(q.device), keys.clamp(min=0).to(q.device)
-    heads = q.view(groups, count, -1, size).transpose(1, 2).flatten(0, 1)  # (G R, N, D)
-    keys_of_heads, values_of_heads = (
-        x.repeat_interleave(len(heads) // groups, 0)[:, keys].transpose(0, 1) for x in (k, v)
-    )
+    heads = q.transpose(1, 2).flatten(0, 1)  # (G R, N, D)
+    keys_of_heads, values_of_heads = (x.repeat_interleave(q.shape[2], 0)[:, keys].transpose(0, 1) for x in (k, v))
     found = functional.scaled_dot_product_attention(
         heads[:, queries].transpose(0, 1), keys_of_heads, values_of_heads, mask[:, None].to(q.device), scale=1.0
     )
@@ -272,6 +283,16 @@ class Cache:
     def __init__(self, layers: int, groups: int, size: int, like: torch.Tensor) -> None:
         self.states = like.new_empty(layers, 2, 0, groups, 0, size)
         self.lengths = torch.zeros(0, dtype=torch.long, device=like.device)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Return how many tokens each row has."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: torch.Tensor) -> None:
+        self._lengths = lengths
+        self._of_step: dict[int | None, tuple[torch.Tensor, int, torch.Tensor | None]] = {}
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many rows of so many tokens."""
@@ -305,19 +326,31 @@ class Cache:
         return _attend_within(packed, window, q, k, v, room)
 
     def _continue(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
-        """Add a token to every row; q (G, B R, D), k and v (G, B, D)."""
-        rows, groups, used = k.shape[1], len(k), int(self.lengths.max()) + 1
+        """Add a token to every row; q (G, B, R, D), k and v (G, B, D)."""
+        rows = k.shape[1]
+        each, used, unseen = self._of_step.get(window) or self._of_step.setdefault(window, self._look(rows, window))
         keys, values = self.states[number, :, :rows]
-        each = torch.arange(rows, device=k.device)
         keys[each, :, self.lengths], values[each, :, self.lengths] = k.transpose(0, 1), v.transpose(0, 1)
-        scores = q.view(groups, rows, -1, k.shape[2]).transpose(0, 1) @ keys[:, :, :used].transpose(2, 3)
-        place = torch.arange(used, device=k.device)
+        scores = q.transpose(0, 1) @ keys[:, :, :used].transpose(2, 3)
+        if unseen is not None:
+            scores += unseen
+        found = (scores.softmax(-1) @ values[:, :, :used]).reshape(rows, -1)
+        return with_room(rows, found.shape[1], room, found).copy_(found) if room else found
+
+    def _look(self, rows: int, window: int | None) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+        """Return the numbers of the rows, how many keys the longest has, and -inf where a row has none, (B, 1, 1, S).
+
+        All layers of a step share it. A row alone sees all its keys.
+        """
+        used = int(self.lengths.max()) + 1
+        each = torch.arange(rows, device=self.lengths.device)
+        if rows == 1 and (window is None or used <= window):
+            return each, used, None
+        place = torch.arange(used, device=self.lengths.device)
         unseen = place > self.lengths[:, None]
         if window is not None:
             unseen |= place <= self.lengths[:, None] - window
-        weights = scores.masked_fill_(unseen[:, None, None], -torch.inf).softmax(-1)
-        found = (weights @ values[:, :, :used]).reshape(rows, -1)
-        return with_room(rows, found.shape[1], room, found).copy_(found)
+        return each, used, self.states.new_zeros(rows, used).masked_fill_(unseen, -torch.inf)[:, None, None]
 
 
 class Gate(torch.autograd.Function):
@@ -406,7 +439,10 @@ class _Norm:
             self.offset = float((module(ones)[0].float() - module.weight.float()).mean().round())
 
     def __call__(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        normed: torch.Tensor = RMSNorm.apply(x, self.module.weight.detach(), self.offset, self.eps, room)
+        weight = self.module.weight.detach()
+        if not (torch.is_grad_enabled() or room or self.offset) and x.dtype == torch.float32:
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        normed: torch.Tensor = RMSNorm.apply(x, weight, self.offset, self.eps, room)
         return normed
 
 
@@ -452,7 +488,8 @@ class _Layer:
             heads = self._with_normed_heads(heads)
         if not self.turns:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        q, k, v = Rotate.apply(heads, cos, sin, self.attention.scaling, self.groups, self.qkv.room)
+        turned = (heads, cos, sin, self.attention.scaling, self.groups)
+        q, k, v = Rotate.apply(*turned, self.qkv.room) if torch.is_grad_enabled() else rotated(*turned)
         attended = attend(q, k, v, self.o.room)
         if wanted is not None:
             x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)

@@ -326,7 +326,7 @@ def test_the_gpus_attention_is_that_of_the_cpu(window: int | None) -> None:
     packed = pack(ROWS)
     torch.manual_seed(0)
     count = len(packed.ids)
-    given = [torch.randn(2, size, 8, dtype=torch.float64, requires_grad=True) for size in (3 * count, count, count)]
+    given = [torch.randn(2, count, *size, dtype=torch.float64, requires_grad=True) for size in ((3, 8), (8,), (8,))]
     toward = torch.randn(count, 2 * 3 * 8, dtype=torch.float64)
 
     found = [Attend.apply(*given, packed, window, 0), attend_padded(packed.pieces, window, *given)]
