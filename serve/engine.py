@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from scripts.common.errors import is_out_of_memory
+from scripts.common.machine import empty_heap
 from scripts.dataset.chat_format import stop_token_ids
 from serve.adapters import Models
 from serve.cache import CachedForward
@@ -33,6 +34,7 @@ from serve.sampling import Sampler, TextStream, choose_together, measure
 
 log = logging.getLogger(__name__)
 
+IDLE_SECONDS = 1.0  # without work, after which free memory is given back
 # At most this much of prompts is read at once, padding included; more while nobody waits for a next token.
 PREFILL_TOKENS_PER_STEP = 256
 IDLE_FACTOR = 4
@@ -190,13 +192,15 @@ class Engine:
             log.critical("the engine has died", exc_info=error)
             self.on_death()
         finally:
-            self._take_new(block=False)
+            self._take_new(0)
             self._end_all(ServingError(503, "engine_stopped", "the engine has stopped"))
             self._deliver()
 
     def _step(self) -> None:
         idle = not (self.rows or self.prefilling or self.waiting)
-        self._take_new(block=idle)
+        if not self._take_new(IDLE_SECONDS if idle else 0) and idle:
+            empty_heap()  # rows of all lengths leave holes, and nothing now waits for this
+            self._take_new(None)
         started = time.monotonic()
         self._drop_ended()
         self._prefill()
@@ -215,9 +219,12 @@ class Engine:
     def _running(self) -> list[Job]:
         return self.rows + self.prefilling
 
-    def _take_new(self, block: bool) -> None:
+    def _take_new(self, seconds: float | None) -> bool:
+        """Take all that has come, and wait so long for the first; return whether something came."""
+        came = False
         try:
-            job = self._inbox.get(timeout=None if block else 0)
+            job = self._inbox.get(timeout=seconds)
+            came = True
             while True:
                 if callable(job):
                     job()
@@ -226,6 +233,7 @@ class Engine:
                 job = self._inbox.get_nowait()
         except Empty:
             pass
+        return came
 
     def _admit(self) -> list[Job]:
         """Take waiting jobs whose prompts are read together; the oldest of each client, and clients take turns."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from scripts.common.errors import UserError
-from scripts.common.machine import Machine
+from scripts.common.machine import Machine, empty_heap
 from scripts.common.schema import Config
 from scripts.common.stages import BASE
 from scripts.dataset.chat_format import ChatFormat
@@ -116,6 +116,7 @@ class Service:
         jobs = [Job(ids, name, 2, client="warm-up") for name in self.models.served]  # names are adapters at first
         self._submit(jobs, self.engine.reserve("warm-up", len(jobs)))
         await asyncio.gather(*(job.text() for job in jobs))
+        empty_heap()  # of the weights as they were loaded; otherwise it would stay as large
 
     async def stop(self) -> None:
         """End the engine's thread."""
