@@ -20,7 +20,7 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 
 from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import apply_machine, choose_machine, hardware, seed_everything
-from scripts.common.schema import Config, Data, Lora
+from scripts.common.schema import Config, Data, Lora, Performance
 
 TEMPERATURE, TOP_P = 0.8, 0.95
 
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=80, help="longest answer (default: %(default)s)")
     add("--batch", type=int, default=64, help="answers drawn together (default: %(default)s)")
     add("--single", type=int, default=20, help="answers drawn one by one (default: %(default)s)")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the base weights (default: %(default)s)")
     return parser
 
 
@@ -43,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw both ways and print how long a token took."""
     arguments = build_parser().parse_args(argv)
-    config = Config(base_model_id=arguments.model, offline=True)
+    performance = Performance(dtype=arguments.dtype)
+    config = Config(base_model_id=arguments.model, offline=True, performance=performance)
 
     from scripts.dataset.chat_format import ChatFormat
     from scripts.dataset.records import load_datasets, parse_record

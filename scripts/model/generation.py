@@ -202,22 +202,30 @@ def choose(logits: torch.Tensor, sampling: Sampling, randoms: Sequence[random.Ra
     """Choose a token for each row of logits (B, V), with a generator for each."""
     if sampling.greedy:
         return logits.argmax(-1).tolist()
-    logits, ids = logits.float() / sampling.temperature, None
+    logits = logits.float() / sampling.temperature
     total = logits.logsumexp(-1, keepdim=True)
-    if sampling.top_k or sampling.top_p < 1:
-        size = logits.shape[1]
-        best, ids = logits.topk(min(sampling.top_k or CANDIDATES, size))
-        if not sampling.top_k and bool(((best - total).exp().sum(-1) < sampling.top_p).any()):
-            best, ids = logits.sort(descending=True)
-        logits, total = best, best.logsumexp(-1, keepdim=True) if sampling.top_k else total
-    probs = (logits - total).double().exp()
-    if sampling.top_p < 1:  # a token stays while those before it have not reached top_p, so the first always stays
-        probs *= probs.cumsum(-1) - probs < sampling.top_p
-    cumulative = probs.cumsum(-1)
     drawn = torch.tensor([each.random() for each in randoms], dtype=torch.float64, device=logits.device)[:, None]
-    # random() stays below 1, so the place that is drawn lies before the end.
-    places = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).clamp(max=cumulative.shape[1] - 1)
-    return (places if ids is None else ids.gather(1, places))[:, 0].tolist()
+    if not sampling.top_k and sampling.top_p == 1:
+        return _places(logits, total, drawn, 1)[:, 0].tolist()
+    best, ids = logits.topk(min(sampling.top_k or CANDIDATES, logits.shape[1]))
+    if sampling.top_k:
+        total = best.logsumexp(-1, keepdim=True)
+    tokens = ids.gather(1, _places(best, total, drawn, sampling.top_p))
+    more = (best - total).exp().sum(-1) < sampling.top_p if not sampling.top_k else None
+    if more is not None and bool(more.any()):  # only rows whose nucleus is larger are sorted as a whole
+        best, ids = logits[more].sort(descending=True)
+        tokens[more] = ids.gather(1, _places(best, total[more], drawn[more], sampling.top_p))
+    return tokens[:, 0].tolist()
+
+
+def _places(logits: torch.Tensor, total: torch.Tensor, drawn: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return where numbers from 0 to below 1 fall among candidates, the likeliest first where top_p cuts them; (B, 1)."""
+    probs = (logits - total).double().exp()
+    if top_p < 1:  # a token stays while those before it have not reached top_p, so the first always stays
+        probs *= probs.cumsum(-1) - probs < top_p
+    cumulative = probs.cumsum(-1)
+    # No number is 1, so the place lies before the end.
+    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).clamp(max=cumulative.shape[1] - 1)
 
 
 def _cut(tokenizer: Any, ids: list[int], stops: set[int]) -> Answer:
