@@ -127,22 +127,33 @@ def _draw(probabilities: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]
     """Draw a token from each row of probabilities (B, V); all rows have the same top_k, and a top_p or none."""
     import torch
 
-    top_k, ids = samplers[0].sampling.top_k, None
-    top_p = torch.tensor([each.sampling.top_p for each in samplers], device=probabilities.device)[:, None]
-    if top_k or samplers[0].sampling.top_p < 1:
-        top, ids = probabilities.topk(min(top_k or CANDIDATES, probabilities.shape[1]))
-        if not top_k and bool((top.sum(-1, keepdim=True) < top_p).any()):
-            top, ids = probabilities.sort(descending=True)
-        if top_k:
-            top = top / top.sum(-1, keepdim=True)
-        # A token stays while those before it have not reached top_p, so the first always stays.
-        probabilities = top * (top.cumsum(-1) - top < top_p)
+    top_k, device = samplers[0].sampling.top_k, probabilities.device
+    top_p = torch.tensor([each.sampling.top_p for each in samplers], device=device)[:, None]
+    drawn = torch.tensor([each.random.random() for each in samplers], dtype=torch.float64, device=device)[:, None]
+    if not top_k and samplers[0].sampling.top_p == 1:
+        return _places(probabilities, drawn)[:, 0].tolist()
+    top, ids = probabilities.topk(min(top_k or CANDIDATES, probabilities.shape[1]))
+    if top_k:
+        top = top / top.sum(-1, keepdim=True)
+    tokens = ids.gather(1, _places(_nucleus(top, top_p), drawn))
+    more = top.sum(-1) < top_p[:, 0]
+    if not top_k and bool(more.any()):  # only rows whose nucleus is larger are sorted as a whole
+        top, ids = probabilities[more].sort(descending=True)
+        tokens[more] = ids.gather(1, _places(_nucleus(top, top_p[more]), drawn[more]))
+    return tokens[:, 0].tolist()
+
+
+def _nucleus(top: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Keep a token while those before it have not reached top_p, so the first always stays."""
+    return top * (top.cumsum(-1) - top < top_p)
+
+
+def _places(probabilities: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Return where numbers from 0 to below 1 fall, (B, 1); none is 1, so the place lies before the end."""
+    import torch
+
     cumulative = probabilities.double().cumsum(-1)
-    drawn = torch.tensor([each.random.random() for each in samplers], dtype=torch.float64, device=cumulative.device)
-    # random() stays below 1, so the index that is drawn lies before the end.
-    places = torch.searchsorted(cumulative, drawn[:, None] * cumulative[:, -1:], right=True)
-    tokens: list[int] = (places if ids is None else ids.gather(1, places))[:, 0].tolist()
-    return tokens
+    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
 
 
 @dataclass(frozen=True)
