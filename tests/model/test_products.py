@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from scripts.model.products import FEW_TOKENS, linear, quicken_head
+from scripts.model.products import FEW_TOKENS, linear, packed, packed_linear, quicken_head
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (3, 2), (FEW_TOKENS,), (FEW_TOKENS + 1,), (0,)], ids=str)
@@ -34,11 +34,46 @@ def test_gradients_pass() -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+has_fbgemm = pytest.mark.skipif(torch.backends.quantized.engine != "x86", reason="torch has no such kernel here")
+
+
+@has_fbgemm
+@pytest.mark.parametrize("shape", [(1,), (16,), (3, 2), (200,), (0,)], ids=str)
+@pytest.mark.parametrize("published", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_weights_published_in_16_bits_are_read_in_16_bits(shape, published: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 24), torch.randn(40, 24).to(published).float()
+    bias = torch.randn(40) if biased else None
+
+    found = packed_linear(x, packed(weight, bias))
+
+    assert found.shape == (*shape, 40)
+    assert torch.allclose(found, functional.linear(x, weight, bias), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(40, 24, generator=torch.Generator().manual_seed(0)),  # trained in 32 bits
+        torch.full((40, 24), 1e6),  # larger than 16 bits hold
+        torch.full((40, 24), 2.0**-30),  # smaller
+        torch.zeros(40, 24).fill_(torch.nan),
+        torch.ones(40, 24, dtype=torch.float64),
+        torch.ones(40, 24, dtype=torch.bfloat16),
+    ],
+)
+def test_other_weights_stay_as_they_are(weight: torch.Tensor) -> None:
+    assert packed(weight) is None
+
+
 def test_head_keeps_its_weights_and_its_logits(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before, weight = model(ids).logits, model.get_output_embeddings().weight
-        quicken_head(model)
-        assert model.get_output_embeddings().weight is weight
-        assert torch.allclose(model(ids).logits, before, atol=1e-5)
+    for pack in (False, True):
+        with torch.inference_mode():
+            quicken_head(model, pack)
+            assert model.get_output_embeddings().weight is weight
+            assert torch.allclose(model(ids).logits, before, atol=1e-5)

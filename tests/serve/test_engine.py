@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from serve.metrics import Metrics
 from serve.prefixes import Prefixes
 from serve.schemas import GenerateRequest
 from serve.service import Prompt, Service
+from serve.stacking import members
 from tests.support.serving import save_adapter, save_merged_model
 from tests.support.stops import FAMILIES, save_family_model
 
@@ -150,6 +152,30 @@ def test_mixed_batches_give_the_tokens_of_plain_peft(tiny_llama, adapters, model
         generate_with_peft(tiny_llama, adapters.get(name), prompts[0], NEW) for name in ("base", "sft", "dpo")
     ]
     assert len({tuple(out) for out in same_prompt}) == 3, "adapters that agree would hide a mix-up"
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine != "x86", reason="torch has no such kernel here")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"]], ids=str)
+def test_a_base_published_in_16_bits_is_read_in_16_bits_and_says_the_same(tiny_llama, tmp_path, write_config, targets):
+    from transformers import AutoModelForCausalLM
+
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    adapters = {
+        "sft": save_adapter(tmp_path / "sft", base, "sft", seed=1, target_modules=targets),
+        "dpo": save_adapter(tmp_path / "dpo", base, "dpo", seed=2, r=7),
+    }
+    models = models_of(base, adapters, write_config)
+    names = ["sft", "base", "dpo", "sft"]
+    jobs = [Job(ids, name, NEW) for ids, name in zip(random_prompts(names, 500), names, strict=True)]
+
+    asyncio.run(run_jobs(new_engine(models), jobs))
+
+    stacks = [member.stack for member in members(models.network).values()]
+    assert len(stacks) == 2 * 7, "layers without an adapter are stacked, too"
+    assert all(stack.packed is not None and stack.weight is None for stack in stacks)
+    expected = [generate_with_peft(base, adapters.get(job.model), job.ids, job.max_new_tokens) for job in jobs]
+    assert [job.out for job in jobs] == expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)
