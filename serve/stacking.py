@@ -12,6 +12,7 @@ from torch import nn
 
 from scripts.common.stages import BASE
 from scripts.model.base import copy_out_of_file
+from scripts.model.int8 import Int8Linear
 from scripts.model.products import linear
 from scripts.model.shape import siblings
 
@@ -79,7 +80,7 @@ class StackedLinears(nn.Module):
         self.base: nn.Module | None = None
         weights, bias = As, None
         if not all(type(base) is nn.Linear for base in bases):
-            (self.base,) = bases  # quantised, or stored the other way round
+            (self.base,) = bases  # quantised, rounded, or stored the other way round
         else:
             weights = [base.weight.detach() for base in bases] + As
             if any(base.bias is not None for base in bases):
@@ -102,18 +103,24 @@ class StackedLinears(nn.Module):
 
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all layers in one tensor, (…, out)."""
-        product = linear(x, self.weight, self.bias)
         y: torch.Tensor
-        y, hidden = (
-            (self.base(x), product)
-            if self.base is not None
-            else product.split([sum(self.widths), len(self.B_t)], dim=-1)
-        )
+        if self.base is None:
+            y, hidden = linear(x, self.weight, self.bias).split([sum(self.widths), len(self.B_t)], dim=-1)
+        else:
+            y = self.base(x)
+            hidden = linear(x, self.weight) if self.rows.mask is not None else y
         if self.rows.mask is not None:
             hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.width)
             hidden = hidden * self.rows.mask[:, :, None, : self.width]
             y = torch.addmm(y.flatten(0, -2), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
         return y
+
+    def keep_in_int8(self) -> None:
+        """Round the layers' own matrices and let the full ones go; the adapters stay as they are."""
+        if self.base is None:
+            outputs = sum(self.widths)
+            self.base = Int8Linear.of(self.weight[:outputs], None if self.bias is None else self.bias[:outputs].clone())
+            self.weight, self.bias = self.weight[outputs:].clone(), None
 
     def grown(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return weight, bias and B of a wider stack, whose new columns are zero; this one stays as it is."""
@@ -236,6 +243,11 @@ def stack_layers(network: Any, targets: set[str], rows: RowAdapters) -> None:
 def members(network: Any) -> dict[str, Member]:
     """Return what stands in the place of each stacked layer."""
     return {name: module for name, module in network.named_modules() if isinstance(module, Member)}
+
+
+def stacks_of(network: Any) -> list[StackedLinears]:
+    """Return all stacks."""
+    return [module for module in network.modules() if isinstance(module, StackedLinears)]
 
 
 def write_adapter(network: Any, rows: RowAdapters, name: str, layers: dict[str, LoraWeights]) -> None:

@@ -30,7 +30,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return (product if bias is None else product + bias).contiguous().view(*x.shape[:-1], -1)
 
 
-class _Linear(torch.nn.Linear):
+class HeadLinear(torch.nn.Linear):
+    """A head that computes few tokens the fast way."""
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight, self.bias)
 
@@ -39,4 +41,4 @@ def quicken_head(model: Any) -> None:
     """Let a causal model's LM head compute few tokens the fast way."""
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
-        head.__class__ = _Linear
+        head.__class__ = HeadLinear

@@ -1,0 +1,108 @@
+"""Answers from int8 weights: the full ones are let go once it was measured what their rounding changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from scripts.common.errors import UserError
+from scripts.common.machine import Machine
+from scripts.common.schema import Config
+from scripts.dataset.rendering import render_prompt
+from scripts.model.int8 import keep_in_int8
+from serve.adapters import Models
+from serve.cache import CachedForward, prove_cache
+from serve.stacking import stacks_of
+
+log = logging.getLogger(__name__)
+
+QUESTIONS = (
+    "Name three fruits.", "Why is the sky blue?", "Write a polite reply to a customer whose parcel is late.",
+    "What is 17 plus 25?", "Schreibe einen kurzen Satz über den Regen.", "Write a Python function that adds two numbers.",
+)  # fmt: skip
+TOGETHER = 2  # questions; every forward pass has room for so many
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What rounding changes in the default model's greedy answers to a few questions, token by token."""
+
+    tokens: int
+    agreement: float  # share of tokens that stay the likeliest
+    kl: float  # nats per token, from the full weights to the rounded ones
+
+
+def check_int8(config: Config, machine: Machine) -> None:
+    """Refuse int8 weights beside settings that do without them.
+
+    Raises: UserError naming the key.
+    """
+    if machine.device != "cpu":
+        raise UserError(
+            f"serve.weights: int8 is computed on a CPU only, and this server computes on {machine.device}. "
+            "Set serve.weights: full, with quantization.load_in_8bit: true for a smaller base, or performance.device: cpu."
+        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(config.quantization, key):
+            raise UserError(
+                f"serve.weights: int8: the base is quantised already (quantization.{key}). Set one of them."
+            )
+    if config.serve.queue_path is not None:
+        raise UserError(
+            "serve.weights: int8: the page of votes (serve.queue_path) orders prompts by log-probabilities, which only full "
+            "weights give. Set serve.weights: full, or serve.queue_path: null."
+        )
+
+
+@torch.inference_mode()
+def answer_in_int8(models: Models, forward: CachedForward, context: int) -> Effect:
+    """Keep only int8 weights from now on, and measure what that changes.
+
+    Raises: UserError when this base cannot be rounded, or computes no numbers then.
+    """
+    name = models.served[models.default].adapter
+    chat = models.chats[name]
+    longest = max(context - NEW_TOKENS, 1)
+    prompts = [render_prompt(chat, chat.user_turn(question))[-longest:] for question in QUESTIONS]
+    pairs = [prompts[start : start + TOGETHER] for start in range(0, len(prompts), TOGETHER)]
+    full = [_answers(forward, name, pair) for pair in pairs]
+    keep_in_int8(models.network, models.source)
+    for stack in stacks_of(models.network):
+        stack.keep_in_int8()
+    prove_cache(models, forward, context)
+    ours = [_answers(forward, name, pair, tokens)[1] for pair, (tokens, _) in zip(pairs, full, strict=True)]
+    before, after = torch.cat([logits for _, logits in full]).float(), torch.cat(ours).float()
+    agreement = float((before.argmax(-1) == after.argmax(-1)).float().mean())
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    effect = Effect(len(before), agreement, float((p.exp() * (p - q)).sum(-1).mean()))
+    if not torch.isfinite(after).all():
+        raise UserError(
+            f"{models.source}: serve.weights: int8: its logits are no numbers then. Set serve.weights: full."
+        )
+    log.info(
+        "serve.weights: int8: %.1f %% of %d answer tokens stay the likeliest, and the KL to the full weights is %.4f nats "
+        "per token (%s, %d built-in questions)",
+        100 * effect.agreement, effect.tokens, effect.kl, models.default, len(QUESTIONS),
+    )  # fmt: skip
+    return effect
+
+
+def _answers(
+    forward: CachedForward, name: str, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]] | None = None
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Answer prompts greedily, or with given tokens: for each step the tokens of all rows, and their logits (T B, V)."""
+    names, lengths = [name] * len(prompts), list(map(len, prompts))
+    read = forward.read(0, names, prompts, 0, [[length - 1] for length in lengths])
+    logits, steps = [torch.cat(read)], []
+    for step in range(NEW_TOKENS):
+        tokens = list(given[step]) if given else logits[-1].argmax(-1).tolist()
+        steps.append(tokens)
+        if step < NEW_TOKENS - 1:
+            logits.append(forward.step(names, tokens, [length + step for length in lengths]))
+    for slot in reversed(range(len(prompts))):
+        forward.release(slot)
+    return steps, torch.cat(logits)
