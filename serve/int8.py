@@ -12,18 +12,19 @@ from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
 from scripts.dataset.rendering import render_prompt
-from scripts.model.int8 import keep_in_int8
+from scripts.model.int8 import check_int8, keep_in_int8
 from serve.adapters import Models
 from serve.cache import CachedForward, prove_cache
 from serve.stacking import stacks_of
 
 log = logging.getLogger(__name__)
 
+KEY = "serve.weights: int8"
 QUESTIONS = (
     "Name three fruits.", "Why is the sky blue?", "Write a polite reply to a customer whose parcel is late.",
     "What is 17 plus 25?", "Schreibe einen kurzen Satz über den Regen.", "Write a Python function that adds two numbers.",
 )  # fmt: skip
-TOGETHER = 2  # questions; every forward pass has room for so many
+TOGETHER = 2  # questions; every forward pass has room for so many rows
 NEW_TOKENS = 16
 
 
@@ -36,25 +37,16 @@ class Effect:
     kl: float  # nats per token, from the full weights to the rounded ones
 
 
-def check_int8(config: Config, machine: Machine) -> None:
-    """Refuse int8 weights beside settings that do without them.
+def check_settings(config: Config, machine: Machine) -> None:
+    """Refuse int8 weights beside what does without them.
 
     Raises: UserError naming the key.
     """
-    if machine.device != "cpu":
-        raise UserError(
-            f"serve.weights: int8 is computed on a CPU only, and this server computes on {machine.device}. "
-            "Set serve.weights: full, with quantization.load_in_8bit: true for a smaller base, or performance.device: cpu."
-        )
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if getattr(config.quantization, key):
-            raise UserError(
-                f"serve.weights: int8: the base is quantised already (quantization.{key}). Set one of them."
-            )
+    check_int8(config, machine, KEY)
     if config.serve.queue_path is not None:
         raise UserError(
-            "serve.weights: int8: the page of votes (serve.queue_path) orders prompts by log-probabilities, which only full "
-            "weights give. Set serve.weights: full, or serve.queue_path: null."
+            f"{KEY}: the page of votes (serve.queue_path) orders prompts by log-probabilities, which only full weights give. "
+            "Set serve.weights: full, or serve.queue_path: null."
         )
 
 
@@ -70,23 +62,21 @@ def answer_in_int8(models: Models, forward: CachedForward, context: int) -> Effe
     prompts = [render_prompt(chat, chat.user_turn(question))[-longest:] for question in QUESTIONS]
     pairs = [prompts[start : start + TOGETHER] for start in range(0, len(prompts), TOGETHER)]
     full = [_answers(forward, name, pair) for pair in pairs]
-    keep_in_int8(models.network, models.source)
+    keep_in_int8(models.network, KEY)
     for stack in stacks_of(models.network):
         stack.keep_in_int8()
     prove_cache(models, forward, context)
     ours = [_answers(forward, name, pair, tokens)[1] for pair, (tokens, _) in zip(pairs, full, strict=True)]
     before, after = torch.cat([logits for _, logits in full]).float(), torch.cat(ours).float()
-    agreement = float((before.argmax(-1) == after.argmax(-1)).float().mean())
-    p, q = before.log_softmax(-1), after.log_softmax(-1)
-    effect = Effect(len(before), agreement, float((p.exp() * (p - q)).sum(-1).mean()))
     if not torch.isfinite(after).all():
-        raise UserError(
-            f"{models.source}: serve.weights: int8: its logits are no numbers then. Set serve.weights: full."
-        )
+        raise UserError(f"{KEY}: the logits of {models.source} are no numbers then. Set serve.weights: full.")
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    agreement = (p.argmax(-1) == q.argmax(-1)).float().mean()
+    effect = Effect(len(p), float(agreement), float((p.exp() * (p - q)).sum(-1).mean()))
     log.info(
-        "serve.weights: int8: %.1f %% of %d answer tokens stay the likeliest, and the KL to the full weights is %.4f nats "
-        "per token (%s, %d built-in questions)",
-        100 * effect.agreement, effect.tokens, effect.kl, models.default, len(QUESTIONS),
+        "%s: %.1f %% of %d answer tokens stay the likeliest, and the KL to the full weights is %.4f nats per token "
+        "(%s, %d built-in questions)",
+        KEY, 100 * effect.agreement, effect.tokens, effect.kl, models.default, len(QUESTIONS),
     )  # fmt: skip
     return effect
 

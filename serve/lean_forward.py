@@ -169,7 +169,7 @@ class LeanForward:
     def __init__(self, models: Models) -> None:
         self.models, self.network = models, models.network
         self.renew()
-        self.cache = RowCache(lambda: Cache(*self.shape, self.like))
+        self.cache = RowCache(lambda: Cache(*self.shape, self.embeddings))
 
     @staticmethod
     def takes(models: Models) -> bool:
@@ -183,13 +183,13 @@ class LeanForward:
         self.lean = lean
         first = lean.layers[0]
         self.shape = (len(lean.layers), first.groups, first.attention.head_dim)
-        self.like = torch.empty(0, dtype=self.models.rows.dtype, device=self.network.device)
+        self.embeddings = self.network.get_input_embeddings().weight
 
     @property
     def bytes_per_token(self) -> int:
         """Return what one token of one row takes."""
         layers, groups, size = self.shape
-        return int(2 * layers * groups * size * self.like.element_size())
+        return int(2 * layers * groups * size * self.embeddings.element_size())
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +201,7 @@ class LeanForward:
     ) -> list[torch.Tensor]:  # fmt: skip
         """Read the next tokens of rows in the slots from `slot` on, all from one position; return logits at their places."""
         counts = list(map(len, tokens))
-        self.cache.read(slot, start, counts, self.shape, self.like)
+        self.cache.read(slot, start, counts, self.shape, self.embeddings)
         edges = accumulate(counts, initial=0)
         index = [begin + place for begin, wanted in zip(edges, places, strict=False) for place in wanted]
         positions = [start + place for count in counts for place in range(count)]
@@ -211,7 +211,7 @@ class LeanForward:
 
     def step(self, names: Sequence[str], tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Append a token to each row, which has so many; return the logits of the next, (B, V)."""
-        self.cache.step(lengths, self.like.device)
+        self.cache.step(lengths, self.embeddings.device)
         return self._forward(names, tokens, lengths, range(len(tokens)))
 
     def _forward(
@@ -219,7 +219,7 @@ class LeanForward:
     ) -> torch.Tensor:
         """Read tokens of the rows that the cache has chosen, each with an adapter; return some logits."""
         ids, places, wanted = (
-            torch.tensor(list(row), device=self.like.device) for row in (tokens, positions, index)
+            torch.tensor(list(row), device=self.embeddings.device) for row in (tokens, positions, index)
         )
         self.models.rows.set(names)
         with fastest_product(len(ids)):

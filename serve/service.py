@@ -58,7 +58,7 @@ class Service:
         from serve.adapters import load_models  # torch comes only after the configuration was found good
         from serve.cache import LibraryForward, check_cache_fits, choose_forward, context_limit
         from serve.engine import Engine
-        from serve.int8 import answer_in_int8, check_int8
+        from serve.int8 import answer_in_int8, check_settings
         from serve.live import LiveAdapters
         from serve.structured import SchemaCompiler
 
@@ -72,7 +72,7 @@ class Service:
         self.votes = VotesFile(Path(serve.votes_path), self.metrics) if serve.votes_path else None
         self.thumbs = VotesFile(Path(serve.thumbs_path), self.metrics) if serve.thumbs_path else None
         if serve.weights == "int8":
-            check_int8(config, machine)
+            check_settings(config, machine)
         self.models = load_models(config, machine)
         self.context = context_limit(self.models.shape, serve.max_context_tokens)
         if self.context < serve.max_context_tokens:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from scripts.common.errors import UserError
+from scripts.common.machine import Machine
+from scripts.common.schema import Config
 from scripts.model.products import HeadLinear, linear
 
 # Up to so many tokens, torch's product reads the rows as they are. More are multiplied with rows widened on the way.
@@ -25,13 +27,14 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def product(x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return x Wᵀ of rounded rows, (…, O)."""
-    tokens = x.reshape(-1, x.shape[-1])
+    """Return x Wᵀ of rounded rows, (…, O). Both ways round what they read and give to bf16, so that a row may change over."""
+    tokens = x.reshape(-1, x.shape[-1]).to(SCALE_DTYPE)
     if len(tokens) <= FEW_TOKENS and rows.shape[1] % KERNEL_WIDTH == 0:
-        y = torch._weight_int8pack_mm(tokens.to(SCALE_DTYPE), rows, scales).to(x.dtype)
+        y = torch._weight_int8pack_mm(tokens, rows, scales)
     else:
-        y = torch.cat([linear(tokens, part.to(x.dtype)) for part in rows.split(WIDENED_ROWS)], 1) * scales.to(x.dtype)
-    return y.view(*x.shape[:-1], len(rows))
+        wide = tokens.to(x.dtype)
+        y = torch.cat([linear(wide, part.to(x.dtype)) for part in rows.split(WIDENED_ROWS)], 1) * scales.to(x.dtype)
+    return y.to(SCALE_DTYPE).to(x.dtype).view(*x.shape[:-1], len(rows))
 
 
 class Int8Linear(nn.Linear):
@@ -55,33 +58,53 @@ class Int8Linear(nn.Linear):
 
 
 class Int8Embedding(nn.Embedding):
-    """An embedding whose matrix is rounded. It has no `weight`."""
+    """An embedding whose matrix is rounded. Its `weight` is empty, and only says of which type it was."""
 
     rows: torch.Tensor
     scales: torch.Tensor
-    dtype: torch.dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.rows[input].to(self.dtype) * self.scales[input].to(self.dtype)[..., None]
+        return self.rows[input].to(self.weight.dtype) * self.scales[input].to(self.weight.dtype)[..., None]
 
 
-def keep_in_int8(network: Any, source: str) -> None:
+def check_int8(config: Config, machine: Machine, key: str) -> None:
+    """Refuse int8 weights on a GPU, and of a base that is quantised already.
+
+    Raises: UserError that begins with the key.
+    """
+    if machine.device != "cpu":
+        raise UserError(
+            f"{key}: these products are computed on a CPU only, and the device is {machine.device}. Leave the weights full, "
+            "with quantization.load_in_8bit: true for a smaller base, or set performance.device: cpu."
+        )
+    for other in ("load_in_4bit", "load_in_8bit"):
+        if getattr(config.quantization, other):
+            raise UserError(f"{key}: the base is quantised already (quantization.{other}). Set one of the two.")
+
+
+def keep_in_int8(network: Any, key: str) -> None:
     """Round all matrices of a network where they stand, and let the full ones go; adapters of PEFT stay as they are.
 
     The head and the embeddings are one matrix where they were one before.
-    Raises: UserError naming a matrix that is neither a plain linear layer's nor an embedding's; then all is as before.
+    Raises: UserError that begins with the key, for a matrix that is neither a plain linear layer's nor an embedding's and
+    for a DoRA adapter, which asks for the full weights; then all is as before.
     """
+    if any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
+        raise UserError(f"{key}: a DoRA adapter needs the full weights. Merge it, or leave the weights full.")
     layers = {name: module for name, module in network.named_modules() if "lora_" not in name}
     taken = {name: module for name, module in layers.items() if _is_taken(module)}
     for name, module in layers.items():
         left = [of for of, weight in module.named_parameters(recurse=False) if weight.ndim > 1]
         if name not in taken and left:
             raise UserError(
-                f"{source}: serve.weights: int8 rounds linear layers and embeddings, and this base has another kind of matrix: "
-                f"{name}.{left[0]} of {type(module).__name__}. Set serve.weights: full."
+                f"{key}: linear layers and embeddings can be rounded, and this base has another kind of matrix: "
+                f"{name}.{left[0]} of {type(module).__name__}. Leave the weights full."
             )
-    embeddings, head = network.get_input_embeddings(), network.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
+    embeddings, head = (
+        getattr(module, "base_layer", module)  # under an adapter
+        for module in (network.get_input_embeddings(), network.get_output_embeddings())
+    )
+    tied = head.weight is embeddings.weight
     for module in taken.values():
         if tied and module is head:
             continue
@@ -92,10 +115,11 @@ def keep_in_int8(network: Any, source: str) -> None:
             module.__class__ = (
                 Int8Embedding if plain else type(type(module).__name__, (type(module), Int8Embedding), {})
             )
-            module.dtype = dtype
+            _keep(module, *kept)
+            module.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
         else:
             module.__class__ = Int8Linear
-        _keep(module, *kept)
+            _keep(module, *kept)
     if tied:
         head.__class__ = Int8Linear
         _keep(head, embeddings.rows, embeddings.scales)
