@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from scripts.common.errors import UserError
-from scripts.common.machine import Machine
+from scripts.common.machine import Machine, empty_heap
 from scripts.common.schema import Config
 from scripts.common.stages import BASE
 from scripts.dataset.chat_format import ChatFormat
@@ -86,6 +86,7 @@ class Service:
         if self.int8:
             self.metrics.int8_agreement.set(self.int8.agreement)
             self.metrics.int8_kl.set(self.int8.kl)
+        empty_heap()  # of the weights as they were read, of the adapters before they were stacked, and of full weights
         # Rows of the library's cache are all as long as the longest.
         rows = serve.max_concurrent if isinstance(forward, LibraryForward) else 1
         memory_tokens = check_cache_fits(forward.bytes_per_token, rows, self.context, machine.device)
