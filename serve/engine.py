@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from scripts.common.errors import is_out_of_memory
+from scripts.common.machine import empty_heap
 from scripts.dataset.chat_format import stop_token_ids
 from serve.adapters import Models
 from serve.cache import CachedForward
@@ -43,6 +44,7 @@ LEAST_PREFILL_TOKENS = 32
 # How much a new measurement counts against those before.
 SMOOTHING = 0.2
 MAX_RETRIES = 2
+IDLE_SECONDS = 1.0  # after which nobody waits for what comes next
 
 Logits = TypeVar("Logits")
 
@@ -217,7 +219,7 @@ class Engine:
 
     def _take_new(self, block: bool) -> None:
         try:
-            job = self._inbox.get(timeout=None if block else 0)
+            job = self._first_in_inbox() if block else self._inbox.get_nowait()
             while True:
                 if callable(job):
                     job()
@@ -226,6 +228,14 @@ class Engine:
                 job = self._inbox.get_nowait()
         except Empty:
             pass
+
+    def _first_in_inbox(self) -> Job | Callable[[], None] | None:
+        """Wait for something to do; meanwhile give back what the requests before have left in the heap."""
+        try:
+            return self._inbox.get(timeout=IDLE_SECONDS)
+        except Empty:
+            empty_heap()
+            return self._inbox.get()
 
     def _admit(self) -> list[Job]:
         """Take waiting jobs whose prompts are read together; the oldest of each client, and clients take turns."""

@@ -39,6 +39,7 @@ class RowAdapters:
             self.take_block(name, rank)
         self.refresh()
         self.mask: torch.Tensor | None = None
+        self.only: tuple[int, int] | None = None  # first column and rank where all rows use one adapter
 
     def take_block(self, name: str, rank: int) -> int:
         """Give an adapter the first columns that are free, behind the others where none are; return the first."""
@@ -64,6 +65,7 @@ class RowAdapters:
         """Choose the adapters of the next forward pass. A batch of base rows does no adapter work."""
         indices = [self.index[name] for name in names]
         self.mask = self.table[indices].unsqueeze(1) if any(indices) else None
+        self.only = self.blocks.get(names[0]) if len(set(names)) == 1 else None
 
 
 class StackedLinears(nn.Module):
@@ -108,11 +110,25 @@ class StackedLinears(nn.Module):
             y, hidden = linear(x, self.weight, self.bias).split([sum(self.widths), len(self.B_t)], dim=-1)
         else:
             y = self.base(x)
+            if self.rows.only:
+                return self._with_one_adapter(x, y, *self.rows.only)
             hidden = linear(x, self.weight) if self.rows.mask is not None else y
         if self.rows.mask is not None:
             hidden = hidden.reshape(len(self.rows.mask), -1, len(self.widths), self.width)
             hidden = hidden * self.rows.mask[:, :, None, : self.width]
             y = torch.addmm(y.flatten(0, -2), hidden.view(-1, len(self.B_t)), self.B_t).view(*x.shape[:-1], -1)
+        return y
+
+    def _with_one_adapter(self, x: torch.Tensor, y: torch.Tensor, start: int, rank: int) -> torch.Tensor:
+        """Add what one adapter gives to the layers' outputs; the columns of others are not read."""
+        A = self.weight.view(len(self.widths), self.width, -1)[:, start : start + rank]
+        B_t = self.B_t.view(len(self.widths), self.width, -1)[:, start : start + rank]
+        outputs = y.flatten(0, -2)
+        hidden = x.reshape(len(outputs), -1) @ A.transpose(1, 2)
+        first = 0
+        for number, width in enumerate(self.widths):
+            outputs[:, first : first + width].addmm_(hidden[number], B_t[number, :, first : first + width])
+            first += width
         return y
 
     def keep_in_int8(self) -> None:

@@ -48,7 +48,7 @@ from scripts.common.errors import UserError, entry_point
 from scripts.common.machine import available_cores
 from scripts.common.paths import ROOT
 from scripts.common.run import set_up_logging
-from scripts.common.schema import Config, Lora
+from scripts.common.schema import Config, Dpo, Lora
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def save_random_adapter(
         split=SplitFacts(
             seed=0, validation_ratio=0.49, test_ratio=0.5, key_version=SPLIT_KEY_VERSION
         ),  # trained on nothing
-        config={"dpo": {"beta": 0.2}},
+        config=Config(lora=lora, dpo=Dpo(beta=0.2)).model_dump(mode="json"),
         mlflow=RunFacts(run_id=None),
         metrics={},
     )
