@@ -24,19 +24,21 @@ START_SECONDS = 120
 @contextmanager
 def started(application: str, config: Path) -> Iterator[tuple[str, psutil.Process, float]]:
     """Start one of our servers and yield its address, process and the seconds until it was ready."""
-    command = ["uvicorn", application, "--log-level", "warning"]
-    with listening(command, "/health/ready", LLM_CONFIG=str(config)) as server:
+    command = ["-m", "uvicorn", application, "--log-level", "warning", "--port"]
+    with listening(application, command, "/health/ready", LLM_CONFIG=str(config)) as server:
         yield server
 
 
 @contextmanager
-def listening(command: Sequence[str], ready: str, **variables: str) -> Iterator[tuple[str, psutil.Process, float]]:
-    """Start a Python module that takes a port, and yield the same once its path `ready` answers 200."""
-    name, begin = command[1], time.monotonic()
+def listening(
+    name: str, command: Sequence[str], ready: str, **variables: str
+) -> Iterator[tuple[str, psutil.Process, float]]:
+    """Start Python with these arguments and a port behind them, and yield the same once the path `ready` answers 200."""
+    begin = time.monotonic()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", *command, "--port", str(port)]
+    command = [sys.executable, *command, str(port)]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "PYTHONPATH": paths, **variables}

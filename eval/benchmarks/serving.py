@@ -267,13 +267,10 @@ def llama_cpp(config: Path, kind: str) -> Iterator[tuple[str, psutil.Process, fl
     if export_lora.main([*command, "--format", "gguf", "--dtype", kind]):
         raise UserError("--llama-cpp: the export failed, as it says above.")
     [file] = folder.glob("*.gguf")
-    limits = {
-        "--threads": available_cores() if values.performance.threads == "auto" else values.performance.threads,
-        "--slots": values.serve.max_concurrent,
-        "--context": values.serve.max_context_tokens,
-    }
-    arguments = [str(part) for pair in limits.items() for part in pair]
-    with listening(["eval.benchmarks.llama_server", str(file), *arguments], "/health") as server:
+    threads, serve = values.performance.threads, values.serve
+    limits = (available_cores() if threads == "auto" else threads, serve.max_concurrent, serve.max_context_tokens)
+    run = "import sys; from eval.benchmarks.llama_server import serve; serve(sys.argv[1], *map(int, sys.argv[2:]))"
+    with listening("llama.cpp", ["-c", run, str(file), *map(str, limits)], "/health") as server:
         yield server
 
 

@@ -48,7 +48,7 @@ class Int8Linear(nn.Linear):
         """Round a matrix that belongs to no layer."""
         outputs, inputs = weight.shape
         layer = cls(inputs, outputs, bias=False, device="meta")
-        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         _keep(layer, *rounded(weight))
         return layer
 
