@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +34,6 @@ import psutil
 
 from eval.benchmarks.llama_server import check_installed
 from eval.benchmarks.running_server import listening, started
-from scripts import export_lora
 from scripts.common.artifacts import (
     SPLIT_KEY_VERSION,
     BaseModelFacts,
@@ -262,9 +262,10 @@ def llama_cpp(config: Path, kind: str) -> Iterator[tuple[str, psutil.Process, fl
     """Export the default adapter as GGUF and start llama.cpp on it, with as many threads, slots and tokens as our server."""
     values = load_config(str(config)).values
     folder = config.parent / "gguf"
-    command = ["--config", str(config), "--adapter", str(values.serve.adapter_path), "--out_dir", str(folder)]
+    command = [sys.executable, "-m", "scripts.export_lora", "--config", str(config), "--out_dir", str(folder)]
+    command += ["--adapter", str(values.serve.adapter_path), "--format", "gguf", "--dtype", kind]
     log.info("llama.cpp: exporting as %s", kind)
-    if export_lora.main([*command, "--format", "gguf", "--dtype", kind]):
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise UserError("--llama-cpp: the export failed, as it says above.")
     [file] = folder.glob("*.gguf")
     threads, serve = values.performance.threads, values.serve
