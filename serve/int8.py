@@ -58,15 +58,16 @@ def answer_in_int8(models: Models, forward: CachedForward, context: int) -> Effe
     """
     name = models.served[models.default].adapter
     chat = models.chats[name]
-    longest = max(context - NEW_TOKENS, 1)
+    count = max(1, min(NEW_TOKENS, context // 2))
+    longest = max(1, context - count)
     prompts = [render_prompt(chat, chat.user_turn(question))[-longest:] for question in QUESTIONS]
     pairs = [prompts[start : start + TOGETHER] for start in range(0, len(prompts), TOGETHER)]
-    full = [_answers(forward, name, pair) for pair in pairs]
+    full = [_answers(forward, name, pair, count) for pair in pairs]
     keep_in_int8(models.network, KEY)
     for stack in stacks_of(models.network):
         stack.keep_in_int8()
     prove_cache(models, forward, context)
-    ours = [_answers(forward, name, pair, tokens)[1] for pair, (tokens, _) in zip(pairs, full, strict=True)]
+    ours = [_answers(forward, name, pair, count, tokens)[1] for pair, (tokens, _) in zip(pairs, full, strict=True)]
     before, after = torch.cat([logits for _, logits in full]).float(), torch.cat(ours).float()
     if not torch.isfinite(after).all():
         raise UserError(f"{KEY}: the logits of {models.source} are no numbers then. Set serve.weights: full.")
@@ -82,16 +83,20 @@ def answer_in_int8(models: Models, forward: CachedForward, context: int) -> Effe
 
 
 def _answers(
-    forward: CachedForward, name: str, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]] | None = None
+    forward: CachedForward,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    given: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """Answer prompts greedily, or with given tokens: for each step the tokens of all rows, and their logits (T B, V)."""
+    """Answer prompts greedily, or with given tokens; return for each step the tokens of all rows, and all logits (T B, V)."""
     names, lengths = [name] * len(prompts), list(map(len, prompts))
     read = forward.read(0, names, prompts, 0, [[length - 1] for length in lengths])
     logits, steps = [torch.cat(read)], []
-    for step in range(NEW_TOKENS):
+    for step in range(count):
         tokens = list(given[step]) if given else logits[-1].argmax(-1).tolist()
         steps.append(tokens)
-        if step < NEW_TOKENS - 1:
+        if step < count - 1:
             logits.append(forward.step(names, tokens, [length + step for length in lengths]))
     for slot in reversed(range(len(prompts))):
         forward.release(slot)

@@ -119,6 +119,13 @@ def test_other_families_answer_nearly_as_with_full_weights(tmp_path, write_confi
     assert 0 <= effect.kl < 0.01
 
 
+@pytest.mark.parametrize("context", [8, 20])
+def test_a_short_context_is_measured_within_it(tiny_llama, write_config, context, lean):
+    models = models_of(tiny_llama, {}, write_config)
+    effect = answer_in_int8(models, choose_forward(models, 3, context, lean), context)
+    assert effect.tokens == 6 * (context // 2)
+
+
 def test_a_base_that_cannot_be_rounded_is_refused_by_name(tiny_gpt2, write_config):
     models = models_of(tiny_gpt2, {}, write_config)
     with pytest.raises(UserError, match=r"serve\.weights: int8: .*Conv1D"):
