@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Member:
     folder: Path
     manifest: Manifest
     origin: Manifest | None  # of the adapter that was trained; of a merged model, that in it while it is still there
+    int8: bool = False  # answers from int8 weights
 
     @property
     def is_merged(self) -> bool:
@@ -116,6 +117,12 @@ def find_arms(config: LoadedConfig, side: HeldOutSide = "test") -> list[Arm]:
                 f"there is no adapter to compare. Run `python -m {SFT.script}` with this configuration first, or name "
                 "others: --models name=folder"
             )
+    unknown = set(config.values.eval.int8) - {arm.name for arm in arms}
+    if unknown:
+        raise UserError(
+            f"eval.int8: no arm is called {', '.join(sorted(unknown))}; there are {', '.join(arm.name for arm in arms)}. "
+            "Name the folder in eval.models once more, as in `sft_int8: outputs/sft_adapter`."
+        )
     arms = [Arm(arm.name, arm.members, _is_continued_by_all(arm, arms)) for arm in arms]
     for one, other in combinations(arms, 2):
         _check_seeds_are_shared(one, other)
@@ -138,7 +145,7 @@ def _find_arm(
             raise UserError(f"{key}: {error}") from None
         check_split(folder, manifest, config.values.data, key, sides=(side,))
         origin = manifest if manifest.stage != "merged" else next((made for _, made in ancestors(manifest)), None)
-        member = Member(name, Path(folder), manifest, origin)
+        member = Member(name, Path(folder), manifest, origin, name in config.values.eval.int8)
         if member.seed in members:
             other = members[member.seed].folder
             raise UserError(
@@ -151,7 +158,7 @@ def _find_arm(
         unlike = ", ".join(f"{member.folder} of {member.stage}" for member in found)
         raise UserError(f"{key}: found adapters of different stages ({unlike}). Give each stage a name of its own.")
     if len(found) > 1:
-        found = [Member(f"{name}, seed {seed}", m.folder, m.manifest, m.origin) for seed, m in members.items()]
+        found = [replace(member, label=f"{name}, seed {seed}") for seed, member in members.items()]
     return Arm(name, tuple(found))
 
 
@@ -183,8 +190,8 @@ def find_parent(member: Member, arms: Sequence[Arm]) -> Member | None:
     """Return the adapter among these arms that a member's training continued, by its hash."""
     if member.parent is None:
         return None
-    found = (other for other in members_of(arms) if not other.is_merged and other.manifest.sha256 == member.parent)
-    return next(found, None)
+    usual = (other for other in members_of(arms) if not (other.is_merged or other.int8))
+    return next((other for other in usual if other.manifest.sha256 == member.parent), None)
 
 
 def find_references(arms: Sequence[Arm]) -> dict[str, str | None]:

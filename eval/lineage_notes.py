@@ -22,6 +22,9 @@ def describe_arms(arms: Sequence[Arm], held_out: HeldOut) -> list[str]:
     notes = []
     for member in members_of(arms):
         notes += describe_changes(member.folder, _as_trained(member), held_out)
+    rounded = [arm.name for arm in arms if arm.members[0].int8]
+    if rounded:
+        notes.append(f"{' and '.join(rounded)}: answers come from int8 weights, as with serve.weights: int8.")
     return notes + describe_references(arms) + describe_procedures(arms) + describe_formats(arms)
 
 

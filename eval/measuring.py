@@ -26,10 +26,12 @@ from scripts.dataset.rendering import Rendered, render_completion, render_pair, 
 from scripts.model.adapter import load_adapter, switched_to
 from scripts.model.base import load_base
 from scripts.model.generation import Answer, Health, generate_answers, health
+from scripts.model.int8 import check_int8, keep_in_int8
 from scripts.model.scoring import AnswerScore, mean_kl, score_answers
 
 log = logging.getLogger(__name__)
 
+INT8 = "eval.int8"
 KL_PROMPTS = 32  # their answers hold thousands of tokens, which fix a mean well enough
 # What other models start from: how far a model has moved is measured from these.
 ORIGINS = (BASE, *dict.fromkeys(stage.continues for stage in TRAINING_STAGES.values() if stage.continues))
@@ -119,8 +121,11 @@ def measure_arms(arms: Sequence[Arm], base_folder: Path, prepared: Prepared) -> 
     """Measure the base, and each arm's members in their order.
 
     The adapters of one seed are loaded beside each other, with those they continue, so that memory does not grow with
-    the number of seeds. Each merged model is loaded by itself, so how far it has moved from the base is not measured.
+    the number of seeds. Each merged model is loaded by itself, and arms in int8 without the full base, so how far those
+    have moved from the base is not measured.
     """
+    if any(member.int8 for member in members_of(arms)):
+        check_int8(prepared.config, choose_machine(prepared.config), INT8)
     chats = {member.label: ChatFormat.of(prepared.tokenizer, member.manifest) for member in members_of(arms)}
     chats[BASE] = next(iter(chats.values()))
     measured: dict[str, Measured] = {}
@@ -140,11 +145,12 @@ def _measure_group(
     with_base: bool,
 ) -> dict[str, Measured]:
     """Measure models that are in memory together until this returns."""
-    parents = {member.label: None if member.is_merged else find_parent(member, arms) for member in group}
+    alone = {member.label: member.is_merged or member.int8 for member in group}
+    parents = {member.label: None if alone[member.label] else find_parent(member, arms) for member in group}
     origins: dict[str, dict[str, str]] = {BASE: {}} if with_base else {}
     for member in group:
         parent = parents[member.label]
-        origins[member.label] = {} if member.is_merged else {BASE: BASE}
+        origins[member.label] = {} if alone[member.label] else {BASE: BASE}
         origins[member.label] |= {str(parent.stage): parent.label} if parent else {}
     loaded = load_models(base_folder, [*group, *filter(None, parents.values())], prepared.config)
     return measure_models(loaded, origins, prepared, chats)
@@ -167,10 +173,13 @@ def measured_references(
 
 
 def _loaded_together(arms: Sequence[Arm]) -> Iterator[list[Member]]:
-    """Yield the adapters of each seed, the base among the first of them, then each merged model."""
+    """Yield the adapters of each seed, the base among the first of them, those in int8, then each merged model."""
     adapters = [member for member in members_of(arms) if not member.is_merged]
-    for seed in dict.fromkeys(member.seed for member in adapters) or [None]:
-        yield [member for member in adapters if member.seed == seed]
+    full = [member for member in adapters if not member.int8]
+    for seed in dict.fromkeys(member.seed for member in full) or [None]:
+        yield [member for member in full if member.seed == seed]
+    for seed in dict.fromkeys(member.seed for member in adapters if member.int8):
+        yield [member for member in adapters if member.int8 and member.seed == seed]
     yield from ([member] for member in members_of(arms) if member.is_merged)
 
 
@@ -178,15 +187,21 @@ def load_models(base_folder: Path, members: Sequence[Member], config: Config) ->
     """Load the base with these adapters beside each other, or the one merged model. It was proven that they fit."""
     machine = choose_machine(config)
     apply_machine(machine)
+    int8 = bool(members) and members[0].int8
     if members and members[0].is_merged:
-        return Loaded(load_base(members[0].folder, config, machine).eval(), {members[0].label: None})
+        model = load_base(members[0].folder, config, machine).eval()
+        if int8:
+            keep_in_int8(model, INT8)
+        return Loaded(model, {members[0].label: None})
     model = load_base(base_folder, config, machine)
     adapters: dict[str, str | None] = {BASE: None}
     for member in members:
         if member.label not in adapters:
             adapters[member.label] = f"adapter_{len(adapters)}"  # PEFT takes no name with a dot
             model = load_adapter(model, member.folder, name=str(adapters[member.label]))
-    if len(adapters) > 1 and config.performance.fast_path:
+    if int8:
+        keep_in_int8(model.get_base_model(), INT8)
+    elif len(adapters) > 1 and config.performance.fast_path:
         from scripts.speed.speed_up import speed_up
 
         speed_up(model)

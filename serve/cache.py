@@ -12,6 +12,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from scripts.common.errors import UserError, is_out_of_memory
+from scripts.model.int8 import is_in_int8
 from scripts.model.shape import ModelShape
 from serve.adapters import Models, cannot_serve, proof_prompt
 from serve.stacking import fastest_product
@@ -339,7 +340,8 @@ def prove_cache(models: Models, forward: Forward, context: int) -> Forward:
             raise cannot_serve(models.network, models.source, reason) from None
         plain = [_read_alone(models, name, row) for name, row in zip(names, tokens, strict=True)]
     difference = _relative_difference(torch.cat(logits).float(), torch.cat(plain).float())
-    exact = plain[0].dtype == torch.float32 and not getattr(models.network, "is_quantized", False)
+    rounds = getattr(models.network, "is_quantized", False) or is_in_int8(models.network)
+    exact = plain[0].dtype == torch.float32 and not rounds
     if not difference <= (LARGEST_DIFFERENCE_32_BITS if exact else LARGEST_DIFFERENCE):
         reason = f"with the server's key-value cache its logits differ by {100 * difference:.3g} % of their size"
         raise cannot_serve(models.network, models.source, reason)

@@ -26,7 +26,7 @@ from serve.adapters import Models, Served, describe, prove_adapters, read_adapte
 from serve.engine import Engine
 from serve.errors import ServingError
 from serve.metrics import Metrics
-from serve.stacking import LoraWeights, members, rank_of, stack_layers, write_adapter
+from serve.stacking import LoraWeights, members, rank_of, stack_layers, stacks_of, write_adapter
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class LiveAdapters:
         rows.take_block(adapter, rank_of(weights))
         try:
             await self.engine.run(rows.refresh)
-            for stack in {id(member.stack): member.stack for member in members(network).values()}.values():
+            for stack in stacks_of(network):
                 if stack.width < rows.width:
                     parts = await asyncio.to_thread(stack.grown, rows.width)
                     await self.engine.run(partial(stack.become, parts))
@@ -199,13 +199,11 @@ class LiveAdapters:
     def _check_memory(self, weights: dict[str, LoraWeights]) -> None:
         """Refuse before anything is changed: an adapter's columns, and the largest stack twice while it grows."""
         network = self.models.network
-        stacks = {
-            id(member.stack): member.stack.A.nbytes + member.stack.B.nbytes for member in members(network).values()
-        }
+        stacks = [stack.A.nbytes + stack.B.nbytes for stack in stacks_of(network)]
         fresh = [network.get_submodule(target) for target in set(weights) - members(network).keys()]
         copied = [sum(p.nbytes for p in module.parameters()) for module in fresh]
         needed = sum(layer.A.nbytes + layer.B.nbytes for layer in weights.values())
-        needed += max([*stacks.values(), *copied], default=0)
+        needed += max([*stacks, *copied], default=0)
         on_gpu = network.device.type == "cuda"
         free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
         if needed > free:

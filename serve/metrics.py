@@ -43,6 +43,16 @@ class Metrics:
             registry=r,
         )
         self.build = Info("serve_build", "Versions of what serves.", registry=r)
+        self.int8_agreement = Gauge(
+            "serve_int8_agreement",
+            "With serve.weights: int8, the part of a few answers' tokens that stay the likeliest; otherwise 0.",
+            registry=r,
+        )
+        self.int8_kl = Gauge(
+            "serve_int8_kl_nats",
+            "With serve.weights: int8, the KL per token to the full weights, at start.",
+            registry=r,
+        )
         self.lora = Gauge(
             "serve_lora_info", "1 for each adapter that is served.", ["model", "rank", "parent", "sha256"], registry=r
         )

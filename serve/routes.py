@@ -209,9 +209,13 @@ async def remove_adapter(request: Request, name: str) -> dict[str, Any]:
 
 @router.get("/health", tags=["operation"])
 async def health(request: Request) -> Response:
-    """Report whether process and engine are alive."""
-    alive = request.app.state.service.engine.alive
-    return JSONResponse({"status": "ok" if alive else "engine stopped"}, 200 if alive else 503)
+    """Report whether process and engine are alive, and what int8 weights change where they answer."""
+    service: Service = request.app.state.service
+    alive = service.engine.alive
+    body: dict[str, Any] = {"status": "ok" if alive else "engine stopped"}
+    if service.int8:
+        body["int8"] = {"agreement": round(service.int8.agreement, 4), "kl": round(service.int8.kl, 6)}
+    return JSONResponse(body, 200 if alive else 503)
 
 
 @router.get("/health/ready", tags=["operation"])

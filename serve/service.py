@@ -58,6 +58,7 @@ class Service:
         from serve.adapters import load_models  # torch comes only after the configuration was found good
         from serve.cache import LibraryForward, check_cache_fits, choose_forward, context_limit
         from serve.engine import Engine
+        from serve.int8 import answer_in_int8, check_settings
         from serve.live import LiveAdapters
         from serve.structured import SchemaCompiler
 
@@ -70,6 +71,8 @@ class Service:
         serve = config.serve
         self.votes = VotesFile(Path(serve.votes_path), self.metrics) if serve.votes_path else None
         self.thumbs = VotesFile(Path(serve.thumbs_path), self.metrics) if serve.thumbs_path else None
+        if serve.weights == "int8":
+            check_settings(config, machine)
         self.models = load_models(config, machine)
         self.context = context_limit(self.models.shape, serve.max_context_tokens)
         if self.context < serve.max_context_tokens:
@@ -79,6 +82,11 @@ class Service:
                 self.context,
             )
         forward = choose_forward(self.models, serve.max_concurrent, self.context, config.performance.fast_path)
+        self.int8 = answer_in_int8(self.models, forward, self.context) if serve.weights == "int8" else None
+        if self.int8:
+            self.metrics.int8_agreement.set(self.int8.agreement)
+            self.metrics.int8_kl.set(self.int8.kl)
+        empty_heap()  # of the weights as they were read, of the adapters before they were stacked, and of full weights
         # Rows of the library's cache are all as long as the longest.
         rows = serve.max_concurrent if isinstance(forward, LibraryForward) else 1
         memory_tokens = check_cache_fits(forward.bytes_per_token, rows, self.context, machine.device)
@@ -116,7 +124,6 @@ class Service:
         jobs = [Job(ids, name, 2, client="warm-up") for name in self.models.served]  # names are adapters at first
         self._submit(jobs, self.engine.reserve("warm-up", len(jobs)))
         await asyncio.gather(*(job.text() for job in jobs))
-        empty_heap()  # of the weights as they were loaded; otherwise it would stay as large
 
     async def stop(self) -> None:
         """End the engine's thread."""
@@ -184,6 +191,8 @@ class Service:
         """
         arrival = time.monotonic()
         self._refuse_while_draining()
+        if top_logprobs is not None:
+            self._refuse_to_measure("logprobs", "logprobs")
         limit_field, max_new_tokens = fields.limit()
         if max_new_tokens and max_new_tokens > self.context:
             message = f"{limit_field}: an answer can have at most {self.context} tokens"
@@ -224,6 +233,7 @@ class Service:
         """Start one job for each model that measures the answer's probability, all on the tokens of the first."""
         arrival, scored = time.monotonic(), 0
         self._refuse_while_draining()
+        self._refuse_to_measure("/v1/score")
 
         def render(chat: ChatFormat) -> list[int]:
             nonlocal scored
@@ -256,6 +266,12 @@ class Service:
     def _refuse_while_draining(self) -> None:
         if self.draining:
             raise ServingError(503, "draining", "the server is stopping", retry_after=5)
+
+    def _refuse_to_measure(self, what: str, param: str | None = None) -> None:
+        """Refuse log-probabilities where the weights that they are asked of are no longer there."""
+        if self.int8:
+            message = f"{what}: log-probabilities come from full weights, and this server keeps int8 only (serve.weights: int8)"
+            raise ServingError(422, "int8_weights", message, param)
 
     @contextmanager
     def _seats(self, client: str, adapters: Sequence[str]) -> Iterator[list[Seat]]:

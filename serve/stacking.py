@@ -12,6 +12,7 @@ from torch import nn
 
 from scripts.common.stages import BASE
 from scripts.model.base import copy_out_of_file
+from scripts.model.int8 import Int8Linear
 from scripts.model.products import linear, packed, packed_linear
 from scripts.model.shape import siblings
 
@@ -88,7 +89,7 @@ class StackedLinears(nn.Module):
         self.base: nn.Module | None = None
         weight = bias = None
         if not all(type(base) is nn.Linear for base in bases):
-            (self.base,) = bases  # quantised, or stored the other way round
+            (self.base,) = bases  # quantised, rounded, or stored the other way round
         else:
             weight = torch.cat([base.weight.detach() for base in bases])
             if any(base.bias is not None for base in bases):
@@ -104,7 +105,7 @@ class StackedLinears(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("A", torch.zeros(rows.width, len(bases), inputs, **options), persistent=False)
         self.register_buffer("B", torch.zeros(rows.width, len(bases), sum(self.widths), **options), persistent=False)
-        self.weight: torch.Tensor
+        self.weight: Any  # None where it is packed
         self.bias: torch.Tensor | None
         self.A: torch.Tensor
         self.B: torch.Tensor
@@ -132,6 +133,15 @@ class StackedLinears(nn.Module):
             return packed_linear(x, self.packed)
         y: torch.Tensor = self.base(x) if self.base is not None else linear(x, self.weight, self.bias)
         return y
+
+    def keep_in_int8(self) -> None:
+        """Round the layers' own matrices and let the full ones go; the adapters stay as they are."""
+        if self.base is None:
+            weight, bias = self.weight, self.bias
+            if self.packed is not None:
+                weight, _ = torch.ops.quantized.linear_unpack_fp16(self.packed)
+            self.base = Int8Linear.of(weight.to(self.rows.dtype), bias)
+            self.packed, self.weight, self.bias = None, None, None
 
     @property
     def width(self) -> int:
@@ -243,6 +253,11 @@ def stack_layers(network: Any, targets: set[str], rows: RowAdapters) -> None:
 def members(network: Any) -> dict[str, Member]:
     """Return what stands in the place of each stacked layer."""
     return {name: module for name, module in network.named_modules() if isinstance(module, Member)}
+
+
+def stacks_of(network: Any) -> list[StackedLinears]:
+    """Return all stacks."""
+    return [module for module in network.modules() if isinstance(module, StackedLinears)]
 
 
 def write_adapter(network: Any, rows: RowAdapters, name: str, layers: dict[str, LoraWeights]) -> None:

@@ -1,7 +1,8 @@
 """Measure the server under load, and the plain server beside it: serial `generate` behind a lock.
 
-Starts both as a user would, one after the other, and drives them over loopback with the same requests to all models.
-Reads the configuration's `serve` section; writes a table to the terminal and, with --out, JSON. Needs requirements.txt.
+Starts both as a user would, one after the other, and drives them over loopback with the same requests to all models. With
+--llama-cpp, llama.cpp comes beside them, on our GGUF of the default adapter alone. Reads the configuration's `serve`
+section; writes a table to the terminal and, with --out, JSON. Needs requirements.txt.
 
     python -m eval.benchmarks.serving --config configs/demo.yaml
 """
@@ -14,10 +15,12 @@ import json
 import logging
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +30,10 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import httpx
+import psutil
 
-from eval.benchmarks.running_server import started
+from eval.benchmarks.llama_server import check_installed
+from eval.benchmarks.running_server import listening, started
 from scripts.common.artifacts import (
     SPLIT_KEY_VERSION,
     BaseModelFacts,
@@ -40,9 +45,10 @@ from scripts.common.artifacts import (
 )
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.errors import UserError, entry_point
+from scripts.common.machine import available_cores
 from scripts.common.paths import ROOT
 from scripts.common.run import set_up_logging
-from scripts.common.schema import Config, Lora
+from scripts.common.schema import Config, Dpo, Lora
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arrivals", type=int, metavar="N",
         help="measure instead how far N prompts of 256 tokens that arrive hold up as many running requests",
+    )  # fmt: skip
+    parser.add_argument(
+        "--llama-cpp", choices=("f16", "q8_0"), metavar="TYPE",
+        help="measure llama.cpp beside them, on our export as f16 or q8_0; needs `pip install xllamacpp`",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
     return parser
@@ -124,7 +134,7 @@ def save_random_adapter(
         split=SplitFacts(
             seed=0, validation_ratio=0.49, test_ratio=0.5, key_version=SPLIT_KEY_VERSION
         ),  # trained on nothing
-        config={"dpo": {"beta": 0.2}},
+        config=Config(lora=lora, dpo=Dpo(beta=0.2)).model_dump(mode="json"),
         mlflow=RunFacts(run_id=None),
         metrics={},
     )
@@ -151,26 +161,29 @@ def server_config(config: Config, folder: Path, random_adapters: bool) -> Path:
                 raise UserError(f"{path}: no {name} adapter is there. Train it, or measure with --random-adapters.")
     tree = config.model_dump(mode="json")
     tree["serve"] |= {"adapter_path": adapters["dpo"], "adapters": adapters}
+    tree["tracking"]["mlflow_tracking_uri"] = f"sqlite:///{folder}/mlflow.db"
     written = folder / "config.yaml"
     written.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
     return written
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-    """Send one streaming request and note when each event came."""
+    """Send one streaming request and note when each event came; one with messages goes to OpenAI's route."""
     answer, begin = Answer(), time.monotonic()
+    route = "/v1/chat/completions" if "messages" in body else "/v1/generate"
     try:
-        async with client.stream("POST", "/v1/generate", json=body) as response:
+        async with client.stream("POST", route, json=body) as response:
             if response.status_code != 200:
                 answer.error = f"status {response.status_code}"
                 return answer
             async for line in response.aiter_lines():
-                if line.startswith('data: {"text"'):
+                if not line.startswith("data: {"):
+                    continue
+                said = json.loads(line.removeprefix("data: "))
+                if "text" in said or any(choice["delta"].get("content") for choice in said.get("choices", ())):
                     answer.arrivals.append(time.monotonic() - begin)
-                elif line.startswith("data: {"):
-                    last = json.loads(line.removeprefix("data: "))
-                    answer.error = str(last.get("error", ""))
-                    answer.tokens = last.get("usage", {}).get("completion_tokens", 0)
+                answer.error = answer.error or str(said.get("error", ""))
+                answer.tokens = (said.get("usage") or {}).get("completion_tokens", answer.tokens)
     except httpx.HTTPError as error:
         answer.error = type(error).__name__
     return answer
@@ -233,10 +246,41 @@ def bodies_of(count: int, max_new_tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def measure(name: str, config: Path, count: int, max_new_tokens: int) -> dict[str, Any]:
+def chats_of(bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ask the same in OpenAI's shape, of a server that has one model."""
+    return [
+        {
+            "messages": [{"role": "user", "content": body["prompt"]}], "max_tokens": body["max_new_tokens"],
+            "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+        }
+        for body in bodies
+    ]  # fmt: skip
+
+
+@contextmanager
+def llama_cpp(config: Path, kind: str) -> Iterator[tuple[str, psutil.Process, float]]:
+    """Export the default adapter as GGUF and start llama.cpp on it, with as many threads, slots and tokens as our server."""
+    values = load_config(str(config)).values
+    folder = config.parent / "gguf"
+    command = [sys.executable, "-m", "scripts.export_lora", "--config", str(config), "--out_dir", str(folder)]
+    command += ["--adapter", str(values.serve.adapter_path), "--format", "gguf", "--dtype", kind]
+    log.info("llama.cpp: exporting as %s", kind)
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise UserError("--llama-cpp: the export failed, as it says above.")
+    [file] = folder.glob("*.gguf")
+    threads, serve = values.performance.threads, values.serve
+    limits = (available_cores() if threads == "auto" else threads, serve.max_concurrent, serve.max_context_tokens)
+    run = "import sys; from eval.benchmarks.llama_server import serve; serve(sys.argv[1], *map(int, sys.argv[2:]))"
+    with listening("llama.cpp", ["-c", run, str(file), *map(str, limits)], "/health") as server:
+        yield server
+
+
+def measure(
+    name: str, server: AbstractContextManager[tuple[str, psutil.Process, float]], bodies: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """Start one server, warm it up, and measure it alone and under load."""
-    bodies = bodies_of(count, max_new_tokens)
-    with started(SERVERS[name], config) as (url, process, ready_seconds):
+    count = len(bodies)
+    with server as (url, process, ready_seconds):
         log.info("%s: ready after %.1f s; measuring single requests", name, ready_seconds)
         asyncio.run(drive(url, bodies[:3], False))
         alone = [asyncio.run(drive(url, [body], False)) for body in bodies[:6]]
@@ -332,23 +376,30 @@ def event_loop_lag(url: str) -> float:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Write the figures of both servers beside each other."""
-    rows = ["| | engine | plain | ratio |", "|---|---|---|---|"]
+    """Write the figures of all servers beside each other, and how many times another's each of ours is."""
+    others = [name for name in results if name != "engine"]
+    rows = [f"| | engine | {' | '.join(f'{name} | ratio' for name in others)} |", "|---" * (2 + 2 * len(others)) + "|"]
     for key, value in results["engine"].items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, ours in parts:
-            theirs = results["plain"][key]
-            theirs = theirs[part] if part else theirs
-            ratio = f"{ours / theirs:.2f}" if ours and theirs else ""
-            shown = ["" if number is None else f"{number:.3g}" for number in (ours, theirs)]
-            rows.append(f"| {key} {part} | {shown[0]} | {shown[1]} | {ratio} |")
+            cells = [_shown(ours)]
+            for name in others:
+                theirs = results[name][key][part] if part else results[name][key]
+                cells += [_shown(theirs), f"{ours / theirs:.2f}" if ours and theirs else ""]
+            rows.append(f"| {key} {part} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _shown(number: float | None) -> str:
+    return "" if number is None else f"{number:.3g}"
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure both servers and show the table."""
+    """Measure the servers and show the table."""
     arguments = build_parser().parse_args(argv)
+    if arguments.llama_cpp:
+        check_installed()
     config = load_config(arguments.config, arguments.overrides).values
     set_up_logging()
     with tempfile.TemporaryDirectory() as folder:
@@ -357,7 +408,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = measure_arrivals(path, arguments.arrivals)
             sys.stdout.write("".join(f"{name}: {value:.3g}\n" for name, value in found.items()))
             return 0
-        results = {name: measure(name, path, arguments.requests, arguments.max_new_tokens) for name in SERVERS}
+        bodies = bodies_of(arguments.requests, arguments.max_new_tokens)
+        results = {name: measure(name, started(application, path), bodies) for name, application in SERVERS.items()}
+        if arguments.llama_cpp:
+            results["llama.cpp"] = measure("llama.cpp", llama_cpp(path, arguments.llama_cpp), chats_of(bodies))
     sys.stdout.write(table(results) + "\n")
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -51,7 +51,9 @@ def packed_linear(x: torch.Tensor, weight: Any) -> torch.Tensor:
     return product
 
 
-class _Linear(torch.nn.Linear):
+class HeadLinear(torch.nn.Linear):
+    """A head that computes few tokens the fast way."""
+
     packed: Any
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -64,5 +66,5 @@ def quicken_head(model: Any, pack: bool = False) -> None:
     """Let a causal model's LM head compute few tokens the fast way; packed, its weight is there once more, in 16 bits."""
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
-        head.__class__ = _Linear
+        head.__class__ = HeadLinear
         head.__dict__["packed"] = packed(head.weight, head.bias) if pack else None

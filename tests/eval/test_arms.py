@@ -119,6 +119,32 @@ def test_a_merged_model_answers_as_its_adapter_on_the_base(report: tuple[Path, R
     assert tables["reward_accuracy"].values["merged"].shape == (1, len(tables["reward_accuracy"].items))
 
 
+def test_an_arm_in_int8_is_compared_with_the_same_adapter_on_full_weights(chain: Path, tmp_path: Path) -> None:
+    models = [arm(chain, name, "sft_0") for name in ("sft", "sft_int8")] + [arm(chain, "merged_int8", "merged_0")]
+    settings = [
+        'eval.int8=["sft_int8","merged_int8"]', 'eval.plan.question=["sft_int8","sft"]',
+        'eval.plan.measures=["held_out_loss"]', 'eval.margins={"held_out_loss": 0.05}',
+    ]  # fmt: skip
+    assert run(chain, tmp_path / "c", *models, settings=settings) == 0
+
+    found = read_report(tmp_path / "c")
+    [loss] = [metric for metric in found.metrics if metric.name == "held_out_loss"]
+    full, rounded = (loss.models[name].value for name in ("sft", "sft_int8"))
+    assert full != rounded
+    assert full == pytest.approx(rounded, abs=0.01)
+    assert found.verdict is not None
+    assert found.verdict.outcome == "equivalent"
+    assert any("sft_int8 and merged_int8: answers come from int8 weights" in note for note in found.notes)
+    assert verify.main([str(tmp_path / "c")]) == 0
+
+
+def test_an_arm_in_int8_that_there_is_not_is_refused(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(chain, tmp_path / "c", arm(chain, "sft", "sft_0"), settings=['eval.int8=["sft_int8"]']) == 2
+    assert "eval.int8: no arm is called sft_int8; there are sft" in capsys.readouterr().err
+
+
 def test_each_reward_is_against_the_adapter_of_its_own_seed(chain: Path) -> None:
     models = {
         "sft": [f"{chain}/out/sft_1", f"{chain}/out/sft_0"], "dpo": [f"{chain}/out/dpo_0", f"{chain}/out/dpo_1"],

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from eval.benchmarks import training
+from eval.benchmarks import llama_server, serving, training
 from eval.benchmarks.training_growth import Point, draw_growth, growth_table, measure_point
 from eval.benchmarks.training_quality import whole_checkpoints
 from eval.benchmarks.training_report import END, START
@@ -223,3 +223,24 @@ def test_every_system_and_every_part_works_on_a_tiny_model(tmp_path: Path, tiny_
     both = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert both["speed"] == found["speed"], "what was measured before is kept"
     assert len(both["quality"]["systems"][0]["course"]) >= 1
+
+
+def test_llama_cpp_without_its_wheel_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama_server, "find_spec", lambda name: None)
+    assert serving.main(["--config", "configs/demo.yaml", "--llama-cpp", "q8_0"]) == 2
+    assert "--llama-cpp: found no xllamacpp" in capsys.readouterr().err
+
+
+def test_every_other_server_stands_beside_ours_with_its_ratio() -> None:
+    results = {name: {"tokens_per_second": speed, "ttft_seconds": {"p50": 1.0}, "lag": lag} for name, speed, lag in (
+        ("engine", 30.0, 0.1), ("plain", 10.0, None), ("llama.cpp", 60.0, None)
+    )}  # fmt: skip
+    assert serving.table(results).splitlines() == [
+        "| | engine | plain | ratio | llama.cpp | ratio |",
+        "|---|---|---|---|---|---|",
+        "| tokens_per_second  | 30 | 10 | 3.00 | 60 | 0.50 |",
+        "| ttft_seconds p50 | 1 | 1 | 1.00 | 1 | 1.00 |",
+        "| lag  | 0.1 |  |  |  |  |",
+    ]

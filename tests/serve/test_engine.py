@@ -547,6 +547,25 @@ def test_memory_is_taken_by_need(models, lean):
     assert forward.nbytes == 0, "with the last row all of it goes"
 
 
+def test_a_pause_gives_memory_back_and_the_next_request_is_answered(models, monkeypatch):
+    given_back: list[float] = []
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(engine_module, "empty_heap", lambda: given_back.append(time.monotonic()))
+
+    async def scenario() -> None:
+        engine = new_engine(models)
+        engine.start()
+        for count in (1, 2):
+            job = Job([5, 6, 7], "sft", 4)
+            engine.submit(job, engine.reserve("a")[0])
+            await job.text()
+            await asyncio.sleep(0.5)
+            assert len(given_back) == count, "once in each pause"
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(scenario())
+
+
 def test_rows_that_would_not_fit_into_memory_wait(models):
     engine = new_engine(models, slots=3, memory_tokens=100)
     jobs = [Job([10 + n] * 30, "sft", 30) for n in range(3)]
