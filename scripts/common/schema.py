@@ -536,7 +536,7 @@ class Serve(Section):
     )
     weights: Literal["full", "int8"] = Field(
         "full",
-        description="`int8` answers from weights rounded to 8 bits, on a CPU only: a quarter of the memory, and a token of few requests comes faster. No log-probabilities then; what changes is measured at start.",
+        description="`int8` answers from weights rounded to 8 bits, on a CPU only: half the memory of a base published in 16 bits, and tokens come no faster. No log-probabilities then; what changes is measured at start.",
     )
     max_context_tokens: Positive = Field(2048, description="Longest prompt and answer together, in tokens.")
     max_concurrent: Positive = Field(16, description="Requests that generate at the same time.")
