@@ -91,6 +91,7 @@ def foreign_words(text: str, language: str) -> bool:
 
 def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
     """Say whether function words and labels speak for a language and not for the expected one."""
+    prose = prose.lower() if prose.isupper() else prose
     ours, theirs = function_words(expected), function_words(language)
     found = Counter(match[0].casefold() for match in _WORD.finditer(_within_names().sub(" ", prose)))
     against = sum(count for word, count in found.items() if word in ours - theirs - _labels(language))
@@ -192,7 +193,7 @@ def _own_words(language: str) -> frozenset[str]:
     lists = {
         code: {
             word
-            for kind in kinds.keys() - {"everyday", "ask", "months", "and", "yours", "my"}
+            for kind in kinds.keys() - {"everyday", "given", "ask", "months", "and", "yours", "my"}
             for entry in kinds[kind].split(",")
             for form in _forms(entry)
             for word in re.findall(r"[^\W\d_]{4,}", form)

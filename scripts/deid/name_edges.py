@@ -8,7 +8,7 @@ from functools import cache
 from typing import TypeAlias
 
 from scripts.deid.languages import function_words, no_name, vocabulary
-from scripts.deid.names import BESIDE_NAMES, PARTICLES, family_names, given_names, is_name, is_part_of_name, local_names
+from scripts.deid.names import BESIDE_NAMES, PARTICLES, family_names, given_names, is_name, is_part_of_name, local_names, names_of
 from scripts.deid.spans import Span
 
 _WORD = re.compile(r"[^\s,;:]+")
@@ -21,6 +21,11 @@ _ROLE = re.compile(
     r"(?i:aunt|aunt(?:ie|y)|uncle|grand?dad|grandma|grandpa|granny|nan|nana|nonna|cousin)|RN|LPN|Sgt|Cpl|Lt|Capt|Cllr|Rev|Pastor|Imam|Rabbi|Coach|PC|Nurse|Sister|Brother"
 )
 _LEFT_CUE = re.compile(r"(?<=\w )(?:to|for|from|with|by|name is|am|pay|called|named) $")
+# What German family names end in, and few nouns.
+_FAMILY = re.compile(
+    r"(?:mann|berg|burg|feldt?|stein|bach|sen|ens|ski|sky|ow|m[ae][iy]e?r|hof+|bauer|müller|huber|schmidt?|beck|brecht|har[dt]t?|ing|inger|einer"
+    r"|richs?|wald|thal|ahl|ack|ick|ock|elt|olt|ietz|öhle|ühl|ohr|ers|els|eck|gen|vogel|wirth|kamp|dorff?|baum|horst|mer|ler|bold)\Z"
+)
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]\Z")
 _CAPITALISED = re.compile(r"(?<![\w@.-])[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ][\w'’-]*(?![\w@-])")
 _CLOSES = re.compile(r"[.!]?\s*(?:\n|\Z)")
@@ -75,9 +80,8 @@ def _without_small_ends(text: str, span: Span, language: str) -> Span:
     """Take off a greeting before a name, and the words in small letters after it."""
     leading = _leading(language).match(text, span.start, span.end)
     start, end = leading.end() if leading else span.start, span.end
-    while text[start : start + 1].isupper() and (last := _LAST_WORD.search(text, start, end)):
-        if _ends_a_name(last[1], language):
-            break
+    cased = text[start : start + 1].isupper() or (language != "en" and not text[start:end].islower())
+    while cased and (last := _LAST_WORD.search(text, start, end)) and not _ends_a_name(last[1], language):
         end = last.start()
     if language != "en" and text[start:end].islower() and is_name(text[start:end].split()[0]):
         while (last := _LAST_WORD.search(text, start, end)) and (
@@ -91,7 +95,8 @@ def _ends_a_name(word: str, language: str) -> bool:
     """Say whether a word in small letters may end a name that has capitals."""
     if language == "en":
         return is_name(word)
-    return language != "de" and word in family_names() and word not in PARTICLES | function_words(language)
+    own = PARTICLES | function_words(language)
+    return language != "de" and len(word) > 4 and word in family_names() and word not in own
 
 
 def _without_words(text: str, span: Span, language: str) -> Span:
@@ -137,7 +142,7 @@ def _without_small_words(text: str, words: Words, language: str) -> Words:
     """Take off the small words before the first capital; a title and the particles right before it belong to the name."""
     first = next((index for index, word in enumerate(words) if word[0][0].isupper()), None)
     if first is None:
-        return () if all(word[0] in PARTICLES for word in words) else words
+        return () if all(word[0] in PARTICLES | function_words(language) for word in words) else words
     particles = 0
     while particles < first and words[first - particles - 1][0] in PARTICLES:
         particles += 1
@@ -153,14 +158,18 @@ def _without_small_words(text: str, words: Words, language: str) -> Words:
 
 def _without_function_words(words: Words, score: float, language: str) -> Words:
     """Take off capitalised function words and relatives before a name: `Sie Henning`, `Kunde Plog`; alone they are none."""
-    own, title = function_words(language), _pattern(language, "title", "elders")
-    while words and (score < _SURE or len(words) > 1):
-        word = words[0][0]
-        common = word.casefold() in own and word.casefold() not in local_names(language) | PARTICLES
-        if not word.istitle() or title.fullmatch(word) or not (common or _pattern(language, "kin").fullmatch(word)):
-            break
+    while words and (score < _SURE or len(words) > 1) and words[0][0].istitle() and _is_common(words[0][0], language):
         words = words[1:]
     return words
+
+
+def _is_common(word: str, language: str) -> bool:
+    """Say whether a word of a sentence or a form is no part of a name that it stands before."""
+    if _pattern(language, "title", "elders").fullmatch(word) or word.casefold() in PARTICLES:
+        return False
+    if no_name(language).fullmatch(word) or _pattern(language, "kin", "people").fullmatch(word):
+        return True
+    return word.casefold() in function_words(language) and word.casefold() not in names_of(language)
 
 
 def _without_office(words: Words, language: str) -> Words:
@@ -260,7 +269,7 @@ def _stands_in_row(text: str, word: re.Match[str], starts: set[int], ends: set[i
         return True
     joined = (left and before and before["and"]) or (right and after and after["and"])
     closing = left and before and before["my"] and _CLOSES.match(text, word.end())
-    return bool((left or right) and (is_name(word[0]) or (joined and language != "de") or closing))
+    return bool((left or right) and (is_name(word[0]) or folded in local_names(language) or (joined and language != "de") or closing))
 
 
 @cache
@@ -296,7 +305,8 @@ def _grow_right(text: str, span: Span, taken: Sequence[tuple[int, int, str]], la
             end = match.end("word")
             continue
         initial = len(word) == 1 and word.isupper() and (match["dot"] or capitals)
-        noble = text[shown:end].strip() == "von"
+        between = text[shown:end].strip()
+        noble = between == "von" or (language == "de" and not between and _FAMILY.search(word) is not None)
         named = (
             word[0].isupper()
             and folded not in BESIDE_NAMES
@@ -334,7 +344,7 @@ def _grow_left(text: str, span: Span, taken: Sequence[tuple[int, int, str]], lan
         initial = len(word) == 1 and word.isupper() and bool(match["dot"])
         if language != "en" and _leading(language).fullmatch(word + " "):
             break
-        if language != "en" and (no_name(language).fullmatch(word) or _pattern(language, "kin").fullmatch(word)):
+        if language != "en" and _is_common(word, language):
             break
         if _ROLE.fullmatch(word) and not start < span.start:
             return match.start("word")

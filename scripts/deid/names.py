@@ -180,7 +180,13 @@ def _lone(text: str) -> Iterator[Span]:
 @cache
 def local_names(language: str) -> frozenset[str]:
     """Return the given names of the countries of a language that are no words of it."""
-    return _listed("first_names", f"{language}_") - everyday_names(language) - WORDS
+    return names_of(language) - everyday_names(language) - function_words(language)
+
+
+@cache
+def names_of(language: str) -> frozenset[str]:
+    """Return the given names of the countries of a language."""
+    return _listed("first_names", f"{language}_") | {*vocabulary(language).get("given", "").split("|")}
 
 
 @cache
@@ -201,10 +207,10 @@ def _abroad(text: str, language: str) -> Iterator[Span]:
     """
     led, local, own = leads_to_name(language), local_names(language), function_words(language)
 
-    def within(match: re.Match[str]) -> bool:
+    def within(match: re.Match[str], marks: str = ",;:") -> bool:
         """Say whether a capitalised word does not begin its sentence."""
         before = text[max(0, match.start() - 3) : match.start()]
-        return match[0].istitle() and language != "de" and re.search(r"[^\W_][,;:]? $", before) is not None
+        return match[0].istitle() and language != "de" and re.search(rf"[^\W_][{marks}]? $", before) is not None
 
     def local_name(match: re.Match[str]) -> bool:
         """Say whether a word is a name of the language's countries: anywhere in German, else where a sentence begins."""
@@ -216,8 +222,12 @@ def _abroad(text: str, language: str) -> Iterator[Span]:
     if language == "nl":
         yield from (Span(*match.span("name"), "PERSON", 0.6) for match in _TUSSENVOEGSEL.finditer(text))
     for match in _WORD.finditer(text):
-        word = match[0]
-        if len(word) < 3 or word.casefold() not in given_names() or word.casefold() in own:
+        word, folded = match[0], match[0].casefold()
+        if len(word) < 3 or (folded not in given_names() and folded not in names_of(language)):
+            continue
+        if folded in own:  # `aan Wil`, but `Wil je`
+            if folded in names_of(language) and within(match, ",;"):
+                yield Span(*match.span(), "PERSON", 0.6)
             continue
         cased = word.istitle() or not capitals
         led_to = cased and led.search(text, max(0, match.start() - 24), match.start())
