@@ -35,7 +35,9 @@ _LED_TO, _SURE = 0.7, 0.9
 # Rampart is seldom this sure of what is none.
 _SURE_NOUN = 0.98
 _UNSURE_NOUN = 0.8
-_ARTICLE = re.compile(r"(?i)\b(?:im|ins|am|ans|zum|zur|beim|vom|aufs|das|des|ein|eine[mnrs]?|keine?|jede[mnrs]?|diese[mnrs]?) \Z")
+_ARTICLE = re.compile(
+    r"(?i)\b(?:im|ins|am|ans|zum|zur|beim|vom|aufs|das|des|ein|eine[mnrs]?|keine?|jede[mnrs]?|diese[mnrs]?) \Z"
+)
 _WITHIN = re.compile(r"[^\W\d_],? $")
 _NOUN_END = re.compile(r"(?:ung|heit|keit|schaft|tion|tät|ismus|ment|nis|ling|zeug|werk|stelle)(?:en|e|s|se|sen)?$")
 _DIALLED = re.compile(r"\(?\d{3}\)?[-. ]\d{3}[-.]\d{4}")
@@ -225,7 +227,9 @@ class Doubts:
             return bool(article) and span.score < _SURE
         if leads_to_name("de").search(self.text, max(0, span.start - 24), span.start):
             return False
-        if is_part_of_name(surface) and not (span.score < _UNSURE_NOUN and (article or surface.casefold() not in local_names("de"))):
+        if is_part_of_name(surface) and not (
+            span.score < _UNSURE_NOUN and (article or surface.casefold() not in local_names("de"))
+        ):
             return False
         within = surface[0].isupper() and _WITHIN.search(self.text, max(0, span.start - 3), span.start)
         return bool(_NOUN_END.search(surface) or within or article)

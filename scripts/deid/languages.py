@@ -184,7 +184,9 @@ def _labels(language: str) -> frozenset[str]:
 def no_name(language: str) -> re.Pattern[str]:
     """Return a pattern of what heads a form or a list and is no part of a name or an address: `Rechnungsnummer`, `Betreff`."""
     fields = vocabulary(language).get("fields", "(?!)")
-    return re.compile(rf"(?i)(?:{fields}|[^\W\d_]+(?:nummer|nr\.?|datum|betrag|termin|zeit|schicht|liste|lijst|auftrag|abteilung|verwaltung|gruppe|dienst))(?!\w)")
+    return re.compile(
+        rf"(?i)(?:{fields}|[^\W\d_]+(?:nummer|nr\.?|datum|betrag|termin|zeit|schicht|liste|lijst|auftrag|abteilung|verwaltung|gruppe|dienst))(?!\w)"
+    )
 
 
 @cache

@@ -8,14 +8,23 @@ from functools import cache
 from typing import TypeAlias
 
 from scripts.deid.languages import function_words, no_name, vocabulary
-from scripts.deid.names import BESIDE_NAMES, PARTICLES, family_names, given_names, is_name, is_part_of_name, local_names, names_of
+from scripts.deid.names import (
+    BESIDE_NAMES,
+    PARTICLES,
+    family_names,
+    given_names,
+    is_name,
+    is_part_of_name,
+    local_names,
+    names_of,
+)
 from scripts.deid.spans import Span
 
 _WORD = re.compile(r"[^\s,;:]+")
 _SURE = 0.98  # Rampart is seldom this sure of what is none
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)\Z")
-_OP_DEN = re.compile(r"op(?= de[nr]? [^\W\d_a-zß-öø-ÿ])")
+_OP_DEN = re.compile(r"op(?= (?:de[nr]?|het) [^\W\d_a-zß-öø-ÿ])")
 # Words that belong to the name they stand before.
 _ROLE = re.compile(
     r"(?i:aunt|aunt(?:ie|y)|uncle|grand?dad|grandma|grandpa|granny|nan|nana|nonna|cousin)|RN|LPN|Sgt|Cpl|Lt|Capt|Cllr|Rev|Pastor|Imam|Rabbi|Coach|PC|Nurse|Sister|Brother"
@@ -84,9 +93,7 @@ def _without_small_ends(text: str, span: Span, language: str) -> Span:
     while cased and (last := _LAST_WORD.search(text, start, end)) and not _ends_a_name(last[1], language):
         end = last.start()
     if language != "en" and text[start:end].islower() and is_name(text[start:end].split()[0]):
-        while (last := _LAST_WORD.search(text, start, end)) and (
-            last[1] in PARTICLES or not is_part_of_name(last[1])
-        ):
+        while (last := _LAST_WORD.search(text, start, end)) and (last[1] in PARTICLES or not is_part_of_name(last[1])):
             end = last.start()  # `jonas mandou`
     return span._replace(start=start, end=end)
 
@@ -114,6 +121,9 @@ def _without_words(text: str, span: Span, language: str) -> Span:
         if len(words) > 1 and shouted:
             words = words[: _length_of_name([word[0] for word in words], language)]
         words = _without_office(words, language)
+    elif span.entity != "STREET_ADDRESS":
+        while words and words[0][0].islower() and words[0][0] in function_words(language) - PARTICLES:
+            words = words[1:]
     if not words:
         return span._replace(end=span.start)
     return span._replace(start=words[0].start(), end=words[-1].end())
@@ -261,7 +271,10 @@ def _stands_in_row(text: str, word: re.Match[str], starts: set[int], ends: set[i
         return False
     if _pattern(language, "kin", "title", "elders", "days", "people").fullmatch(word[0]):
         return False
-    before = next((m for m in _row(language).finditer(text, max(0, word.start() - 16), word.start()) if m.end() == word.start()), None)
+    before = next(
+        (m for m in _row(language).finditer(text, max(0, word.start() - 16), word.start()) if m.end() == word.start()),
+        None,
+    )
     after = _row(language).match(text, word.end())
     left = before is not None and before.start() in ends
     right = after is not None and after.end() in starts
@@ -269,7 +282,10 @@ def _stands_in_row(text: str, word: re.Match[str], starts: set[int], ends: set[i
         return True
     joined = (left and before and before["and"]) or (right and after and after["and"])
     closing = left and before and before["my"] and _CLOSES.match(text, word.end())
-    return bool((left or right) and (is_name(word[0]) or folded in local_names(language) or (joined and language != "de") or closing))
+    return bool(
+        (left or right)
+        and (is_name(word[0]) or folded in local_names(language) or (joined and language != "de") or closing)
+    )
 
 
 @cache
