@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,10 @@ _NOT_PROSE = re.compile(
 )
 # An entry of languages.yaml is made of these: a choice, letters to choose from, a letter; and each may be left out.
 _PART = re.compile(r"(?:\(\?:([^()]*)\)|\[([^\]]*)\]|(\\?.))(\??)")
+# The kinds of languages.yaml whose words speak for a language.
+_SPOKEN = (
+    "title", "elders", "name", "date", "phone", "address", "id", "greeting", "farewell", "called", "days", "people", "kin", "fields",
+)  # fmt: skip
 # Languages of other scripts; every other language is taken to use Latin letters.
 _SCRIPTS = {
     "ru": "CYRILLIC", "uk": "CYRILLIC", "bg": "CYRILLIC", "sr": "CYRILLIC", "mk": "CYRILLIC", "be": "CYRILLIC", "el": "GREEK",
@@ -119,9 +123,14 @@ def _within_names() -> re.Pattern[str]:
     return re.compile(rf"\b(?:(?:{small})[ ])+(?=[^\W\d_a-zß-öø-ÿ])")
 
 
+@cache
 def vocabulary(language: str) -> dict[str, str]:
-    """Return the words of a language that lead to personal data, as alternatives of a regular expression by kind."""
-    return {kind: text.replace(",", "|") for kind, text in _vocabularies().get(language, {}).items()}
+    """Return the words of a language that lead to personal data, as alternatives of a regular expression by kind.
+
+    Of a language that is not listed, nothing matches.
+    """
+    kinds = _vocabularies().get(language, {})
+    return defaultdict(lambda: "(?!)", {kind: text.replace(",", "|") for kind, text in kinds.items()})
 
 
 def recognizers(language: str) -> list[dict[str, Any]]:
@@ -144,7 +153,7 @@ def recognizers(language: str) -> list[dict[str, Any]]:
             ("rota", rf"\b(?:{lead['days']})[ ]\K{name}(?=[ ]*(?:$|[\n,;]))", 0.6),
             ("list", rf"(?<=\b(?:{lead['people']})[ ]?:[^.\n]{{0,120}})(?<=[:,;][ ]){name}(?=[ ]*(?:[,.;(]|$))", 0.6),
             ("called", rf"\b(?:{lead['called']})[ ]\K{name}", 0.7),
-            ("yours", rf"(?-i:\b(?:{lead.get('yours', '(?!)')}))[ ]\K{name}(?=[ ]*(?:$|[\n,.;]|(?:en|et|y|e)[ ](?-i:\p{{Lu}})))", 0.7),
+            ("yours", rf"(?-i:\b(?:{lead['yours']}))[ ]\K{name}(?=[ ]*(?:$|[\n,.;]|(?:en|et|y|e)[ ](?-i:\p{{Lu}})))", 0.7),
         ],
         "DATE_TIME": [
             ("day and month", rf"\b\d{{1,2}}(?:\.|er|º|°)?[ ](?:de[ ])?(?:{lead['months']})\b(?:\.?,?[ ](?:de[ ])?(?:19|20)\d\d\b)?", 0.8),
@@ -174,16 +183,13 @@ def function_words(language: str) -> frozenset[str]:
 @cache
 def _labels(language: str) -> frozenset[str]:
     """Return the words that head the fields of a form in a language, those that it shares with others too."""
-    lead = vocabulary(language)
-    return frozenset(
-        re.findall(r"[^\W\d_]{3,}", " ".join(lead.get(kind, "") for kind in ("name", "phone", "address", "fields")))
-    )
+    return _words_of(language, ("name", "phone", "address", "fields"), 3)
 
 
 @cache
 def no_name(language: str) -> re.Pattern[str]:
     """Return a pattern of what heads a form or a list and is no part of a name or an address: `Rechnungsnummer`, `Betreff`."""
-    fields = vocabulary(language).get("fields", "(?!)")
+    fields = vocabulary(language)["fields"]
     return re.compile(
         rf"(?i)(?:{fields}|[^\W\d_]+(?:nummer|nr\.?|datum|betrag|termin|zeit|schicht|liste|lijst|auftrag|abteilung|verwaltung|gruppe|dienst))(?!\w)"
     )
@@ -192,18 +198,16 @@ def no_name(language: str) -> re.Pattern[str]:
 @cache
 def _own_words(language: str) -> frozenset[str]:
     """Return the greetings, titles and labels that only this language has."""
-    lists = {
-        code: {
-            word
-            for kind in kinds.keys() - {"everyday", "given", "ask", "months", "and", "yours", "my"}
-            for entry in kinds[kind].split(",")
-            for form in _forms(entry)
-            for word in re.findall(r"[^\W\d_]{4,}", form)
-        }
-        for code, kinds in _vocabularies().items()
-    }
-    others = set[str]().union(*(found for code, found in lists.items() if code != language))
-    return frozenset(lists.get(language, set()) - others - words("everyday") - words("labels"))
+    others = (_words_of(code, _SPOKEN, 4) for code in _vocabularies() if code != language)
+    return _words_of(language, _SPOKEN, 4).difference(words("everyday"), words("labels"), *others)
+
+
+@cache
+def _words_of(language: str, kinds: tuple[str, ...], shortest: int) -> frozenset[str]:
+    """Return the words of so many letters or more in the entries of some kinds."""
+    entries = [entry for kind in kinds for entry in _vocabularies().get(language, {}).get(kind, "").split(",")]
+    forms = " ".join(form for entry in entries for form in _forms(entry))
+    return frozenset(re.findall(rf"[^\W\d_]{{{shortest},}}", forms))
 
 
 def _forms(entry: str) -> Iterator[str]:
@@ -218,7 +222,7 @@ def _forms(entry: str) -> Iterator[str]:
 @cache
 def months_of(language: str) -> re.Pattern[str]:
     """Return a pattern of the months of a language."""
-    return re.compile(rf"(?i)\b(?:{vocabulary(language).get('months', '(?!)')})\b")
+    return re.compile(rf"(?i)\b(?:{vocabulary(language)['months']})\b")
 
 
 @cache

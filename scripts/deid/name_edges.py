@@ -37,6 +37,7 @@ _FAMILY = re.compile(
 )
 _LOGIN_START = re.compile(r"(?<![\w.@/-])[a-z]{1,20}[._]\Z")
 _CAPITALISED = re.compile(r"(?<![\w@.-])[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ][\w'’-]*(?![\w@-])")
+_LONGEST_JOINT = 16
 _CLOSES = re.compile(r"[.!]?\s*(?:\n|\Z)")
 _LOGIN_END = re.compile(r"_[a-z0-9]{1,20}(?![\w.(=])")
 _TWO = re.compile(r"(?P<first>[^\W\d_]{2,})\s(?:and|und|et|y|e|en|&)\s(?P<second>[^\W\d_]{2,})(?:\s.+)?")
@@ -102,8 +103,8 @@ def _ends_a_name(word: str, language: str) -> bool:
     """Say whether a word in small letters may end a name that has capitals."""
     if language == "en":
         return is_name(word)
-    own = PARTICLES | function_words(language)
-    return language != "de" and len(word) > 4 and word in family_names() and word not in own
+    small = word in PARTICLES or word in function_words(language) or len(word) < 5
+    return language != "de" and word in family_names() and not small
 
 
 def _without_words(text: str, span: Span, language: str) -> Span:
@@ -122,7 +123,7 @@ def _without_words(text: str, span: Span, language: str) -> Span:
             words = words[: _length_of_name([word[0] for word in words], language)]
         words = _without_office(words, language)
     elif span.entity != "STREET_ADDRESS":
-        while words and words[0][0].islower() and words[0][0] in function_words(language) - PARTICLES:
+        while words and words[0][0] not in PARTICLES and words[0][0] in function_words(language):
             words = words[1:]
     if not words:
         return span._replace(end=span.start)
@@ -152,7 +153,9 @@ def _without_small_words(text: str, words: Words, language: str) -> Words:
     """Take off the small words before the first capital; a title and the particles right before it belong to the name."""
     first = next((index for index, word in enumerate(words) if word[0][0].isupper()), None)
     if first is None:
-        return () if all(word[0] in PARTICLES | function_words(language) for word in words) else words
+        return (
+            words if any(word[0] not in PARTICLES and word[0] not in function_words(language) for word in words) else ()
+        )
     particles = 0
     while particles < first and words[first - particles - 1][0] in PARTICLES:
         particles += 1
@@ -254,8 +257,8 @@ def names_in_row(text: str, spans: Sequence[Span], language: str) -> list[Span]:
         fresh = [
             word.span()
             for word in _CAPITALISED.finditer(text)
-            if not any(start < word.end() and word.start() < end for start, end in taken)
-            and _stands_in_row(text, word, starts, ends, language)
+            if _stands_in_row(text, word, starts, ends, language)
+            and not any(start < word.end() and word.start() < end for start, end in taken)
         ]
         if not fresh:
             break
@@ -266,26 +269,18 @@ def names_in_row(text: str, spans: Sequence[Span], language: str) -> list[Span]:
 
 def _stands_in_row(text: str, word: re.Match[str], starts: set[int], ends: set[int], language: str) -> bool:
     """Say whether a capitalised word stands between two people, or beside one and is a name or joined by `and`."""
-    folded = word[0].casefold()
-    if folded in function_words(language) | BESIDE_NAMES or no_name(language).fullmatch(word[0]):
-        return False
-    if _pattern(language, "kin", "title", "elders", "days", "people").fullmatch(word[0]):
-        return False
-    before = next(
-        (m for m in _row(language).finditer(text, max(0, word.start() - 16), word.start()) if m.end() == word.start()),
-        None,
-    )
+    joints = _row(language).finditer(text, max(0, word.start() - _LONGEST_JOINT), word.start())
+    before = next((joint for joint in joints if joint.end() == word.start() and joint.start() in ends), None)
     after = _row(language).match(text, word.end())
-    left = before is not None and before.start() in ends
-    right = after is not None and after.end() in starts
-    if left and right:
+    after = after if after and after.end() in starts else None
+    if not (before or after) or _is_common(word[0], language) or _pattern(language, "title", "days").fullmatch(word[0]):
+        return False
+    if before and after:
         return True
-    joined = (left and before and before["and"]) or (right and after and after["and"])
-    closing = left and before and before["my"] and _CLOSES.match(text, word.end())
-    return bool(
-        (left or right)
-        and (is_name(word[0]) or folded in local_names(language) or (joined and language != "de") or closing)
-    )
+    folded = word[0].casefold()
+    joined = language != "de" and any(joint["and"] for joint in (before, after) if joint)
+    closing = before and before["my"] and _CLOSES.match(text, word.end())
+    return bool(is_name(folded) or folded in local_names(language) or joined or closing) and folded not in BESIDE_NAMES
 
 
 @cache

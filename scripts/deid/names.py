@@ -117,7 +117,7 @@ def _speakers(text: str, language: str) -> Iterator[Span]:
             words
             and any(is_name(word) and len(word) >= 3 for word in words)
             and (match["name"][-1].isdigit() or not match["name"].islower() or all(map(is_part_of_name, words)))
-            and not any(word.casefold() in BESIDE_NAMES | own for word in words)
+            and not any(word.casefold() in BESIDE_NAMES or word.casefold() in own for word in words)
         ):
             yield Span(*match.span("name"), "PERSON", 0.6)
 
@@ -132,11 +132,11 @@ def _nicks(text: str) -> Iterator[Span]:
 
 def _lists(text: str, language: str) -> Iterator[Span]:
     own = function_words(language) if language != "en" else frozenset()
+    words_too = (WORDS, BESIDE_NAMES, own, everyday_names(language))
     for match in _LISTED.finditer(text):
         last, first = _WORD.findall(match["last"]), _WORD.findall(match["first"])
         known = any(word.casefold() in given_names() for word in first)
-        words_too = WORDS | BESIDE_NAMES | own | everyday_names(language)
-        if known and not any(word.casefold() in words_too for word in [*last, first[0]]):
+        if known and not any(word.casefold() in listed for word in [*last, first[0]] for listed in words_too):
             yield Span(match.start(), match.end(), "PERSON", 0.6)
     for match in _FIRM.finditer(text):
         words = [word for word in re.split(r"\W+|\band\b", match["names"]) if word and word != "Sons"]
@@ -186,13 +186,13 @@ def local_names(language: str) -> frozenset[str]:
 @cache
 def names_of(language: str) -> frozenset[str]:
     """Return the given names of the countries of a language."""
-    return _listed("first_names", f"{language}_") | {*vocabulary(language).get("given", "").split("|")}
+    return _listed("first_names", f"{language}_") | {*vocabulary(language)["given"].split("|")}
 
 
 @cache
 def everyday_names(language: str) -> frozenset[str]:
     """Return the names that are words of a language as well."""
-    return frozenset(vocabulary(language).get("everyday", "").split("|"))
+    return frozenset(vocabulary(language)["everyday"].split("|"))
 
 
 # Within a Dutch sentence only a family name begins with a capital Van or De.
