@@ -35,11 +35,13 @@ _NOT_PROSE = re.compile(
     r"|\d+[/-][A-Z][a-z]{2}[/-]\d+",
     re.S | re.M,
 )
+# Labels that are English words of another sense.
+_ENGLISH = frozenset({"handy", "portable", "mobile", "me"})
 # An entry of languages.yaml is made of these: a choice, letters to choose from, a letter; and each may be left out.
 _PART = re.compile(r"(?:\(\?:([^()]*)\)|\[([^\]]*)\]|(\\?.))(\??)")
 # The kinds of languages.yaml whose words speak for a language.
 _SPOKEN = (
-    "title", "elders", "name", "date", "phone", "address", "id", "greeting", "farewell", "called", "days", "people", "kin", "fields",
+    "title", "elders", "name", "parties", "date", "phone", "address", "id", "greeting", "farewell", "called", "days", "people", "kin", "fields",
 )  # fmt: skip
 # Languages of other scripts; every other language is taken to use Latin letters.
 _SCRIPTS = {
@@ -146,7 +148,7 @@ def recognizers(language: str) -> list[dict[str, Any]]:
     kinds = {
         "PERSON": [
             ("title", rf"\b(?:{titles})[ ](?:(?:{titles})[ ])*(?:{name}|{capitals})", 0.85),
-            ("label", rf"\b(?:{lead['name']})[ ]?:[ ]*\K{name}", 0.8),
+            ("label", rf"\b(?:{lead['name']}|{lead['parties']})[ ]?:[ ]*\K{name}", 0.8),
             ("greeting", rf"(?:^|\n)\s*(?:{lead['greeting']})[ ]\K(?!Grü|Kund|Gäste|Team|Kolleg|collègues|clients?\b|clientes?\b|tutti\b|todos\b){name}(?=[ ]*(?:$|[\n,.!:]))", 0.7),
             ("farewell", rf"\b(?:{lead['farewell']})[,.!]?\s+\K(?:{name}|{capitals}){end}", 0.7),
             ("relative", rf"\b(?:{lead['kin']}),?[ ]\K{name}", 0.6),
@@ -183,7 +185,7 @@ def function_words(language: str) -> frozenset[str]:
 @cache
 def _labels(language: str) -> frozenset[str]:
     """Return the words that head the fields of a form in a language, those that it shares with others too."""
-    return _words_of(language, ("name", "phone", "address", "fields"), 3)
+    return _words_of(language, ("name", "parties", "phone", "address", "fields"), 3)
 
 
 @cache
@@ -200,6 +202,13 @@ def _own_words(language: str) -> frozenset[str]:
     """Return the greetings, titles and labels that only this language has."""
     others = (_words_of(code, _SPOKEN, 4) for code in _vocabularies() if code != language)
     return _words_of(language, _SPOKEN, 4).difference(words("everyday"), words("labels"), *others)
+
+
+@cache
+def labels(kind: str) -> frozenset[str]:
+    """Return how the fields of a kind are called in any language, without spaces and marks."""
+    entries = [entry for kinds in _vocabularies().values() for entry in kinds[kind].split(",")]
+    return frozenset(re.sub(r"[\W_]", "", form) for entry in entries for form in _forms(entry)) - _ENGLISH
 
 
 @cache

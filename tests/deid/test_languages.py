@@ -248,3 +248,24 @@ def test_an_address_of_another_country_goes_whole_from_english_text(scrub, addre
 )  # fmt: skip
 def test_numbers_beside_capitals_are_no_address(scrub, text):
     assert scrub({"text": text})[0].row == {"text": text}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"vorname": "Momme", "nachname": "Quandt", "geburtsdatum": "3. Mai", "straße": "Am Deich"},
+        {"prénom": "Odilon", "nom_de_famille": "Quenneville", "téléphone": "4471"},
+        {"nombre": "Txema", "apellidos": "Ugarte Mas", "dirección": "junto al río"},
+        {"cognome": "Quartapelle", "indirizzo": "frazione Alta", "codice fiscale": "XX-18"},
+        {"apelido": "Quadros", "morada": "Largo Novo", "telemóvel": "88 12"},
+        {"voornaam": "Tjibbe", "achternaam": "Quist", "adres": "aan de dijk", "geboortedatum": "3 mei"},
+    ],
+)
+def test_fields_named_in_another_language_hold_what_their_name_says(scrub, row):
+    [outcome] = scrub(row)
+    assert [value for value in row.values() if value in outcome.row.values()] == []
+
+
+def test_columns_headed_in_another_language_hold_people(scrub):
+    [outcome] = scrub({"text": "achternaam;plaats\nQuist;aan zee\nTerpstraat;aan zee"})
+    assert outcome.row == {"text": "achternaam;plaats\n<PERSON>;aan zee\n<PERSON>;aan zee"}
