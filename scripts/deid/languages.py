@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -114,7 +114,8 @@ def _agrees(prose: str, language: str, expected: str, share: float) -> bool:
     if language not in READABLE:
         return len(speaking) > 1 and len(speaking) > against
     if not speaking:
-        return not against and (small >= 4 or (small >= 3 and share > 0.9999)) and share > _CERTAIN
+        running = len(set(re.findall(r"(?<!\S)[^\W\d_A-Z]+(?![^\s.,:;!?])", prose)))  # of a sentence and not of a table
+        return not against and (small >= 4 or (running >= 3 and share > 0.9999)) and share > _CERTAIN
     return sum(found[word] for word in speaking) > against and (len(speaking) > 1 or not against)
 
 
@@ -132,7 +133,12 @@ def vocabulary(language: str) -> dict[str, str]:
     Of a language that is not listed, nothing matches.
     """
     kinds = _vocabularies().get(language, {})
-    return defaultdict(lambda: "(?!)", {kind: text.replace(",", "|") for kind, text in kinds.items()})
+    return _Vocabulary({kind: text.replace(",", "|") for kind, text in kinds.items()})
+
+
+class _Vocabulary(dict[str, str]):
+    def __missing__(self, kind: str) -> str:
+        return "(?!)"
 
 
 def recognizers(language: str) -> list[dict[str, Any]]:

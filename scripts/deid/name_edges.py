@@ -1,4 +1,4 @@
-"""Where a name begins and ends: small words, titles of others and labels come off; initials, particles and family names are taken in."""
+"""Where a name begins and ends: what only leads to it comes off; initials, particles and family names are taken in."""
 
 from __future__ import annotations
 
@@ -142,8 +142,11 @@ def _without_heads(words: Words, language: str) -> Words:
 
 def _without_phrase(words: Words, language: str) -> Words:
     """Take off the phrase that leads to a given name or a title: `Anruf von Hr. Kuhn`."""
+    title = _pattern(language, "title", "elders")
+    if not words or not words[0][0].istitle() or title.fullmatch(words[0][0]):
+        return words
     for n in range(len(words) - 1, 1, -1):
-        begins = words[n][0].casefold() in given_names() or _pattern(language, "title").fullmatch(words[n][0])
+        begins = words[n][0].casefold() in given_names() or title.fullmatch(words[n][0])
         if begins and words[n - 1][0] in PARTICLES and not any(is_name(word[0]) for word in words[: n - 1]):
             return words[n:]
     return words
@@ -172,6 +175,8 @@ def _without_small_words(text: str, words: Words, language: str) -> Words:
 def _without_function_words(words: Words, score: float, language: str) -> Words:
     """Take off capitalised function words and relatives before a name: `Sie Henning`, `Kunde Plog`; alone they are none."""
     while words and (score < _SURE or len(words) > 1) and words[0][0].istitle() and _is_common(words[0][0], language):
+        if words[0].string[words[0].end() :][:1] == ",":  # `Neveu, Claire`
+            break
         words = words[1:]
     return words
 

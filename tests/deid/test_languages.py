@@ -242,7 +242,7 @@ def test_an_address_of_another_country_goes_whole_from_english_text(scrub, addre
 @pytest.mark.parametrize(
     "text",
     [
-        "We flew via Frankfurt, 3 of us slept.", "Figure 7, 1998 Edition, is wrong.", "Avenue 5 and Square 12 are levels of the game.",
+        "I joined via Slack, 3 of us stayed.", "Figure 7, 1998 Edition, is wrong.", "Avenue 5 and Square 12 are levels of the game.",
         "Place 12 orders, then 3000 Units ship.", "I called via WhatsApp, 5 minutes only.",
     ],
 )  # fmt: skip
@@ -250,22 +250,25 @@ def test_numbers_beside_capitals_are_no_address(scrub, text):
     assert scrub({"text": text})[0].row == {"text": text}
 
 
+@needs_rampart
 @pytest.mark.parametrize(
     "row",
     [
         {"vorname": "Momme", "nachname": "Quandt", "geburtsdatum": "3. Mai", "straße": "Am Deich"},
         {"prénom": "Odilon", "nom_de_famille": "Quenneville", "téléphone": "4471"},
-        {"nombre": "Txema", "apellidos": "Ugarte Mas", "dirección": "junto al río"},
+        {"nombre": "Txema", "apellidos": "Ugarte Mas", "dirección": "Barrio Alto"},
         {"cognome": "Quartapelle", "indirizzo": "frazione Alta", "codice fiscale": "XX-18"},
         {"apelido": "Quadros", "morada": "Largo Novo", "telemóvel": "88 12"},
-        {"voornaam": "Tjibbe", "achternaam": "Quist", "adres": "aan de dijk", "geboortedatum": "3 mei"},
+        {"voornaam": "Tjibbe", "achternaam": "Quist", "adres": "Dijkzicht", "geboortedatum": "3 mei"},
     ],
 )
-def test_fields_named_in_another_language_hold_what_their_name_says(scrub, row):
-    [outcome] = scrub(row)
+def test_fields_named_in_another_language_hold_what_their_name_says(multilingual, row):
+    [outcome] = scrub_chunk([(1, "f:1", row)], *multilingual)
     assert [value for value in row.values() if value in outcome.row.values()] == []
 
 
-def test_columns_headed_in_another_language_hold_people(scrub):
-    [outcome] = scrub({"text": "achternaam;plaats\nQuist;aan zee\nTerpstraat;aan zee"})
+@needs_rampart
+def test_columns_headed_in_another_language_hold_people(multilingual):
+    row = {"text": "achternaam;plaats\nQuist;aan zee\nTerpstraat;aan zee"}
+    [outcome] = scrub_chunk([(1, "f:1", row)], *multilingual)
     assert outcome.row == {"text": "achternaam;plaats\n<PERSON>;aan zee\n<PERSON>;aan zee"}
