@@ -38,8 +38,8 @@ DIGIT_ENTITIES = frozenset({
 SURE_ENTITIES = frozenset({"SECRET", "CREDIT_CARD", "IBAN_CODE", "CRYPTO", "UUID", "VEHICLE_ID"})
 _DATE_LIKE = re.compile(
     r"\d\s?/\s?\d|\d-\d{1,2}-\d|\d\.\s?\d{1,2}\.\s?\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
-    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s-]+(?:of\s+)?"
-    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))"
+    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s/-]+(?:of\s+)?"
+    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))|\bMay \d{1,2}\b"
 )
 _PART_OF_DATE = re.compile(
     r"(?i)\d[\d:./T+-]*(?:st|nd|rd|th|s|[ap]m|Z)?\b|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b"
