@@ -18,7 +18,8 @@ from scripts.deid.countries import find_country_numbers
 from scripts.deid.doubts import Doubts, impersonal, named_by_context
 from scripts.deid.labels import find_cells
 from scripts.deid.languages import months_of
-from scripts.deid.names import extend_names, find_names, titled, trim_names
+from scripts.deid.name_edges import extend_names, names_in_row, trim_names
+from scripts.deid.names import find_names, titled
 from scripts.deid.rampart import Rampart, is_spent
 from scripts.deid.secret_values import find_secrets, is_placeholder
 from scripts.deid.spans import Span, cut, normalise, to_original
@@ -37,8 +38,8 @@ DIGIT_ENTITIES = frozenset({
 SURE_ENTITIES = frozenset({"SECRET", "CREDIT_CARD", "IBAN_CODE", "CRYPTO", "UUID", "VEHICLE_ID"})
 _DATE_LIKE = re.compile(
     r"\d\s?/\s?\d|\d-\d{1,2}-\d|\d\.\s?\d{1,2}\.\s?\d|(?i:\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b)"
-    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s-]+(?:of\s+)?"
-    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))"
+    r"|(?i:\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?\s+\d|\d(?:st|nd|rd|th)?[\s/-]+(?:of\s+)?"
+    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec))|\bMay \d{1,2}\b"
 )
 _PART_OF_DATE = re.compile(
     r"(?i)\d[\d:./T+-]*(?:st|nd|rd|th|s|[ap]m|Z)?\b|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b"
@@ -90,6 +91,8 @@ class Detector:
     def _analyse(self, texts: Sequence[str]) -> Iterator[list[Span]]:
         engine = self.analyzer.nlp_engine
         by_name = "PERSON" in self.entities
+        any_date = self.settings.profile in ("strict", hipaa.PROFILE)
+        stamps = any_date or "DATE_TIME" in self.settings.operators  # one operator for all dates keeps their order
         unknown = [number for number, text in enumerate(texts) if not is_spent(text)]
         with _doubts_raise(), engine.nlp[self.language].memory_zone():
             artifacts = self._artifacts([titled(text) for text in texts] if by_name else texts, frozenset(unknown))
@@ -106,12 +109,14 @@ class Detector:
                     spans += find_names(text, self.language)
                 spans += find_cells(text, self.entities)
                 spans += find_country_numbers(text, self.settings.countries)
-                doubts = Doubts(text, self.language, any_date=self.settings.profile in ("strict", hipaa.PROFILE))
+                doubts = Doubts(text, self.language, any_date=any_date, stamps=stamps)
                 spans = trim_names(text, cut(text, spans), self.language)
                 spans = trim_dates(text, spans) if self.language == "en" else spans
                 spans = [named_by_context(text, span) for span in spans]
                 believed = [span for span in spans if self._counts(text, span) and not doubts.reject(span)]
                 believed = extend_names(text, believed, self.language)
+                if row := names_in_row(text, believed, self.language):
+                    believed = extend_names(text, [*believed, *row], self.language)
                 yield impersonal(text, believed) if self.settings.profile == "default" else believed
 
     def _by_pattern(self, text: str, artifacts: Any) -> list[Span]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from scripts.deid.languages import leads_to_name, months_of
-from scripts.deid.names import CUE, INTRODUCTION, TITLE, WORDS, is_name, is_part_of_name
+from scripts.deid.names import CUE, INTRODUCTION, TITLE, WORDS, is_name, is_part_of_name, local_names
 from scripts.deid.spans import TAG, Span
 from scripts.deid.words import words
 
@@ -34,6 +34,10 @@ _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
 _LED_TO, _SURE = 0.7, 0.9
 # Rampart is seldom this sure of what is none.
 _SURE_NOUN = 0.98
+_UNSURE_NOUN = 0.8
+_ARTICLE = re.compile(
+    r"(?i)\b(?:im|ins|am|ans|zum|zur|beim|vom|aufs|das|des|ein|eine[mnrs]?|keine?|jede[mnrs]?|diese[mnrs]?) \Z"
+)
 _WITHIN = re.compile(r"[^\W\d_],? $")
 _NOUN_END = re.compile(r"(?:ung|heit|keit|schaft|tion|tät|ismus|ment|nis|ling|zeug|werk|stelle)(?:en|e|s|se|sen)?$")
 _DIALLED = re.compile(r"\(?\d{3}\)?[-. ]\d{3}[-.]\d{4}")
@@ -42,6 +46,12 @@ _MONTH_NAME = re.compile(
     r"(?:\d{1,2} )?(?:Jan|Feb|Mar|Apr|April|May|Jun|June|Jul|July|Aug|August|Sep|Sept|Oct|Nov|Dec)"
 )
 _DAY_AND_MONTH = re.compile(r"(?:0[1-9]|[12]\d|3[01])/(?:0[1-9]|[12]\d|3[01])|(?:1[89]|20)\d\d")
+# The date and the time of day that open a line: when a system or a chat wrote it.
+_STAMP = re.compile(
+    r"(?m)^[\s>*(\[<\"']{0,6}(?:\d{1,3}[.)] )?(?:(?:\d{4}[-./]\d\d?[-./]\d\d?|\d\d?[-./]\d\d?[-./](?:\d{4}|\d\d)|\d\d?[ /-][A-Z][a-z]{2}[ /-]\d{4}"
+    r"|(?:[A-Z][a-z]{2} )?[A-Z][a-z]{2} [ \d]\d(?= \d\d:))[ ,T:]{1,2}(?:- )?)\d\d?:\d\d(?::\d\d)?(?:[.,]\d{1,9})?(?: ?[AaPp][Mm]\b)?"
+    r"(?: ?(?:Z|UTC|GMT|CES?T|[+-]\d\d:?\d\d)\b)?(?: \d{4}\b)?"
+)
 _DATE_CUE = re.compile(
     r"(?i)\b(?:on|by|until|till|since|before|after|due|date|dob|born|from|of|dated?|exp(?:ires?)?|valid|visit|seen)\b\W{0,3}$"
 )
@@ -128,8 +138,9 @@ def named_by_context(text: str, span: Span) -> Span:
 class Doubts:
     """What a text consists of, worked out once, so that each finding in it can be judged."""
 
-    def __init__(self, text: str, language: str = "en", *, any_date: bool = False) -> None:
+    def __init__(self, text: str, language: str = "en", *, any_date: bool = False, stamps: bool = True) -> None:
         self.text, self.language, self.any_date = text, language, any_date
+        self.stamps = _Ranges([] if stamps else [match.span() for match in _STAMP.finditer(text)])
         self.capitals = bool(_CAPITALISED.search(text))
         self.maths = len(_SUM.findall(text)) >= 2 or (bool(_MATHS.search(text)) and not _ERRAND.search(text))
         self.story = self.maths and not _NARRATOR.search(text)
@@ -144,6 +155,8 @@ class Doubts:
         surface = self.text[span.start : span.end]
         if span.entity == "SECRET":
             return False
+        if span.entity in ("DATE_TIME", "PHONE_NUMBER") and self.stamps.hold(span):
+            return True
         if self.closed.hold(span) or (
             span.entity in ("PHONE_NUMBER", "ID_NUMBER")
             and sum(c.isdigit() for c in surface) < 7
@@ -158,7 +171,7 @@ class Doubts:
             and self._calculation(span, surface)
         ):
             return True
-        if self.language == "de" and span.entity == "PERSON" and self._noun(span, surface):
+        if self.language == "de" and span.entity in ("PERSON", "LOCATION") and self._noun(span, surface):
             return True
         if span.entity in NAMES and (
             self._in_date(span, surface)
@@ -190,7 +203,8 @@ class Doubts:
         before = max(0, span.start - 24)
         if self.language != "en":
             led = leads_to_name(self.language).search(self.text, before, span.start)
-            return self.capitals and span.score < _SURE and not led
+            listed = any(map(is_part_of_name, re.findall(r"[^\W\d_]{2,}", surface)))
+            return self.capitals and span.score < (_SURE if listed else _SURE_NOUN) and not led
         if INTRODUCTION.search(self.text, before, span.start) or _speaks(self.text, span):
             return False
         if surface in WORDS or not self.capitals:
@@ -206,12 +220,19 @@ class Doubts:
         """Say whether a single German word is a noun, which has a capital as names do: on no list, and within a sentence or with
         the ending of one.
         """
-        if span.score >= _SURE_NOUN or not re.fullmatch(r"[^\W\d_]+", surface) or is_part_of_name(surface):
+        if not re.fullmatch(r"[^\W\d_]+", surface) or span.score >= _SURE_NOUN:
             return False
+        article = _ARTICLE.search(self.text, max(0, span.start - 10), span.start)
+        if span.entity == "LOCATION":
+            return bool(article) and span.score < _SURE
         if leads_to_name("de").search(self.text, max(0, span.start - 24), span.start):
             return False
+        if is_part_of_name(surface) and not (
+            span.score < _UNSURE_NOUN and (article or surface.casefold() not in local_names("de"))
+        ):
+            return False
         within = surface[0].isupper() and _WITHIN.search(self.text, max(0, span.start - 3), span.start)
-        return bool(_NOUN_END.search(surface) or within)
+        return bool(_NOUN_END.search(surface) or within or article)
 
     def _in_date(self, span: Span, surface: str) -> bool:
         """Say whether a name is the month of a date: 30 Jan, 2-Jun-1930."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from scripts.deid.languages import labels
 from scripts.deid.spans import Span
 
 FIELD_ENTITIES = {
@@ -23,6 +24,14 @@ FIELD_ENTITIES = {
     "IP_ADDRESS": r"ip(?:address)?",
 }
 _PATTERNS = {entity: re.compile(pattern) for entity, pattern in FIELD_ENTITIES.items()}
+# The same in other languages, by the kinds of languages.yaml.
+_KINDS = {
+    "name": "PERSON",
+    "phone": "PHONE_NUMBER",
+    "address": "STREET_ADDRESS",
+    "date": "DATE_TIME",
+    "id": "ID_NUMBER",
+}
 # Heads of columns that stand above people; a field of a record with such a name may hold anything.
 _PEOPLE = re.compile(
     r"owner|(?:card|account)?holder|prescriber|driver|guest|patient|customer|client|employee|tenant|landlord|applicant|assignee|manager|author|contact|recipient|sender"
@@ -36,7 +45,9 @@ _RULE = re.compile(r"[\s|:=-]+")
 def entity_of_label(name: str, entities: Sequence[str]) -> str | None:
     """Return the entity that the name of a field promises for its whole value."""
     plain = re.sub(r"[\W_]", "", name.casefold())
-    return next((e for e, pattern in _PATTERNS.items() if e in entities and pattern.fullmatch(plain)), None)
+    named = [entity for entity, pattern in _PATTERNS.items() if pattern.fullmatch(plain)]
+    named += [entity for kind, entity in _KINDS.items() if plain in labels(kind)]
+    return next((entity for entity in named if entity in entities), None)
 
 
 def find_cells(text: str, entities: Sequence[str]) -> list[Span]:
@@ -80,7 +91,7 @@ def _entity_of_head(head: str, entities: Sequence[str]) -> str | None:
     for entity, pattern in _CHECKED.items():
         if entity in entities and re.fullmatch(pattern, plain):
             return entity
-    if "PERSON" in entities and _PEOPLE.fullmatch(plain):
+    if "PERSON" in entities and (_PEOPLE.fullmatch(plain) or plain in labels("parties")):
         return "PERSON"
     return entity_of_label(head, entities)
 

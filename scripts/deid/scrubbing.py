@@ -23,7 +23,7 @@ from scripts.deid.detection import NER_ENTITIES, Detector
 from scripts.deid.doubts import countries
 from scripts.deid.labels import entity_of_label
 from scripts.deid.languages import READABLE, foreign_words, language_of, majority
-from scripts.deid.names import WORDS, is_full_name
+from scripts.deid.names import PARTICLES, WORDS, is_full_name
 from scripts.deid.recognizers import reader_of
 from scripts.deid.replacement import Replacer
 from scripts.deid.spans import TAG, Span, cut, merge_addresses, tidy
@@ -348,7 +348,8 @@ def _stands_open(form: str, leaves: Sequence[Leaf]) -> bool:
 
 def name_tokens(surface: str) -> set[str]:
     """Return the words of a name, in small letters, that are names wherever they stand."""
-    words = {word.casefold() for word in _NAME_TOKEN.findall(surface.replace("_", " "))}
+    first, *others = _NAME_TOKEN.findall(surface.replace("_", " ")) or [""]
+    words = {word.casefold() for word in (first, *(word for word in others if word not in PARTICLES))}
     return {word for word in words if len(word) >= 3 and word not in WORDS}
 
 

@@ -55,9 +55,17 @@ ADDRESS_PARTS = frozenset({"STREET_ADDRESS", "LOCATION", "ZIP_CODE", "ORGANIZATI
 _JOINT = re.compile(r"(?![^<]*(?:<|[.!?;:]\s|\b(?:and|or|to|from|with|for|by)\b))[^<]{0,40}")
 # A number after these is no postal code.
 _LABELLED = re.compile(r"(?i)[\s,>?*|-]{1,8}(?:\w*n(?:ummer|r|umber|o)|id|ref\w*|order|invoice|account)\b")
-# What follows a street: more lines or parts after commas that end in a postal code, or a capitalised town.
+# What follows a street: the floor, postal code and town of a European address; more lines or parts after commas that end in a
+# postal code; or a capitalised town.
+_CAPITAL = r"[^\W\d_a-zß-öø-ÿ][\w'’-]*"
+_TOWN = (
+    rf"(?:'s-)?{_CAPITAL}(?: (?:(?:am|an der|ob der|de|del|di|da|do|la|los|las|den|der|sur|aan de[nr]?) )?{_CAPITAL}){{0,3}}"
+    r"(?: \([A-Z]{2}\))?"
+)
 _TAIL = re.compile(
-    r"(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|]{1,8}(?:\d{5}-\d{4}|\d{4,6}\b(?!\s?[-–/]\s?\d))"
+    r"(?:,? (?:scala|int\.|piso|étage|appt?\.|bus)? ?\d{1,2}(?:\.?[ºª°]| ?e?r?)? ?(?:étage|andar|piso|izq|dcha|esq|dto|dir|fte|[A-Z])?\b\.?){0,2}"
+    rf"(?: (?:am|an der|ob der|aan de[nr]?|sur) {_CAPITAL}| \([A-Z]{{2}}\)|[\s,>?*|-]{{1,8}}(?:[A-Z]{{1,3}}-)?(?:\d{{4}} [A-Z]{{2}}\b|\d{{4}}-\d{{3}}|\d{{4,5}}),? {_TOWN})"
+    r"|(?:[\s,>?*|-]{1,8}[^\W\d_][^\n,.!?;:<\d]{0,40}){0,3}[\s,>?*|]{1,8}(?:\d{5}-\d{4}|\d{4,6}\b(?!\s?[-–/]\s?\d))"
     r"|(?:[\s,]+(?:[A-Z]{2}\b|[^\W\d_a-z][\w'’-]+(?=[^\S\n]*[\n,]))){1,4}"
 )
 _TAIL_LENGTH = 120
@@ -232,6 +240,7 @@ def merge_addresses(text: str, spans: Sequence[Span]) -> list[Span]:
         end = block[-1].end
         end += _tail(text, end, high)
         start = block[0].start
+        end += text[end : end + 1] == ")" and "(" in text[start:end]  # `Milano (MI)`
         number = _HOUSE_NUMBER.search(text, max(low, start - 8), start)
         start = number.start() if number else start
         merged += _owners(text, low, start)

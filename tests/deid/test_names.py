@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("presidio_analyzer", reason="needs requirements.extra.txt")
 
 from scripts.deid.doubts import Doubts
-from scripts.deid.names import extend_names, find_names, is_full_name, titled, trim_names
+from scripts.deid.name_edges import extend_names, trim_names
+from scripts.deid.names import find_names, is_full_name, titled
 from scripts.deid.spans import Span
 
 
