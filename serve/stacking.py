@@ -93,11 +93,9 @@ class StackedLinears(nn.Module):
         else:
             weight = torch.cat([base.weight.detach() for base in bases])
             if any(base.bias is not None for base in bases):
+                none = [weight.new_zeros(width) for width in self.widths]
                 bias = torch.cat(
-                    [
-                        base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias.detach()
-                        for base in bases
-                    ]
+                    [each if base.bias is None else base.bias.detach() for base, each in zip(bases, none, strict=True)]
                 )
         options: Any = {"device": rows.device, "dtype": rows.dtype}
         self.packed = packed(weight, bias) if weight is not None else None
@@ -117,7 +115,7 @@ class StackedLinears(nn.Module):
 
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all layers in one tensor, (…, out)."""
-        y = self._of_base(x)
+        y = self._of_base(x).contiguous()
         columns, mask = self.rows.columns, self.rows.mask
         if columns is None:
             return y
