@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from scripts.common.stages import BASE
 from scripts.model.base import copy_out_of_file
@@ -103,6 +104,7 @@ class StackedLinears(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("A", torch.zeros(rows.width, len(bases), inputs, **options), persistent=False)
         self.register_buffer("B", torch.zeros(rows.width, len(bases), sum(self.widths), **options), persistent=False)
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.weight: Any  # None where it is packed
         self.bias: torch.Tensor | None
         self.A: torch.Tensor
@@ -119,12 +121,18 @@ class StackedLinears(nn.Module):
         columns, mask = self.rows.columns, self.rows.mask
         if columns is None:
             return y
-        A, B = self.A[columns], self.B[columns]
-        hidden = linear(x, A.flatten(0, 1))
+        A, B = self._factors(columns.start, columns.stop)
+        hidden = functional.linear(x, A)
         if mask is not None:
-            hidden = hidden.view(len(mask), -1, *A.shape[:2]) * mask
-        y.flatten(0, -2).addmm_(hidden.view(-1, A.shape[0] * A.shape[1]), B.flatten(0, 1))
+            hidden = hidden.view(len(mask), -1, mask.shape[2], len(self.widths)) * mask
+        y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, len(A)), B)
         return y
+
+    def _factors(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (k columns, in) and B (k columns, out) of some columns, as views that are made once."""
+        if (start, stop) not in self._views:
+            self._views[start, stop] = self.A[start:stop].flatten(0, 1), self.B[start:stop].flatten(0, 1)
+        return self._views[start, stop]
 
     def _of_base(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
@@ -154,6 +162,7 @@ class StackedLinears(nn.Module):
     def become(self, parts: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Take over what `grown` made."""
         self.A, self.B = parts
+        self._views.clear()
 
     def write(self, number: int, start: int, layer: LoraWeights | None, rank: int) -> None:
         """Put an adapter's matrices for one of the layers into its columns; without any, zeros."""

@@ -89,16 +89,22 @@ class Rotate(torch.autograd.Function):
 def rotated(
     heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int
 ) -> tuple[torch.Tensor, ...]:
-    """Do what Rotate does without a gradient, in as few steps as there are: beside a few tokens each counts."""
+    """Do what Rotate does without a gradient, in as few steps as there are: beside a few tokens each counts.
+
+    sin: as `_signed` returns it.
+    """
     size = cos.shape[1]
     parts = heads.unflatten(1, (-1, size))
     of_q = parts.shape[1] - 2 * groups
     turning = parts[:, :-groups]
-    halves_apart = torch.cat([-sin[:, : size // 2], sin[:, size // 2 :]], 1)
-    q, k = torch.addcmul(turning * cos[:, None], turning.roll(size // 2, -1), halves_apart[:, None]).split(
-        [of_q, groups], 1
-    )
+    q, k = torch.addcmul(turning * cos[:, None], turning.roll(size // 2, -1), sin[:, None]).split([of_q, groups], 1)
     return (q * scale).unflatten(1, (groups, -1)).transpose(0, 1), k.transpose(0, 1), parts[:, -groups:].transpose(0, 1)
+
+
+def _signed(sin: torch.Tensor) -> torch.Tensor:
+    """Return sin for halves that change places, (-x2, x1) being x's: the first half negative."""
+    first, second = sin.chunk(2, 1)
+    return torch.cat([-first, second], 1)
 
 
 def _split(heads: torch.Tensor, groups: int, size: int) -> tuple[torch.Tensor, ...]:
@@ -423,10 +429,11 @@ class LeanDecoder:
         return self.norm(x)
 
     def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Return cos and sin (N, D) for each kind of layer, as the library scales them."""
+        """Return cos and sin (N, D) for each kind of layer, as the library scales them; sin as Rotate or as `rotated` takes it."""
         kinds = {layer.kind: [layer.kind] if self.of_kind else [] for layer in self.layers}
         found = {kind: self.decoder.rotary_emb(x[None], positions[None], *more) for kind, more in kinds.items()}
-        return {kind: (cos[0], sin[0]) for kind, (cos, sin) in found.items()}
+        sign = (lambda sin: sin) if torch.is_grad_enabled() else _signed
+        return {kind: (cos[0], sign(sin[0])) for kind, (cos, sin) in found.items()}
 
 
 class _Norm:
