@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 # Below this temperature the most likely token wins with certainty in any float type.
 GREEDY_BELOW = 1e-4
-# A nucleus rarely holds more candidates; only when it does is the whole vocabulary sorted.
-CANDIDATES = 256
 
 
 @dataclass(frozen=True)
@@ -127,25 +125,21 @@ def _draw(probabilities: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]
     """Draw a token from each row of probabilities (B, V); all rows have the same top_k, and a top_p or none."""
     import torch
 
+    from scripts.model.generation import choose_among_likeliest
+
     top_k, device = samplers[0].sampling.top_k, probabilities.device
     top_p = torch.tensor([each.sampling.top_p for each in samplers], device=device)[:, None]
     drawn = torch.tensor([each.random.random() for each in samplers], dtype=torch.float64, device=device)[:, None]
     if not top_k and samplers[0].sampling.top_p == 1:
         return _places(probabilities, drawn)[:, 0].tolist()
-    top, ids = probabilities.topk(min(top_k or CANDIDATES, probabilities.shape[1]))
-    if top_k:
-        top = top / top.sum(-1, keepdim=True)
-    tokens = ids.gather(1, _places(_nucleus(top, top_p), drawn))
-    more = top.sum(-1) < top_p[:, 0]
-    if not top_k and bool(more.any()):  # only rows whose nucleus is larger are sorted as a whole
-        top, ids = probabilities[more].sort(descending=True)
-        tokens[more] = ids.gather(1, _places(_nucleus(top, top_p[more]), drawn[more]))
-    return tokens[:, 0].tolist()
 
+    def place(top: torch.Tensor, rows: Any) -> torch.Tensor:
+        if top_k:
+            top = top / top.sum(-1, keepdim=True)
+        # A token stays while those before it have not reached top_p, so the first always stays.
+        return _places(top * (top.cumsum(-1) - top < top_p[rows]), drawn[rows])
 
-def _nucleus(top: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Keep a token while those before it have not reached top_p, so the first always stays."""
-    return top * (top.cumsum(-1) - top < top_p)
+    return choose_among_likeliest(probabilities, top_k, lambda top: top.sum(-1) < top_p[:, 0], place)
 
 
 def _places(probabilities: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from scripts.deid.languages import leads_to_name, months_of
-from scripts.deid.names import CUE, INTRODUCTION, TITLE, WORDS, is_name, is_part_of_name, local_names
+from scripts.deid.names import CUE, INTRODUCTION, SURE, TITLE, WORDS, is_name, is_part_of_name, local_names
 from scripts.deid.spans import TAG, Span
 from scripts.deid.words import words
 
@@ -32,8 +32,6 @@ _CAPITALISED = re.compile(r"\b[^\W\d_a-zß-öø-ÿ][a-zß-öø-ÿ]")
 _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
 # What a name in small letters that is on no list must score. Below these, most of what Rampart takes for one is a word.
 _LED_TO, _SURE = 0.7, 0.9
-# Rampart is seldom this sure of what is none.
-_SURE_NOUN = 0.98
 _UNSURE_NOUN = 0.8
 _ARTICLE = re.compile(
     r"(?i)\b(?:im|ins|am|ans|zum|zur|beim|vom|aufs|das|des|ein|eine[mnrs]?|keine?|jede[mnrs]?|diese[mnrs]?) \Z"
@@ -204,7 +202,7 @@ class Doubts:
         if self.language != "en":
             led = leads_to_name(self.language).search(self.text, before, span.start)
             listed = any(map(is_part_of_name, re.findall(r"[^\W\d_]{2,}", surface)))
-            return self.capitals and span.score < (_SURE if listed else _SURE_NOUN) and not led
+            return self.capitals and span.score < (_SURE if listed else SURE) and not led
         if INTRODUCTION.search(self.text, before, span.start) or _speaks(self.text, span):
             return False
         if surface in WORDS or not self.capitals:
@@ -220,7 +218,7 @@ class Doubts:
         """Say whether a single German word is a noun, which has a capital as names do: on no list, and within a sentence or with
         the ending of one.
         """
-        if not re.fullmatch(r"[^\W\d_]+", surface) or span.score >= _SURE_NOUN:
+        if not re.fullmatch(r"[^\W\d_]+", surface) or span.score >= SURE:
             return False
         article = _ARTICLE.search(self.text, max(0, span.start - 10), span.start)
         if span.entity == "LOCATION":

@@ -11,6 +11,7 @@ from scripts.deid.languages import function_words, no_name, vocabulary
 from scripts.deid.names import (
     BESIDE_NAMES,
     PARTICLES,
+    SURE,
     family_names,
     given_names,
     is_name,
@@ -21,7 +22,6 @@ from scripts.deid.names import (
 from scripts.deid.spans import Span
 
 _WORD = re.compile(r"[^\s,;:]+")
-_SURE = 0.98  # Rampart is seldom this sure of what is none
 _NEXT = re.compile(r"(?P<gap>[ \u00a0]|-)(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)")
 _PREVIOUS = re.compile(r"(?P<word>[^\W\d_][\w'’-]*)(?P<dot>\.?)(?P<gap>[ \u00a0]|-)\Z")
 _OP_DEN = re.compile(r"op(?= (?:de[nr]?|het) [^\W\d_a-zß-öø-ÿ])")
@@ -174,7 +174,7 @@ def _without_small_words(text: str, words: Words, language: str) -> Words:
 
 def _without_function_words(words: Words, score: float, language: str) -> Words:
     """Take off capitalised function words and relatives before a name: `Sie Henning`, `Kunde Plog`; alone they are none."""
-    while words and (score < _SURE or len(words) > 1) and words[0][0].istitle() and _is_common(words[0][0], language):
+    while words and (score < SURE or len(words) > 1) and words[0][0].istitle() and _is_common(words[0][0], language):
         if words[0].string[words[0].end() :][:1] == ",":  # `Neveu, Claire`
             break
         words = words[1:]

@@ -16,6 +16,8 @@ from scripts.deid.languages import function_words, leads_to_name, vocabulary
 from scripts.deid.spans import Span
 from scripts.deid.words import words
 
+SURE = 0.98  # Rampart is seldom this sure of what is no name
+
 WORDS = words("everyday")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _CAPITAL = r"[^\W\d_a-zà-öø-ÿ][\w'’-]*"

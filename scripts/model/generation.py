@@ -207,14 +207,35 @@ def choose(logits: torch.Tensor, sampling: Sampling, randoms: Sequence[random.Ra
     drawn = torch.tensor([each.random() for each in randoms], dtype=torch.float64, device=logits.device)[:, None]
     if not sampling.top_k and sampling.top_p == 1:
         return _places(logits, total, drawn, 1)[:, 0].tolist()
-    best, ids = logits.topk(min(sampling.top_k or CANDIDATES, logits.shape[1]))
-    if sampling.top_k:
-        total = best.logsumexp(-1, keepdim=True)
-    tokens = ids.gather(1, _places(best, total, drawn, sampling.top_p))
-    more = (best - total).exp().sum(-1) < sampling.top_p if not sampling.top_k else None
-    if more is not None and bool(more.any()):  # only rows whose nucleus is larger are sorted as a whole
-        best, ids = logits[more].sort(descending=True)
-        tokens[more] = ids.gather(1, _places(best, total[more], drawn[more], sampling.top_p))
+
+    def place(best: torch.Tensor, rows: Any) -> torch.Tensor:
+        of_rows = best.logsumexp(-1, keepdim=True) if sampling.top_k else total[rows]
+        return _places(best, of_rows, drawn[rows], sampling.top_p)
+
+    def lacks(best: torch.Tensor) -> torch.Tensor:
+        return (best - total).exp().sum(-1) < sampling.top_p
+
+    return choose_among_likeliest(logits, sampling.top_k, lacks, place)
+
+
+def choose_among_likeliest(
+    scores: torch.Tensor,
+    top_k: int,
+    lacks: Callable[[torch.Tensor], torch.Tensor],
+    place: Callable[[torch.Tensor, Any], torch.Tensor],
+) -> list[int]:
+    """Choose a token for each row of scores (B, V) among its likeliest: top_k of them, or as many as its nucleus needs.
+
+    lacks: says of each row whether the given scores, the highest first, are less than its nucleus; place: returns which of
+    them is chosen, (n, 1), for the rows that an index names.
+    """
+    best, ids = scores.topk(min(top_k or CANDIDATES, scores.shape[1]))
+    tokens = ids.gather(1, place(best, slice(None)))
+    if not top_k:
+        more = lacks(best)
+        if bool(more.any()):  # only these rows are sorted as a whole
+            best, ids = scores[more].sort(descending=True)
+            tokens[more] = ids.gather(1, place(best, more))
     return tokens[:, 0].tolist()
 
 
