@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch.nn import functional
 from scripts.model.memory import LEAN_KEPT_KEYS
 from scripts.model.shape import ModelShape
 from scripts.speed.lora_products import Product, with_room
-from scripts.speed.packing import Packed, Piece, columns_of
+from scripts.speed.packing import Alike, Packed, Piece
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # q, k, v and room
@@ -59,67 +59,65 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
-    """Cut heads (N, (G R + 2 G) D) into q (G, N, R, D), k and v (G, N, D); turn q and k by their position, cos and sin (N, D)."""
+    """Do what `rotated` does, with a gradient; `room` is that of the gradient of heads."""
 
     @staticmethod
     def forward(
         ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int, room: int
-    ) -> Any:
-        count, size = len(heads), cos.shape[1]
-        q, k, v = _split(heads, groups, size)
+    ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.scale, ctx.width, ctx.room = scale, heads.shape[1], room
-        queries, keys = q.new_empty(groups, count, q.shape[2], size), k.new_empty(groups, count, size)
-        _turn(q, cos[:, None, None] * scale, sin[:, None, None] * scale, queries.transpose(0, 1))
-        _turn(k, cos[:, None], sin[:, None], keys.transpose(0, 1))
-        return queries, keys, v.transpose(0, 1).contiguous()
+        return rotated(heads, cos, sin, scale, groups)
 
     @staticmethod
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         groups, count, size = grad_k.shape
         grad = with_room(count, ctx.width, ctx.room, grad_k)
-        q, k, v = _split(grad, groups, size)
-        _turn(grad_q.transpose(0, 1), cos[:, None, None] * ctx.scale, sin[:, None, None] * -ctx.scale, q)
-        _turn(grad_k.transpose(0, 1), cos[:, None], -sin[:, None], k)
-        v.copy_(grad_v.transpose(0, 1))
+        turned, of_v = _heads_of(grad, groups, size)
+        grad_turned = turned.new_empty(turned.shape)
+        q, k = _queries_and_keys(grad_turned, groups)
+        torch.mul(grad_q, ctx.scale, out=q)
+        k.copy_(grad_k)
+        _turn(grad_turned, cos, -sin, output=turned)  # back by the same angle
+        of_v.copy_(grad_v.transpose(0, 1))
         return grad, None, None, None, None, None
 
 
 def rotated(
     heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, groups: int
 ) -> tuple[torch.Tensor, ...]:
-    """Do what Rotate does without a gradient, in as few steps as there are: beside a few tokens each counts.
+    """Cut heads (N, (G R + 2 G) D) into q (G, N, R, D), k and v (G, N, D); turn q and k by their position, and scale q.
 
-    sin: as `_signed` returns it.
+    cos, sin: (N, D), sin as `_signed` returns it.
     """
-    size = cos.shape[1]
+    turning, v = _heads_of(heads, groups, cos.shape[1])
+    q, k = _queries_and_keys(_turn(turning, cos, sin), groups)
+    queries = torch.mul(q, scale, out=q.new_empty(q.shape))
+    return queries, k.contiguous(), v.transpose(0, 1).contiguous()
+
+
+def _heads_of(heads: torch.Tensor, groups: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of the heads that are turned, (N, G R + G, D), and of v, (N, G, D)."""
     parts = heads.unflatten(1, (-1, size))
-    of_q = parts.shape[1] - 2 * groups
-    turning = parts[:, :-groups]
-    q, k = torch.addcmul(turning * cos[:, None], turning.roll(size // 2, -1), sin[:, None]).split([of_q, groups], 1)
-    return (q * scale).unflatten(1, (groups, -1)).transpose(0, 1), k.transpose(0, 1), parts[:, -groups:].transpose(0, 1)
+    return parts[:, :-groups], parts[:, -groups:]
+
+
+def _queries_and_keys(turned: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views q (G, N, R, D) and k (G, N, D)."""
+    q, k = turned[:, :-groups], turned[:, -groups:]
+    return q.unflatten(1, (groups, -1)).transpose(0, 1), k.transpose(0, 1)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x * cos + (-x2, x1) * sin (Su et al. 2021, equation 34), x1 and x2 being the halves of each head; x (N, H, D)."""
+    return torch.mul(x, cos[:, None], out=output).addcmul_(x.roll(x.shape[-1] // 2, -1), sin[:, None])
 
 
 def _signed(sin: torch.Tensor) -> torch.Tensor:
     """Return sin for halves that change places, (-x2, x1) being x's: the first half negative."""
     first, second = sin.chunk(2, 1)
     return torch.cat([-first, second], 1)
-
-
-def _split(heads: torch.Tensor, groups: int, size: int) -> tuple[torch.Tensor, ...]:
-    """Return views q (N, G, R, D), k and v (N, G, D)."""
-    shared = groups * size
-    q, k, v = heads.split([heads.shape[1] - 2 * shared, shared, shared], 1)
-    return q.unflatten(1, (groups, -1, size)), k.unflatten(1, (groups, size)), v.unflatten(1, (groups, size))
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.Tensor) -> None:
-    """Write x * cos + (-x2, x1) * sin (Su et al. 2021, equation 34), x1 and x2 being the halves of each head."""
-    half = x.shape[-1] // 2
-    first, second, cos, sin = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
-    torch.mul(first, cos, out=output[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=output[..., half:]).addcmul_(first, sin)
 
 
 class Attend(torch.autograd.Function):
@@ -136,14 +134,14 @@ class Attend(torch.autograd.Function):
         groups, count, size = k.shape
         output = with_room(count, groups * q.shape[2] * size, room, q)
         kept = []
-        for pieces in packed.alike:
-            queries, keys, values = _gathered(q, k, v, pieces)
+        for alike in packed.alike:
+            queries, keys, values = _gathered(q, k, v, alike)
             found = torch.empty_like(queries)
-            for block, used in _blocks(pieces):
-                weights = _weights(queries[:, block], keys[:, :used], pieces, window)
+            for block, used in _blocks(alike):
+                weights = _weights(queries[:, block], keys[:, :used], alike, window)
                 found[:, block] = (weights @ values[:, :used]).view_as(found[:, block])
                 kept.append(weights if used <= LEAN_KEPT_KEYS else None)
-            _put(output.view(count, groups, -1).transpose(0, 1), found, pieces)
+            _put(output.view(count, groups, -1).transpose(0, 1), found, alike)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.packed, ctx.window = packed, window
         return output
@@ -154,87 +152,86 @@ class Attend(torch.autograd.Function):
         groups, count, size = k.shape
         kept = iter(saved)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for pieces in ctx.packed.alike:
-            queries, keys, values = _gathered(q, k, v, pieces)
-            grads = _side_by_side(grad.view(count, groups, -1).transpose(0, 1), pieces)
-            grad_queries, grad_keys, grad_values = map(torch.zeros_like, (queries, keys, values))
-            for block, used in _blocks(pieces):
+        grad_of_groups = grad.contiguous().view(count, groups, -1).transpose(0, 1)
+        for alike in ctx.packed.alike:
+            queries, keys, values = _gathered(q, k, v, alike)
+            grads = _side_by_side(grad_of_groups, alike.own)
+            grads.view(groups, -1, grads.shape[-1])[:, alike.padding] = 0
+            grad_queries, grad_keys, grad_values = (
+                torch.empty_like(queries),
+                torch.zeros_like(keys),
+                torch.zeros_like(values),
+            )
+            for block, used in _blocks(alike):
                 weights = next(kept)
                 if weights is None:
-                    weights = _weights(queries[:, block], keys[:, :used], pieces, ctx.window)
+                    weights = _weights(queries[:, block], keys[:, :used], alike, ctx.window)
                 queries_of_block, grad_found = (x[:, block].reshape(len(x), -1, size) for x in (queries, grads))
                 grad_weights = grad_found @ values[:, :used].transpose(1, 2)
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 grad_queries[:, block] = (grad_scores @ keys[:, :used]).view_as(grad_queries[:, block])
                 grad_keys[:, :used] += grad_scores.transpose(1, 2) @ queries_of_block
                 grad_values[:, :used] += weights.transpose(1, 2) @ grad_found
-            _put(grad_q.view(groups, count, -1), grad_queries, pieces)
-            _put(grad_k, grad_keys, pieces, with_past=True)
-            _put(grad_v, grad_values, pieces, with_past=True)
+            _put(grad_q.view(groups, count, -1), grad_queries, alike)
+            _add(grad_k, grad_keys, alike.seen)
+            _add(grad_v, grad_values, alike.seen)
         return grad_q, grad_k, grad_v, None, None, None
 
 
-# Pieces side by side have T columns for their own tokens and S for what stands before, which ends where they begin. The rows
-# `s s a b` and `s c` of s s | a b | s c are one piece with a past and one without: `s s a b` beside `_ _ s c`.
+def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alike: Alike) -> tuple[torch.Tensor, ...]:
+    """Return queries (G P, T, R D), keys and values (G P, S + T, D) of pieces side by side."""
+    return _side_by_side(q.flatten(2), alike.own), _side_by_side(k, alike.seen), _side_by_side(v, alike.seen)
 
 
-def _columns(pieces: Sequence[Piece], with_past: bool) -> Any:
-    """Yield number of the piece, start and end in the packed list, and column of each stretch."""
-    before = columns_of(pieces)[1] if with_past else 0
-    for number, piece in enumerate(pieces):
-        column = before - piece.past_tokens if with_past else 0
-        for start, end in (*(piece.past if with_past else ()), (piece.start, piece.end)):
-            yield number, start, end, slice(column, column + end - start)
-            column += end - start
+def _side_by_side(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Gather tokens of x (G, N, W) that stand at places (P, t): (G P, t, W)."""
+    flat, rows = _rows(x, places)
+    return flat.index_select(0, rows).view(-1, places.shape[1], x.shape[2])
 
 
-def _side_by_side(x: torch.Tensor, pieces: Sequence[Piece], with_past: bool = False) -> torch.Tensor:
-    """Gather the tokens of pieces from x (G, N, ·): (G P, T, ·), or with what stands before them (G P, S + T, ·)."""
-    own, past = columns_of(pieces)
-    gathered = x.new_zeros(len(x), len(pieces), own + past * with_past, x.shape[2])
-    for number, start, end, columns in _columns(pieces, with_past):
-        gathered[:, number, columns] = x[:, start:end]
-    return gathered.flatten(0, 1)
+def _add(total: torch.Tensor, gathered: torch.Tensor, places: torch.Tensor) -> None:
+    """Add what was computed of tokens side by side, (G P, t, W), to those that stand at places of (G, N, W)."""
+    flat, rows = _rows(total, places)
+    flat.index_add_(0, rows, gathered.flatten(0, 1))
 
 
-def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
-    """Return queries (G P, T, R D), keys and values (G P, S + T, D) of pieces."""
-    queries = _side_by_side(q.flatten(2), pieces)
-    return queries, _side_by_side(k, pieces, with_past=True), _side_by_side(v, pieces, with_past=True)
+def _rows(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x (G, N, W) as rows of W, in which order ever G and N lie in memory, and which of them hold the places."""
+    groups, count, width = x.shape
+    of_group, of_token = x.stride(0) // width, x.stride(1) // width
+    rows = torch.arange(groups)[:, None] * of_group + places.flatten() * of_token
+    return x.as_strided((groups * count, width), (width, 1)), rows.flatten()
 
 
-def _put(total: torch.Tensor, gathered: torch.Tensor, pieces: Sequence[Piece], with_past: bool = False) -> None:
-    """Put what was computed of pieces where their tokens stand in (G, N, ·); with the past, where others add to it too, add it."""
-    by_piece = gathered.view(len(total), len(pieces), *gathered.shape[1:])
-    for number, start, end, columns in _columns(pieces, with_past):
-        if with_past:
-            total[:, start:end] += by_piece[:, number, columns]
-        else:
-            total[:, start:end] = by_piece[:, number, columns]
+def _put(total: torch.Tensor, gathered: torch.Tensor, alike: Alike) -> None:
+    """Put what was computed of pieces (G P, T, W) where their own tokens stand in (G, N, W)."""
+    by_piece = gathered.view(len(total), len(alike.pieces), *gathered.shape[1:])
+    for number, piece in enumerate(alike.pieces):
+        total[:, piece.start : piece.end] = by_piece[:, number, : len(piece)]
 
 
-def _blocks(pieces: Sequence[Piece]) -> Any:
+def _blocks(alike: Alike) -> Iterator[tuple[slice, int]]:
     """Yield the columns of some queries, and how many columns of keys they see."""
-    own, past = columns_of(pieces)
+    own = alike.own.shape[1]
     for begin in range(0, own, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, own)
-        yield slice(begin, end), past + end
+        yield slice(begin, end), alike.past_tokens + end
 
 
-def _weights(q: torch.Tensor, k: torch.Tensor, pieces: Sequence[Piece], window: int | None) -> torch.Tensor:
+def _weights(q: torch.Tensor, k: torch.Tensor, alike: Alike, window: int | None) -> torch.Tensor:
     """Return how much queries (G P, t, R D) look at the keys up to the last of them (G P, s, D): (G P, t R, s)."""
     (rows, tokens, _), (_, seen, size) = q.shape, k.shape
     scores = q.reshape(rows, -1, size) @ k.transpose(1, 2)
-    by_token = scores.view(-1, len(pieces), tokens, scores.shape[1] // tokens, seen)
+    by_token = scores.view(-1, len(alike.pieces), tokens, scores.shape[1] // tokens, seen)
     if tokens > 1:
         by_token[..., seen - tokens :] += scores.new_full((tokens, tokens), -torch.inf).triu_(1)[:, None]
     if window is not None and seen > window:
         place = torch.arange(seen, device=q.device)
         by_token.masked_fill_((place[seen - tokens :, None] - place >= window)[:, None], -torch.inf)
-    past = columns_of(pieces)[1]
-    for number, piece in enumerate(pieces):
-        if piece.past_tokens < past:  # no infinity here: the queries of a short piece's padding may see nothing else
-            by_token[:, number, ..., : past - piece.past_tokens] = torch.finfo(scores.dtype).min
+    for number, piece in enumerate(alike.pieces):
+        gap = alike.past_tokens - piece.past_tokens
+        if gap:  # no infinity here: the queries of a short piece's padding may see nothing else
+            by_token[:, number, ..., :gap] = torch.finfo(scores.dtype).min
     return scores.softmax(-1)
 
 
@@ -375,6 +372,10 @@ class Gate(torch.autograd.Function):
         gate, up = both.chunk(2, 1)
         grad_both = with_room(len(both), both.shape[1], ctx.room, both)
         grad_gate, grad_up = grad_both.chunk(2, 1)
+        if isinstance(ctx.act, torch.nn.SiLU):  # of nearly all these models: written where it belongs
+            torch.mul(grad, ctx.act(gate), out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+            return grad_both, None, None, None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             acted = ctx.act(gate)
@@ -429,11 +430,10 @@ class LeanDecoder:
         return self.norm(x)
 
     def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Return cos and sin (N, D) for each kind of layer, as the library scales them; sin as Rotate or as `rotated` takes it."""
+        """Return cos and sin (N, D) for each kind of layer, as the library scales them, sin as `rotated` takes it."""
         kinds = {layer.kind: [layer.kind] if self.of_kind else [] for layer in self.layers}
         found = {kind: self.decoder.rotary_emb(x[None], positions[None], *more) for kind, more in kinds.items()}
-        sign = (lambda sin: sin) if torch.is_grad_enabled() else _signed
-        return {kind: (cos[0], sign(sin[0])) for kind, (cos, sin) in found.items()}
+        return {kind: (cos[0], _signed(sin[0])) for kind, (cos, sin) in found.items()}
 
 
 class _Norm:

@@ -32,6 +32,28 @@ class Piece:
         return sum(end - start for start, end in self.past)
 
 
+class Alike:
+    """Pieces that attend side by side, P of them: T columns for their own tokens, behind S for what stands before.
+
+    What stands before ends where they begin: the rows `s s a b` and `s c` of s s | a b | s c are one piece with a past and
+    one without, `s s a b` beside `_ _ s c`. A column without a token stands for its piece's first one.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = pieces
+        own, self.past_tokens = columns_of(pieces)
+        rows: list[list[int]] = []
+        padding: list[int] = []
+        for number, piece in enumerate(pieces):
+            before = [place for stretch in piece.past for place in range(*stretch)]
+            gaps = self.past_tokens - len(before), own - len(piece)
+            rows.append([*[piece.start] * gaps[0], *before, *range(piece.start, piece.end), *[piece.start] * gaps[1]])
+            padding.extend(range(number * own + len(piece), (number + 1) * own))
+        self.seen = torch.tensor(rows)  # (P, S + T), where in the packed list the tokens of the columns stand
+        self.own = self.seen[:, self.past_tokens :]
+        self.padding = torch.tensor(padding, dtype=torch.long)  # columns of all own ones, (P T), without a token
+
+
 @dataclass(frozen=True)
 class Packed:
     """Rows as trees. Shapes: ids and positions (N,); places: for each row, where each of its tokens stands, (T,)."""
@@ -42,7 +64,7 @@ class Packed:
     places: list[torch.Tensor]
 
     @cached_property
-    def alike(self) -> list[list[Piece]]:
+    def alike(self) -> list[Alike]:
         """Return the pieces, those together that have and see about as many tokens."""
         found: list[list[Piece]] = []
         for piece in sorted(self.pieces, key=lambda piece: (piece.past_tokens + len(piece), len(piece))):
@@ -52,7 +74,7 @@ class Packed:
                 found[-1].append(piece)
             else:
                 found.append([piece])
-        return found
+        return [Alike(pieces) for pieces in found]
 
     def to(self, device: torch.device) -> Packed:
         """Return the same on a device."""
