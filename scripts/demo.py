@@ -148,11 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     (outputs / "demo.json").write_text(
         json.dumps(measured(outputs, seconds, flops), indent=1) + "\n", encoding="utf-8", newline="\n"
     )
+    store = f' --backend-store-uri "{SMOKE_SETTINGS["tracking.mlflow_tracking_uri"]}"' if arguments.smoke else ""
     log.info(
-        "done in %.0f minutes\n  look at   %s (open it in a browser)\n  ask       %s\n  runs      mlflow ui --port 5000\n  serve     %s",
+        "done in %.0f minutes\n  look at   %s (open it in a browser)\n  ask       %s\n  runs      %s\n  serve     %s",
         sum(seconds.values()) / 60,
         outputs.relative_to(ROOT) / "comparison" / "report.html",
         f'python -m serve.ask "…" {shlex.join(common)}',
+        f"mlflow ui --port 5000{store}",
         f"LLM_CONFIG={CONFIG} uvicorn serve.fastapi_server:app --port 8000",
     )
     return 0
