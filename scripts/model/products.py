@@ -19,12 +19,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     the same bits.
     """
     tokens = x.numel() // x.shape[-1]
-    if (
-        not 0 < tokens <= FEW_TOKENS
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or not torch.backends.mkl.is_available()
-    ):
+    by_mkl = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkl.is_available()
+    if not by_mkl or not 0 < tokens <= FEW_TOKENS:
         return functional.linear(x, weight, bias)
     rows = x.reshape(tokens, -1)
     product = (weight @ (rows if tokens > 1 else rows.expand(2, -1).contiguous()).T)[:, :tokens].T

@@ -136,12 +136,12 @@ class Attend(torch.autograd.Function):
         kept = []
         for alike in packed.alike:
             queries, keys, values = _gathered(q, k, v, alike)
-            found = torch.empty_like(queries)
+            found = []
             for block, used in _blocks(alike):
                 weights = _weights(queries[:, block], keys[:, :used], alike, window)
-                found[:, block] = (weights @ values[:, :used]).view_as(found[:, block])
+                found.append((weights @ values[:, :used]).view_as(queries[:, block]))
                 kept.append(weights if used <= LEAN_KEPT_KEYS else None)
-            _put(output.view(count, groups, -1).transpose(0, 1), found, alike)
+            _put(output.view(count, groups, -1).transpose(0, 1), _joined(found), alike)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.packed, ctx.window = packed, window
         return output
@@ -155,13 +155,10 @@ class Attend(torch.autograd.Function):
         grad_of_groups = grad.contiguous().view(count, groups, -1).transpose(0, 1)
         for alike in ctx.packed.alike:
             queries, keys, values = _gathered(q, k, v, alike)
-            grads = _side_by_side(grad_of_groups, alike.own)
+            grads = _side_by_side(grad_of_groups, alike, own=True)
             grads.view(groups, -1, grads.shape[-1])[:, alike.padding] = 0
-            grad_queries, grad_keys, grad_values = (
-                torch.empty_like(queries),
-                torch.zeros_like(keys),
-                torch.zeros_like(values),
-            )
+            grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+            found: list[torch.Tensor] = []
             for block, used in _blocks(alike):
                 weights = next(kept)
                 if weights is None:
@@ -169,38 +166,43 @@ class Attend(torch.autograd.Function):
                 queries_of_block, grad_found = (x[:, block].reshape(len(x), -1, size) for x in (queries, grads))
                 grad_weights = grad_found @ values[:, :used].transpose(1, 2)
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_queries[:, block] = (grad_scores @ keys[:, :used]).view_as(grad_queries[:, block])
                 grad_keys[:, :used] += grad_scores.transpose(1, 2) @ queries_of_block
                 grad_values[:, :used] += weights.transpose(1, 2) @ grad_found
-            _put(grad_q.view(groups, count, -1), grad_queries, alike)
-            _add(grad_k, grad_keys, alike.seen)
-            _add(grad_v, grad_values, alike.seen)
+                found.append((grad_scores @ keys[:, :used]).view_as(queries[:, block]))
+            _put(grad_q.view(groups, count, -1), _joined(found), alike)
+            _add(grad_k, grad_keys, alike)
+            _add(grad_v, grad_values, alike)
         return grad_q, grad_k, grad_v, None, None, None
 
 
 def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, alike: Alike) -> tuple[torch.Tensor, ...]:
     """Return queries (G P, T, R D), keys and values (G P, S + T, D) of pieces side by side."""
-    return _side_by_side(q.flatten(2), alike.own), _side_by_side(k, alike.seen), _side_by_side(v, alike.seen)
+    queries = _side_by_side(q.flatten(2), alike, own=True)
+    return queries, _side_by_side(k, alike, own=False), _side_by_side(v, alike, own=False)
 
 
-def _side_by_side(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Gather tokens of x (G, N, W) that stand at places (P, t): (G P, t, W)."""
-    flat, rows = _rows(x, places)
-    return flat.index_select(0, rows).view(-1, places.shape[1], x.shape[2])
+def _side_by_side(x: torch.Tensor, alike: Alike, *, own: bool) -> torch.Tensor:
+    """Gather the tokens of pieces from x (G, N, W): their own (G P, T, W), or all that they see (G P, S + T, W)."""
+    flat, rows = _rows(x, alike, own)
+    return flat.index_select(0, rows).view(len(x) * len(alike.pieces), -1, x.shape[2])
 
 
-def _add(total: torch.Tensor, gathered: torch.Tensor, places: torch.Tensor) -> None:
-    """Add what was computed of tokens side by side, (G P, t, W), to those that stand at places of (G, N, W)."""
-    flat, rows = _rows(total, places)
+def _add(total: torch.Tensor, gathered: torch.Tensor, alike: Alike) -> None:
+    """Add what was computed of all that pieces see, (G P, S + T, W), to where it stands in (G, N, W)."""
+    flat, rows = _rows(total, alike, own=False)
     flat.index_add_(0, rows, gathered.flatten(0, 1))
 
 
-def _rows(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (G, N, W) as rows of W, in which order ever G and N lie in memory, and which of them hold the places."""
+def _rows(x: torch.Tensor, alike: Alike, own: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x (G, N, W) as rows of W, in which order ever G and N lie in memory, and which of them pieces take."""
     groups, count, width = x.shape
-    of_group, of_token = x.stride(0) // width, x.stride(1) // width
-    rows = torch.arange(groups)[:, None] * of_group + places.flatten() * of_token
-    return x.as_strided((groups * count, width), (width, 1)), rows.flatten()
+    rows = alike.rows(groups, x.stride(0) // width, x.stride(1) // width, own=own)
+    return x.as_strided((groups * count, width), (width, 1)), rows
+
+
+def _joined(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Return what was computed of blocks of queries, (G P, t, W) each: (G P, T, W)."""
+    return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
 
 
 def _put(total: torch.Tensor, gathered: torch.Tensor, alike: Alike) -> None:

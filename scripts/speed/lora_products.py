@@ -11,6 +11,8 @@ from torch.nn import functional
 from scripts.common.machine import empty_heap
 from scripts.model.products import FEW_TOKENS, linear
 
+OUTPUTS_AT_ONCE = 1024
+
 
 def has_adapters(layer: Any) -> bool:
     """Tell whether PEFT has put adapters beside a layer; PEFT itself, which loads for seconds, is not asked."""
@@ -195,11 +197,11 @@ class _AdaptedProduct(torch.autograd.Function):
         if ranks:
             torch.mm(x, matrix[outputs:, :inputs].T, out=wide[:, inputs:])  # A x
         upper = matrix[:outputs]
-        if residual is None or len(x) <= FEW_TOKENS:
+        if len(x) <= FEW_TOKENS:
             output = linear(wide, upper, bias)
             output = output if residual is None else output.add_(residual)
         else:
-            output = torch.addmm(residual, wide, upper.T)
+            output = _wide_product(wide, upper) if residual is None else torch.addmm(residual, wide, upper.T)
             output = output if bias is None else output.add_(bias)
         ctx.save_for_backward(wide, matrix)
         ctx.inputs, ctx.outputs, ctx.columns, ctx.ranks, ctx.scales = inputs, outputs, columns, ranks, scales
@@ -217,11 +219,24 @@ class _AdaptedProduct(torch.autograd.Function):
         grads = (grad_x, grad if ctx.needs_input_grad[1] else None, *[None] * 5)
         if not ctx.ranks or not ctx.needs_input_grad[7]:
             return (*grads, *[None] * (2 * len(ctx.ranks)))
-        grad_As = (hidden_grad.T @ x).float().split(ctx.ranks)
+        grad_As = _narrow_product(hidden_grad, x).float().split(ctx.ranks)
         grad_Bs = [
-            (part.T @ grad[:, columns])
-            .T.float()
-            .mul_(scale)  # a third faster than grad.T @ part: the smaller one turns
+            _narrow_product(part, grad[:, columns]).T.float().mul_(scale)
             for part, columns, scale in zip(hidden.split(ctx.ranks, 1), ctx.columns, ctx.scales, strict=True)
         ]
         return (*grads, *grad_As, *grad_Bs)
+
+
+def _narrow_product(narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Return narrowᵀ wide, (r, W) of (N, r) and (N, W): MKL, in fp32, is 15 % faster as (wideᵀ narrow)ᵀ, oneDNN 20 % slower."""
+    return (wide.T @ narrow).T if wide.dtype == torch.float32 else narrow.T @ wide
+
+
+def _wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x Wᵀ: MKL, in fp32, is 4 to 7 % faster at some hundred tokens where it is not given thousands of outputs at once."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return x @ weight.T
+    output = x.new_empty(len(x), len(weight))
+    for rows, columns in zip(weight.split(OUTPUTS_AT_ONCE), output.split(OUTPUTS_AT_ONCE, 1), strict=True):
+        torch.mm(x, rows.T, out=columns)
+    return output

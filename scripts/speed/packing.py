@@ -52,6 +52,18 @@ class Alike:
         self.seen = torch.tensor(rows)  # (P, S + T), where in the packed list the tokens of the columns stand
         self.own = self.seen[:, self.past_tokens :]
         self.padding = torch.tensor(padding, dtype=torch.long)  # columns of all own ones, (P T), without a token
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def rows(self, groups: int, of_group: int, of_token: int, *, own: bool) -> torch.Tensor:
+        """Return where tokens of each group of heads stand in memory, (G P t,), given the steps to the next group and token.
+
+        All layers of a batch share it.
+        """
+        known = (groups, of_group, of_token, own)
+        if known not in self._rows:
+            places = (self.own if own else self.seen).flatten() * of_token
+            self._rows[known] = (torch.arange(groups)[:, None] * of_group + places).flatten()
+        return self._rows[known]
 
 
 @dataclass(frozen=True)
