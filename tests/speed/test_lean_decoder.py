@@ -281,6 +281,19 @@ def test_rows_that_end_where_others_continue_and_equal_rows_are_packed() -> None
     assert len(packed.ids) < 20 + 3 * 5 + 1  # what saves a few tokens only is not shared
 
 
+def test_pieces_side_by_side_see_their_own_tokens_behind_what_stands_before_them() -> None:
+    packed = pack([*ROWS, SYSTEM[:20] + [94] * 9])
+
+    for alike in packed.alike:
+        for piece, seen, own in zip(alike.pieces, alike.seen.tolist(), alike.own.tolist(), strict=True):
+            before = [place for start, end in piece.past for place in range(start, end)]
+            tokens = [*before, *range(piece.start, piece.end)]
+            gap = alike.past_tokens - len(before)
+            assert seen[gap : gap + len(tokens)] == tokens
+            assert own[: len(piece)] == tokens[len(before) :]
+    assert sorted(piece.start for alike in packed.alike for piece in alike.pieces) == [p.start for p in packed.pieces]
+
+
 @pytest.mark.parametrize("family", TAKEN)
 def test_logits_at_places_and_greedy_answers_equal_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
