@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from scripts import doctor, train_dpo
+from scripts.common import paths
 from scripts.common.config import add_config_arguments, load_config
 from scripts.common.schema import Data
 from scripts.common.stages import DPO, SFT
@@ -27,6 +28,12 @@ from scripts.model.fingerprint import base_fingerprint
 from tests.conftest import ROOT, run_python, write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
 from tests.support.manifests import change_manifest, finish_folder, split_facts
+
+UNTRAINED = {  # with adapters that are not there, whatever was trained in the project's folder
+    "sft": {"output_dir": "untrained/sft"},
+    "dpo": {"beta": 0.1, "output_dir": "untrained/dpo", "init_from": "untrained/sft"},
+    "serve": {"adapter_path": "untrained/dpo"},
+}
 
 Screen = Callable[..., tuple[int, dict[str, list[str]]]]
 
@@ -47,6 +54,9 @@ def screen(
         dpo={"dataset_path": "dpo.jsonl", "max_length": 64, "beta": 0.1},
     )
     monkeypatch.setattr(doctor, "PORTS", {})
+    monkeypatch.setattr(
+        paths, "ROOT", tmp_path
+    )  # whose outputs/ are empty, whatever was trained in the project's folder
 
     def run(*overrides: str) -> tuple[int, dict[str, list[str]]]:
         code = doctor.main(["--config", str(path), *(part for item in overrides for part in ("--set", item))])
@@ -102,7 +112,7 @@ def test_data_lines_say_how_the_records_are_split(screen: Screen) -> None:
 
 def test_slow_libraries_are_not_loaded(write_config: Callable[..., Path], tiny_llama: Path, tmp_path: Path) -> None:
     """Answering in a few seconds depends on it: MLflow alone takes as long as all checks together."""
-    path = write_config(base_model_id=str(tiny_llama), dpo={"beta": 0.1})
+    path = write_config(base_model_id=str(tiny_llama), **UNTRAINED)
     (tmp_path / "mlflow.db").unlink()
     program = (
         "import sys; from scripts import doctor; "
@@ -116,7 +126,7 @@ def test_slow_libraries_are_not_loaded(write_config: Callable[..., Path], tiny_l
 
 
 def test_only_the_last_check_loads_mlflow(write_config: Callable[..., Path], tiny_llama: Path) -> None:
-    path = write_config(base_model_id=str(tiny_llama), dpo={"beta": 0.1})
+    path = write_config(base_model_id=str(tiny_llama), **UNTRAINED)
     program = (
         "import sys; from scripts import doctor; show = doctor.show\n"
         "def shown(name, *arguments):\n"
@@ -548,7 +558,7 @@ def test_what_a_stage_would_refuse_is_bad_and_everything_else_is_checked(
 def test_commands_of_a_configuration_with_spaces_can_be_copied(
     tmp_path: Path, write_config, tiny_llama, capsys
 ) -> None:
-    path = shutil.copy(write_config(base_model_id=str(tiny_llama), dpo={"beta": 0.1}), tmp_path / "my own.yaml")
+    path = shutil.copy(write_config(base_model_id=str(tiny_llama), **UNTRAINED), tmp_path / "my own.yaml")
 
     assert doctor.main(["--config", str(path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"ready: python -m scripts.train_sft --config '{path}' --dry-run"
