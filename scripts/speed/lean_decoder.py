@@ -141,7 +141,7 @@ class Attend(torch.autograd.Function):
                 weights = _weights(queries[:, block], keys[:, :used], alike, window)
                 found.append((weights @ values[:, :used]).view_as(queries[:, block]))
                 kept.append(weights if used <= LEAN_KEPT_KEYS else None)
-            _put(output.view(count, groups, -1).transpose(0, 1), _joined(found), alike)
+            _put(output.view(count, groups, -1).transpose(0, 1), _together(found), alike)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.packed, ctx.window = packed, window
         return output
@@ -169,7 +169,7 @@ class Attend(torch.autograd.Function):
                 grad_keys[:, :used] += grad_scores.transpose(1, 2) @ queries_of_block
                 grad_values[:, :used] += weights.transpose(1, 2) @ grad_found
                 found.append((grad_scores @ keys[:, :used]).view_as(queries[:, block]))
-            _put(grad_q.view(groups, count, -1), _joined(found), alike)
+            _put(grad_q.view(groups, count, -1), _together(found), alike)
             _add(grad_k, grad_keys, alike)
             _add(grad_v, grad_values, alike)
         return grad_q, grad_k, grad_v, None, None, None
@@ -200,7 +200,7 @@ def _rows(x: torch.Tensor, alike: Alike, own: bool) -> tuple[torch.Tensor, torch
     return x.as_strided((groups * count, width), (width, 1)), rows
 
 
-def _joined(blocks: list[torch.Tensor]) -> torch.Tensor:
+def _together(blocks: list[torch.Tensor]) -> torch.Tensor:
     """Return what was computed of blocks of queries, (G P, t, W) each: (G P, T, W)."""
     return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
 

@@ -29,7 +29,7 @@ from tests.conftest import ROOT, run_python, write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
 from tests.support.manifests import change_manifest, finish_folder, split_facts
 
-UNTRAINED = {  # with adapters that are not there, whatever was trained in the project's folder
+UNTRAINED = {  # adapters that are not there, in the project's folder neither
     "sft": {"output_dir": "untrained/sft"},
     "dpo": {"beta": 0.1, "output_dir": "untrained/dpo", "init_from": "untrained/sft"},
     "serve": {"adapter_path": "untrained/dpo"},
@@ -54,9 +54,8 @@ def screen(
         dpo={"dataset_path": "dpo.jsonl", "max_length": 64, "beta": 0.1},
     )
     monkeypatch.setattr(doctor, "PORTS", {})
-    monkeypatch.setattr(
-        paths, "ROOT", tmp_path
-    )  # whose outputs/ are empty, whatever was trained in the project's folder
+    # The project's folder may hold adapters of its own.
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
 
     def run(*overrides: str) -> tuple[int, dict[str, list[str]]]:
         code = doctor.main(["--config", str(path), *(part for item in overrides for part in ("--set", item))])
