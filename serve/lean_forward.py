@@ -34,7 +34,7 @@ class RowCache:
         # Of this pass: each row that is read with its slot, first and last new position, and place in the packed list; or
         # each bank with the rows of the batch that it holds.
         self.reading: list[tuple[int, int, int, slice]] = []
-        self.stepping: list[tuple[Cache, torch.Tensor]] = []
+        self.stepping: list[tuple[Cache, torch.Tensor | None]] = []  # None for all, in their order
         self.masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def read(
@@ -64,7 +64,8 @@ class RowCache:
         for size, slots in self.seats.items():
             bank = self.banks[size]
             bank.lengths = torch.tensor([lengths[slot] for slot in slots], device=device)
-            self.stepping.append((bank, torch.tensor(slots, device=device)))
+            all_in_order = slots == list(range(len(lengths)))
+            self.stepping.append((bank, None if all_in_order else torch.tensor(slots, device=device)))
 
     def _seat(self, slot: int, length: int) -> None:
         """Move a row to the bank that has room for one more token of it."""
@@ -119,18 +120,25 @@ class RowCache:
         """Return what all rows take now."""
         return sum(states.nbytes for states in [*self.own.values(), *(bank.states for bank in self.banks.values())])
 
+    def continues(self, packed: Packed) -> bool:
+        """Return whether each row gets one new token."""
+        return not self.reading
+
     def attention(self, number: int, packed: Packed, window: int | None) -> Any:
         """Return how a layer attends: each token to the tokens of its row up to itself."""
         return partial(self._read if self.reading else self._step, number, packed, window)
 
-    def _step(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
-        """Add a token to each row, bank by bank; q (G, B, R, D), scaled, k and v (G, B, D). Returns (B, G R D)."""
-        if len(self.stepping) == 1 and len(self.stepping[0][1]) == 1:
-            return self.stepping[0][0].attention(number, packed, window)(q, k, v, room)
-        found = q.new_empty(k.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
+    def _step(self, number: int, packed: Packed, window: int | None, heads: torch.Tensor, room: int) -> torch.Tensor:
+        """Add a token to each row, bank by bank; heads (B, G R + 2 G, D). Returns (B, G R D)."""
+        found = None
         for bank, rows in self.stepping:
             attend = bank.attention(number, packed, window)
-            found[rows] = attend(q[:, rows], k[:, rows], v[:, rows], room)
+            if rows is None:
+                return attend(heads, room)
+            of_rows = attend(heads[rows], room)
+            found = of_rows.new_empty(len(heads), of_rows.shape[1]) if found is None else found
+            found[rows] = of_rows
+        assert found is not None, "a step has rows"
         return found
 
     def _read(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from scripts.common.stages import BASE
 from scripts.model.base import copy_out_of_file
-from scripts.model.int8 import Int8Linear
+from scripts.model.int8 import product, rounded
 from scripts.model.products import linear, packed, packed_linear
 from scripts.model.shape import siblings
 
@@ -42,7 +41,7 @@ class RowAdapters:
         self.columns: slice | None = (
             None  # of the adapters in the batch, from the first to the last; None for the base alone
         )
-        self.mask: torch.Tensor | None = None  # of those columns; None where all rows use all of them
+        self._masks: dict[int, torch.Tensor] | None = None  # of those columns; None where all rows use all of them
 
     def take_block(self, name: str, rank: int) -> int:
         """Give an adapter the first columns that are free, behind the others where none are; return the first."""
@@ -67,11 +66,19 @@ class RowAdapters:
         """Choose the adapters of the next forward pass. A batch of base rows does no adapter work."""
         indices = [self.index[name] for name in names]
         blocks = {self.blocks[name] for name in names if self.index[name]}
-        self.columns = self.mask = None
+        self.columns = self._masks = None
         if blocks:
             self.columns = slice(min(start for start, _ in blocks), max(start + rank for start, rank in blocks))
             if len(set(indices)) > 1:
-                self.mask = self.table[indices, self.columns][:, None, :, None]
+                self._masks = {1: self.table[indices, self.columns][:, None]}
+
+    def mask_of(self, layers: int) -> torch.Tensor | None:
+        """Return the mask of each row for so many layers, whose columns alternate, (rows, 1, columns); None where all are 1."""
+        if self._masks is None:
+            return None
+        if layers not in self._masks:
+            self._masks[layers] = self._masks[1].repeat_interleave(layers, -1)
+        return self._masks[layers]
 
 
 class StackedLinears(nn.Module):
@@ -100,6 +107,7 @@ class StackedLinears(nn.Module):
                 )
         options: Any = {"device": rows.device, "dtype": rows.dtype}
         self.packed = packed(weight, bias) if weight is not None else None
+        self.rounded: tuple[torch.Tensor, torch.Tensor] | None = None
         self.register_buffer("weight", weight if self.packed is None else None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("A", torch.zeros(rows.width, len(bases), inputs, **options), persistent=False)
@@ -117,37 +125,42 @@ class StackedLinears(nn.Module):
 
     def side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs of all layers in one tensor, (…, out)."""
-        y = self._of_base(x).contiguous()
-        columns, mask = self.rows.columns, self.rows.mask
+        y = self._of_base(x)
+        columns = self.rows.columns
         if columns is None:
             return y
         A, B = self._factors(columns.start, columns.stop)
-        hidden = functional.linear(x, A)
+        tokens = y.view(-1, y.shape[-1])
+        hidden = x.reshape(len(tokens), -1) @ A
+        mask = self.rows.mask_of(len(self.widths))
         if mask is not None:
-            hidden = hidden.view(len(mask), -1, mask.shape[2], len(self.widths)) * mask
-        y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, len(A)), B)
+            hidden.view(len(mask), -1, mask.shape[2]).mul_(mask)
+        tokens.addmm_(hidden, B)
         return y
 
     def _factors(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A (k columns, in) and B (k columns, out) of some columns, as views that are made once."""
+        """Return A (in, k columns) and B (k columns, out) of some columns, as views that are made once."""
         if (start, stop) not in self._views:
-            self._views[start, stop] = self.A[start:stop].flatten(0, 1), self.B[start:stop].flatten(0, 1)
+            self._views[start, stop] = self.A[start:stop].flatten(0, 1).T, self.B[start:stop].flatten(0, 1)
         return self._views[start, stop]
 
     def _of_base(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return packed_linear(x, self.packed)
-        y: torch.Tensor = self.base(x) if self.base is not None else linear(x, self.weight, self.bias)
-        return y
+        if self.rounded is not None:
+            y = product(x, *self.rounded)
+            return y if self.bias is None else y.add_(self.bias)
+        y = linear(x, self.weight, self.bias) if self.base is None else self.base(x)
+        return y.contiguous()
 
     def keep_in_int8(self) -> None:
         """Round the layers' own matrices and let the full ones go; the adapters stay as they are."""
         if self.base is None:
-            weight, bias = self.weight, self.bias
+            weight = self.weight
             if self.packed is not None:
                 weight, _ = torch.ops.quantized.linear_unpack_fp16(self.packed)
-            self.base = Int8Linear.of(weight.to(self.rows.dtype), bias)
-            self.packed, self.weight, self.bias = None, None, None
+            self.rounded = rounded(weight)
+            self.packed, self.weight = None, None
 
     @property
     def width(self) -> int:

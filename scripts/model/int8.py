@@ -34,7 +34,8 @@ def product(x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> torch.
     else:
         wide = tokens.to(x.dtype)
         y = torch.cat([linear(wide, part.to(x.dtype)) for part in rows.split(WIDENED_ROWS)], 1) * scales.to(x.dtype)
-    return y.to(SCALE_DTYPE).to(x.dtype).view(*x.shape[:-1], len(rows))
+        y = y.to(SCALE_DTYPE)
+    return y.to(x.dtype).view(*x.shape[:-1], len(rows))
 
 
 class Int8Linear(nn.Linear):
@@ -42,15 +43,6 @@ class Int8Linear(nn.Linear):
 
     rows: torch.Tensor
     scales: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
-        """Round a matrix that belongs to no layer."""
-        outputs, inputs = weight.shape
-        layer = cls(inputs, outputs, bias=False, device="meta")
-        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        _keep(layer, *rounded(weight))
-        return layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         y = product(input, self.rows, self.scales)

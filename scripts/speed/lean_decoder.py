@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from scripts.speed.lora_products import Product, with_room
 from scripts.speed.packing import Alike, Packed, Piece
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # q, k, v and room
+Attention = Callable[..., torch.Tensor]  # of what `rotated` returns, and room
 CACHE_STEP = 64  # tokens by which the places of a cache grow
 QUERY_BLOCK = 64  # tokens whose scores are looked at together; keys after the last of them are left out
 
@@ -89,9 +90,12 @@ def rotated(
 ) -> tuple[torch.Tensor, ...]:
     """Cut heads (N, (G R + 2 G) D) into q (G, N, R, D), k and v (G, N, D); turn q and k by their position, and scale q.
 
-    cos, sin: (N, D), sin as `_signed` returns it.
+    cos, sin: (N, 1, D), sin as `_signed` returns it. Where they are given for every head (`_Layer.for_heads`), all heads
+    stay together, (N, G R + 2 G, D).
     """
-    turning, v = _heads_of(heads, groups, cos.shape[1])
+    if cos.shape[1] > 1:
+        return (_turn(heads.view(cos.shape), cos, sin),)
+    turning, v = _heads_of(heads, groups, cos.shape[2])
     q, k = _queries_and_keys(_turn(turning, cos, sin), groups)
     queries = torch.mul(q, scale, out=q.new_empty(q.shape))
     return queries, k.contiguous(), v.transpose(0, 1).contiguous()
@@ -111,13 +115,13 @@ def _queries_and_keys(turned: torch.Tensor, groups: int) -> tuple[torch.Tensor, 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
     """Return x * cos + (-x2, x1) * sin (Su et al. 2021, equation 34), x1 and x2 being the halves of each head; x (N, H, D)."""
-    return torch.mul(x, cos[:, None], out=output).addcmul_(x.roll(x.shape[-1] // 2, -1), sin[:, None])
+    return torch.mul(x, cos, out=output).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _signed(sin: torch.Tensor) -> torch.Tensor:
     """Return sin for halves that change places, (-x2, x1) being x's: the first half negative."""
-    first, second = sin.chunk(2, 1)
-    return torch.cat([-first, second], 1)
+    first, second = sin.chunk(2, -1)
+    return torch.cat([-first, second], -1)
 
 
 class Attend(torch.autograd.Function):
@@ -275,6 +279,9 @@ def attend_padded(
 class KeysAndValues(Protocol):
     """What layers attend to beside the tokens that are read."""
 
+    def continues(self, packed: Packed) -> bool:
+        """Return whether each row gets one new token; then a layer attends with all heads of a token in one tensor."""
+
     def attention(self, number: int, packed: Packed, window: int | None) -> Attention:
         """Return how a layer attends."""
 
@@ -297,7 +304,7 @@ class Cache:
     @lengths.setter
     def lengths(self, lengths: torch.Tensor) -> None:
         self._lengths = lengths
-        self._of_step: dict[int | None, tuple[torch.Tensor, int, torch.Tensor | None]] = {}
+        self._of_step: dict[int | None, _Seen] = {}
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many rows of so many tokens."""
@@ -318,9 +325,13 @@ class Cache:
             self.lengths[row] = self.lengths[last]
         self.lengths = self.lengths[:last]
 
+    def continues(self, packed: Packed) -> bool:
+        """Return whether each row gets one new token; rows that are read come in pieces."""
+        return not packed.pieces
+
     def attention(self, number: int, packed: Packed, window: int | None) -> Attention:
         """Return how a layer attends: within whole rows that are read, or from one new token of each row to all before it."""
-        return partial(self._read if packed.pieces else self._continue, number, packed, window)
+        return partial(self._continue if self.continues(packed) else self._read, number, packed, window)
 
     def _read(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
         """Keep the keys and values of new rows, which come after those that are there."""
@@ -330,32 +341,44 @@ class Cache:
             state[rows, :, :width] = values[:, places].transpose(0, 1)
         return _attend_within(packed, window, q, k, v, room)
 
-    def _continue(self, number: int, packed: Packed, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, room: int) -> torch.Tensor:  # fmt: skip
-        """Add a token to every row; q (G, B, R, D), k and v (G, B, D)."""
-        rows = k.shape[1]
-        each, used, unseen = self._of_step.get(window) or self._of_step.setdefault(window, self._look(rows, window))
-        keys, values = self.states[number, :, :rows]
-        keys[each, :, self.lengths], values[each, :, self.lengths] = k.transpose(0, 1), v.transpose(0, 1)
-        scores = q.transpose(0, 1) @ keys[:, :, :used].transpose(2, 3)
-        if unseen is not None:
-            scores += unseen
-        found = (scores.softmax(-1) @ values[:, :, :used]).reshape(rows, -1)
+    def _continue(
+        self, number: int, packed: Packed, window: int | None, heads: torch.Tensor, room: int
+    ) -> torch.Tensor:
+        """Add a token to every row; heads (B, G R + 2 G, D): those of queries first, then of keys and of values."""
+        seen = self._of_step.get(window) or self._of_step.setdefault(window, self._look(len(heads), window))
+        states = seen.states[number]
+        (_, rows, groups, _, size) = states.shape
+        q, new = heads.tensor_split([heads.shape[1] - 2 * groups], 1)
+        states[:, seen.rows, :, self.lengths] = new.view(rows, 2, groups, size)
+        keys, values = states
+        scores = q.view(rows, groups, -1, size) @ keys.transpose(2, 3)
+        if seen.hidden is not None:
+            scores += seen.hidden
+        found = (scores.softmax(-1) @ values).view(rows, -1)
         return with_room(rows, found.shape[1], room, found).copy_(found) if room else found
 
-    def _look(self, rows: int, window: int | None) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-        """Return the numbers of the rows, how many keys the longest has, and -inf where a row has none, (B, 1, 1, S).
-
-        All layers of a step share it. A row alone sees all its keys.
-        """
+    def _look(self, rows: int, window: int | None) -> _Seen:
+        """Return what all layers of a step look at. A row alone sees all its keys."""
         used = int(self.lengths.max()) + 1
-        each = torch.arange(rows, device=self.lengths.device)
+        states, numbers = self.states[:, :, :rows, :, :used].unbind(), torch.arange(rows, device=self.lengths.device)
         if rows == 1 and (window is None or used <= window):
-            return each, used, None
+            return _Seen(states, numbers, None)
         place = torch.arange(used, device=self.lengths.device)
-        unseen = place > self.lengths[:, None]
+        hidden = place > self.lengths[:, None]
         if window is not None:
-            unseen |= place <= self.lengths[:, None] - window
-        return each, used, self.states.new_zeros(rows, used).masked_fill_(unseen, -torch.inf)[:, None, None]
+            hidden |= place <= self.lengths[:, None] - window
+        scores = self.states.new_zeros(rows, used).masked_fill_(hidden, -torch.inf)
+        return _Seen(states, numbers, scores[:, None, None])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a step looks at: the states of each layer up to the longest row, (2, B, G, S, D), the numbers of the rows, (B,),
+    and -inf where a row has no key, (B, 1, 1, S), if any has none."""
+
+    states: tuple[torch.Tensor, ...]
+    rows: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 class Gate(torch.autograd.Function):
@@ -363,10 +386,9 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor, act: Any, room: int, grad_room: int) -> torch.Tensor:
-        gate, up = both.chunk(2, 1)
         ctx.save_for_backward(both)
         ctx.act, ctx.room = act, grad_room
-        return torch.mul(act(gate), up, out=with_room(len(up), up.shape[1], room, up))
+        return gated(both, act, room)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -384,6 +406,12 @@ class Gate(torch.autograd.Function):
         grad_gate.copy_(torch.autograd.grad(acted, gate, grad * up)[0])
         torch.mul(grad, acted.detach(), out=grad_up)
         return grad_both, None, None, None
+
+
+def gated(both: torch.Tensor, act: Any, room: int) -> torch.Tensor:
+    """Return act(gate) * up of both, (N, 2 I)."""
+    gate, up = both.chunk(2, 1)
+    return torch.mul(act(gate), up, out=with_room(len(up), up.shape[1], room, up) if room else None)
 
 
 class LeanDecoder:
@@ -417,41 +445,50 @@ class LeanDecoder:
         Where the places of the wanted ones are given, (n,), the last layer computes no others: (n, C).
         """
         x = self.decoder.embed_tokens(packed.ids[None])[0] * getattr(self.decoder, "embedding_multiplier", 1)
-        turns = self._turns(x, packed.positions)
+        turns = self._turns(x, packed.positions, of_heads=cache is not None and cache.continues(packed))
         for number, layer in enumerate(self.layers):
             attend = (
                 partial(_attend_within, packed, layer.window)
                 if cache is None
                 else cache.attention(number, packed, layer.window)
             )
-            arguments = (x, *turns[layer.kind], attend, wanted if layer is self.layers[-1] else None)
-            if layer.module.gradient_checkpointing and layer.module.training and torch.is_grad_enabled():
+            arguments = (x, *turns[layer.turning], attend, wanted if layer is self.layers[-1] else None)
+            if torch.is_grad_enabled() and layer.module.gradient_checkpointing and layer.module.training:
                 x = torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
         return self.norm(x)
 
-    def _turns(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Return cos and sin (N, D) for each kind of layer, as the library scales them, sin as `rotated` takes it."""
-        kinds = {layer.kind: [layer.kind] if self.of_kind else [] for layer in self.layers}
-        found = {kind: self.decoder.rotary_emb(x[None], positions[None], *more) for kind, more in kinds.items()}
-        return {kind: (cos[0], _signed(sin[0])) for kind, (cos, sin) in found.items()}
+    def _turns(self, x: torch.Tensor, positions: torch.Tensor, of_heads: bool) -> dict[Any, tuple[torch.Tensor, ...]]:
+        """Return cos and sin as `rotated` takes them, (N, 1, D) or of all heads, for layers that turn alike."""
+        found: dict[Any, tuple[torch.Tensor, ...]] = {}
+        for layer in self.layers:
+            if layer.turning not in found:
+                kind = [layer.kind] if self.of_kind else []
+                cos, sin = (of_row[0, :, None] for of_row in self.decoder.rotary_emb(x[None], positions[None], *kind))
+                if not layer.turns:
+                    cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+                found[layer.turning] = layer.for_heads(cos, _signed(sin)) if of_heads else (cos, _signed(sin))
+        return found
 
 
 class _Norm:
     """A norm of the library's, whose weight some families store less 1."""
 
     def __init__(self, module: Any) -> None:
-        self.module, self.eps = module, getattr(module, "variance_epsilon", None) or module.eps
+        self.weight, self.eps = module.weight, getattr(module, "variance_epsilon", None) or module.eps
         ones = torch.ones_like(module.weight)[None]
         with torch.no_grad():
             self.offset = float((module(ones)[0].float() - module.weight.float()).mean().round())
+            # x w / sqrt(|x|² / C + ε) = x (w √C) / hypot(|x|, √(C ε)), in half as many operations
+            self.scaled = (self.weight.float() + self.offset) * len(self.weight) ** 0.5
+            self.least = self.scaled.new_tensor((len(self.weight) * self.eps) ** 0.5)
 
     def __call__(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        weight = self.module.weight.detach()
-        if not (torch.is_grad_enabled() or room or self.offset) and x.dtype == torch.float32:
-            return functional.rms_norm(x, weight.shape, weight, self.eps)
-        normed: torch.Tensor = RMSNorm.apply(x, weight, self.offset, self.eps, room)
+        if not (torch.is_grad_enabled() or room) and x.dtype == torch.float32:
+            normed: torch.Tensor = x * self.scaled
+            return normed.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.least))
+        normed = RMSNorm.apply(x, self.weight.detach(), self.offset, self.eps, room)
         return normed
 
 
@@ -482,6 +519,7 @@ class _Layer:
         ]
         self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
         self.groups = self.qkv.layers[1].out_features // attention.head_dim
+        self.turning = (self.kind, self.turns, self.attention.scaling, self.groups)
 
     def __call__(
         self,
@@ -495,17 +533,34 @@ class _Layer:
         heads = self.qkv(self.before_attention(x, self.qkv.room))
         if self.norms_of_heads:
             heads = self._with_normed_heads(heads)
-        if not self.turns:
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         turned = (heads, cos, sin, self.attention.scaling, self.groups)
-        q, k, v = Rotate.apply(*turned, self.qkv.room) if torch.is_grad_enabled() else rotated(*turned)
-        attended = attend(q, k, v, self.o.room)
+        parts = Rotate.apply(*turned, self.qkv.room) if torch.is_grad_enabled() else rotated(*turned)
+        attended = attend(*parts, self.o.room)
         if wanted is not None:
             x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
         x = self._joined(x, attended, self.o, self.after_attention)
         both = self.gate_up(self.before_mlp(x, self.gate_up.room))
-        gated = Gate.apply(both, self.act, self.down.room, self.gate_up.room)
-        return self._joined(x, gated, self.down, self.after_mlp)
+        if torch.is_grad_enabled():
+            inner = Gate.apply(both, self.act, self.down.room, self.gate_up.room)
+        else:
+            inner = gated(both, self.act, self.down.room)
+        return self._joined(x, inner, self.down, self.after_mlp)
+
+    def for_heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return cos and sin (N, 1, D) for each head of a token, (N, G R + 2 G, D): queries are scaled, too, and values stay."""
+        size = self.attention.head_dim
+        queries = self.qkv.layers[0].out_features // size
+        return tuple(
+            torch.cat(
+                [
+                    *[x * self.attention.scaling] * queries,
+                    *[x] * self.groups,
+                    *[torch.full_like(x, of_v)] * self.groups,
+                ],
+                1,
+            )
+            for x, of_v in ((cos, 1), (sin, 0))
+        )
 
     def _joined(self, x: torch.Tensor, inner: torch.Tensor, product: Any, norm: _Norm | None) -> torch.Tensor:
         if norm:

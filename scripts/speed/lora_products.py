@@ -166,6 +166,8 @@ class Product:
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return what all layers make of x (N, I), side by side: (N, O), added to the residual where there is one."""
         if self.matrix is not None and self.matrix.dtype == x.dtype:
+            if not torch.is_grad_enabled():
+                return _adapted(x, residual, self.matrix, self.bias, self.outputs)[0]
             places = tuple(index for index, _ in self.adapters)
             widths = [base.out_features for base in self.bases]
             columns = [slice(sum(widths[:index]), sum(widths[: index + 1])) for index in places]
@@ -192,19 +194,10 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, matrix: torch.Tensor, bias: torch.Tensor | None, outputs: int,
         columns: Sequence[slice], scales: tuple[float, ...], *factors: torch.Tensor
     ) -> torch.Tensor:  # fmt: skip
-        inputs, ranks = x.shape[1], [len(A) for A in factors[: len(scales)]]
-        wide = _widened(x, sum(ranks)) if ranks else x
-        if ranks:
-            torch.mm(x, matrix[outputs:, :inputs].T, out=wide[:, inputs:])  # A x
-        upper = matrix[:outputs]
-        if len(x) <= FEW_TOKENS:
-            output = linear(wide, upper, bias)
-            output = output if residual is None else output.add_(residual)
-        else:
-            output = _wide_product(wide, upper) if residual is None else torch.addmm(residual, wide, upper.T)
-            output = output if bias is None else output.add_(bias)
+        output, wide = _adapted(x, residual, matrix, bias, outputs)
         ctx.save_for_backward(wide, matrix)
-        ctx.inputs, ctx.outputs, ctx.columns, ctx.ranks, ctx.scales = inputs, outputs, columns, ranks, scales
+        ctx.inputs, ctx.outputs, ctx.columns, ctx.scales = x.shape[1], outputs, columns, scales
+        ctx.ranks = [len(A) for A in factors[: len(scales)]]
         return output
 
     @staticmethod
@@ -225,6 +218,22 @@ class _AdaptedProduct(torch.autograd.Function):
             for part, columns, scale in zip(hidden.split(ctx.ranks, 1), ctx.columns, ctx.scales, strict=True)
         ]
         return (*grads, *grad_As, *grad_Bs)
+
+
+def _adapted(
+    x: torch.Tensor, residual: torch.Tensor | None, matrix: torch.Tensor, bias: torch.Tensor | None, outputs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what _AdaptedProduct does, and (x, A x), which its gradient needs."""
+    inputs, rank = x.shape[1], len(matrix) - outputs
+    wide = _widened(x, rank) if rank else x
+    if rank:
+        torch.mm(x, matrix[outputs:, :inputs].T, out=wide[:, inputs:])  # A x
+    upper = matrix[:outputs]
+    if len(x) <= FEW_TOKENS:
+        output = linear(wide, upper, bias)
+        return output if residual is None else output.add_(residual), wide
+    output = _wide_product(wide, upper) if residual is None else torch.addmm(residual, wide, upper.T)
+    return output if bias is None else output.add_(bias), wide
 
 
 def _narrow_product(narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
