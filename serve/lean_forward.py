@@ -114,6 +114,7 @@ class RowCache:
             slots.pop()
             if not slots:
                 del self.seats[size], self.banks[size]
+                self.stepping = []  # of the last step; it would keep the bank until the next
 
     @property
     def nbytes(self) -> int:

@@ -55,7 +55,10 @@ class Service:
     """What the routes work with. Made and used in the event loop's thread."""
 
     def __init__(self, config: Config, machine: Machine, api_keys: list[str], admin_keys: Sequence[str] = ()) -> None:
-        from serve.adapters import load_models  # torch comes only after the configuration was found good
+        from scripts.model.products import (
+            keep_ends_in_16_bits,
+        )  # torch comes only after the configuration was found good
+        from serve.adapters import load_models
         from serve.cache import LibraryForward, check_cache_fits, choose_forward, context_limit
         from serve.engine import Engine
         from serve.int8 import answer_in_int8, check_settings
@@ -86,6 +89,9 @@ class Service:
         if self.int8:
             self.metrics.int8_agreement.set(self.int8.agreement)
             self.metrics.int8_kl.set(self.int8.kl)
+        else:
+            keep_ends_in_16_bits(self.models.network)
+            forward.renew()
         empty_heap()  # of the weights as they were read, of the adapters before they were stacked, and of full weights
         # Rows of the library's cache are all as long as the longest.
         rows = serve.max_concurrent if isinstance(forward, LibraryForward) else 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.common.config import DEFAULT_CONFIG, load_config
 from scripts.common.errors import UserError
-from scripts.common.machine import Machine, choose_machine, prepare_environment
+from scripts.common.machine import Machine, choose_machine, give_freed_memory_back, prepare_environment
 from scripts.common.schema import Config, Serve
 
 log = logging.getLogger(__name__)
@@ -23,9 +23,9 @@ def load_settings() -> Config:
 
 
 def settle_machine(config: Config) -> Machine:
-    """Choose where a process that answers computes, and set its threads.
+    """Choose where a process that answers computes, and set its threads and allocator.
 
-    Threads only: the allocator settings of training would keep the memory of the longest prompt for good.
+    Rows of all lengths come and go. Kept for the next, as training keeps it, their memory would only grow.
     """
     # A server computes now and then, a training all the time: it may wait ten times as long for the next of the 500 products
     # of a step, which then takes 0.8 of the time.
@@ -35,6 +35,7 @@ def settle_machine(config: Config) -> Machine:
     import torch
 
     torch.set_num_threads(machine.threads)
+    give_freed_memory_back()
     return machine
 
 

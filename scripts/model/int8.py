@@ -10,7 +10,7 @@ from torch import nn
 from scripts.common.errors import UserError
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
-from scripts.model.products import HeadLinear, linear
+from scripts.model.products import HeadLinear, become_embedding, linear
 
 # Up to so many tokens, torch's product reads the rows as they are. More are multiplied with rows widened on the way.
 FEW_TOKENS = 32
@@ -100,18 +100,12 @@ def keep_in_int8(network: Any, key: str) -> None:
     for module in taken.values():
         if tied and module is head:
             continue
-        dtype, kept = module.weight.dtype, rounded(module.weight)
+        rows, scales = rounded(module.weight)
         if isinstance(module, nn.Embedding):
-            plain = type(module) is nn.Embedding
-            # Gemma's and OPT's own classes scale or shift, and leave the look-up to the class behind them.
-            module.__class__ = (
-                Int8Embedding if plain else type(type(module).__name__, (type(module), Int8Embedding), {})
-            )
-            _keep(module, *kept)
-            module.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+            become_embedding(module, Int8Embedding, rows=rows, scales=scales)
         else:
             module.__class__ = Int8Linear
-            _keep(module, *kept)
+            _keep(module, rows, scales)
     if tied:
         head.__class__ = Int8Linear
         _keep(head, embeddings.rows, embeddings.scales)

@@ -33,12 +33,18 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     Nearly all models are published in 16 bits, and numbers that were are read in half the time: a product of few tokens
     takes 0.4 to 0.6 of it. FBGEMM widens them on the way and computes in fp32.
     """
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or torch.backends.quantized.engine != "x86":
-        return None
-    rounding = torch.linalg.vector_norm(weight - weight.half().float()) / torch.linalg.vector_norm(weight)
-    if not rounding <= LARGEST_ROUNDING:
+    if torch.backends.quantized.engine != "x86" or _halved(weight) is None:
         return None
     return torch.ops.quantized.linear_prepack_fp16(weight.detach(), bias)
+
+
+def _halved(weight: torch.Tensor) -> torch.Tensor | None:
+    """Return an fp32 weight on a CPU in 16 bits; None where that would change it."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return None
+    half = weight.detach().half()
+    rounding = torch.linalg.vector_norm(weight - half.float()) / torch.linalg.vector_norm(weight)
+    return half if rounding <= LARGEST_ROUNDING else None
 
 
 def packed_linear(x: torch.Tensor, weight: Any) -> torch.Tensor:
@@ -53,7 +59,7 @@ class HeadLinear(torch.nn.Linear):
     packed: Any
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None and torch.is_inference_mode_enabled():
+        if self.packed is not None and (torch.is_inference_mode_enabled() or not len(self.weight)):
             return packed_linear(input, self.packed)
         return linear(input, self.weight, self.bias)
 
@@ -64,3 +70,41 @@ def quicken_head(model: Any, pack: bool = False) -> None:
     if type(head) is torch.nn.Linear:
         head.__class__ = HeadLinear
         head.__dict__["packed"] = packed(head.weight, head.bias) if pack else None
+
+
+class HalfEmbedding(torch.nn.Embedding):
+    """An embedding whose matrix is kept in 16 bits. Its `weight` is empty, and only says in which type it answers."""
+
+    rows: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.rows[input].to(self.weight.dtype)
+
+
+def keep_ends_in_16_bits(model: Any) -> None:
+    """Let embeddings, and a head that is packed, go in 32 bits, where 16 hold the same; for answers only."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_packed = isinstance(head, HeadLinear) and head.packed is not None
+    needed = head.weight is embeddings.weight and not is_packed  # by the head, in full
+    half = None if needed else _halved(embeddings.weight)
+    if half is not None:
+        become_embedding(embeddings, HalfEmbedding, rows=half)
+    if is_packed:
+        empty_weight(head)
+
+
+def become_embedding(module: Any, kind: type[torch.nn.Embedding], **kept: torch.Tensor) -> None:
+    """Let an embedding look up its rows as another kind does, in what is kept in the place of its matrix."""
+    # Gemma's and OPT's own classes scale or shift, and leave the look-up to the class behind them.
+    own = type(module)
+    module.__class__ = kind if own is torch.nn.Embedding else type(own.__name__, (own, kind), {})
+    empty_weight(module)
+    for name, tensor in kept.items():
+        module.register_buffer(name, tensor, persistent=False)
+
+
+def empty_weight(module: Any) -> None:
+    """Let a matrix go; what is left only says of which type it was."""
+    dtype = module.weight.dtype
+    del module.weight
+    module.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)

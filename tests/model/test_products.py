@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from scripts.model.products import FEW_TOKENS, linear, packed, packed_linear, quicken_head
+from scripts.model.products import FEW_TOKENS, keep_ends_in_16_bits, linear, packed, packed_linear, quicken_head
+from tests.support.architectures import save_family
+from tests.support.models import load, logits
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (3, 2), (FEW_TOKENS,), (FEW_TOKENS + 1,), (0,)], ids=str)
@@ -77,3 +80,42 @@ def test_head_keeps_its_weights_and_its_logits(tiny_llama: Path) -> None:
             quicken_head(model, pack)
             assert model.get_output_embeddings().weight is weight
             assert torch.allclose(model(ids).logits, before, atol=1e-5)
+
+
+def numbers_in_full(model: Any) -> int:
+    """Count the numbers of embeddings and head that are kept in 32 bits."""
+    matrices = {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(matrix.numel() for matrix in matrices)
+
+
+@has_fbgemm
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma 3", "Granite", "OPT"])
+def test_embeddings_and_head_published_in_16_bits_are_kept_in_16_bits(family: str, tmp_path: Path) -> None:
+    """Alone and as one matrix, and where what is looked up is scaled."""
+    base = save_family(tmp_path / "base", family)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    model = load(base)
+    before = logits(model)
+
+    quicken_head(model, pack=True)
+    keep_ends_in_16_bits(model)
+
+    assert numbers_in_full(model) == 0
+    assert torch.allclose(logits(model), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_embeddings_that_16_bits_would_change_or_that_a_head_needs_stay(
+    tiny_llama: Path, tmp_path: Path, pack: bool
+) -> None:
+    trained = load(tiny_llama)
+    quicken_head(trained, pack=pack)
+    keep_ends_in_16_bits(trained)
+    assert torch.equal(trained.get_input_embeddings().weight, load(tiny_llama).get_input_embeddings().weight)
+
+    base = save_family(tmp_path / "base", "Qwen3")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    tied = load(base)
+    keep_ends_in_16_bits(tied)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert numbers_in_full(tied)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from scripts.common.machine import choose_machine
 from scripts.dataset.chat_format import ChatFormat, user_turn
 from scripts.dataset.rendering import render_prompt
 from scripts.model.base import load_tokenizer
+from scripts.model.products import keep_ends_in_16_bits
 from serve import engine as engine_module
 from serve.adapters import Models, load_models
 from serve.cache import CachedForward, LibraryForward, choose_forward
@@ -167,15 +169,32 @@ def test_a_base_published_in_16_bits_is_read_in_16_bits_and_says_the_same(tiny_l
     }
     models = models_of(base, adapters, write_config)
     names = ["sft", "base", "dpo", "sft"]
+    keep_ends_in_16_bits(models.network)
     jobs = [Job(ids, name, NEW) for ids, name in zip(random_prompts(names, 500), names, strict=True)]
 
     asyncio.run(run_jobs(new_engine(models), jobs))
 
+    assert not [name for name, weight in models.network.named_parameters() if weight.ndim > 1]
     stacks = [member.stack for member in members(models.network).values()]
     assert len(stacks) == 2 * 7, "layers without an adapter are stacked, too"
     assert all(stack.packed is not None and stack.weight is None for stack in stacks)
     expected = [generate_with_peft(base, adapters.get(job.model), job.ids, job.max_new_tokens) for job in jobs]
     assert [job.out for job in jobs] == expected
+
+
+def test_memory_of_rows_goes_with_the_last_of_them(models):
+    forward = choose_forward(models, 3, 128, True)
+    with torch.inference_mode():
+        forward.read(0, ["sft"], [[5, 6, 7]], 0, [[2]])
+        forward.step(["sft"], [8], [3])
+    (bank,) = forward.cache.banks.values()
+    kept = weakref.ref(bank)
+    del bank
+
+    forward.release(0)
+
+    assert kept() is None
+    assert forward.nbytes == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
