@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with training_session(run, machine, start, data.facts, resume=arguments.resume) as session:
             trainer = build_trainer(run, machine, start, train, validation, weights)
+            del train  # the trainer has it as a table
             check_trainable_names(trainer.model)
             facts = prove_start(trainer) | weights
             trainer.kept_logps.keep()

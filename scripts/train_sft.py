@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with training_session(run, machine, start, data.facts, resume=arguments.resume) as session:
             trainer = build_trainer(run, machine, start, train, validation)
+            del train  # the trainer has it as a table
             session.train(trainer)
             session.save(trainer, {}, data.split.validation)
     return 0
