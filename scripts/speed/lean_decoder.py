@@ -358,7 +358,7 @@ class Cache:
         return with_room(rows, found.shape[1], room, found).copy_(found) if room else found
 
     def _look(self, rows: int, window: int | None) -> _Seen:
-        """Return what all layers of a step look at. A row alone sees all its keys."""
+        """Return what a step looks at. A row alone sees all its keys."""
         used = int(self.lengths.max()) + 1
         states, numbers = self.states[:, :, :rows, :, :used].unbind(), torch.arange(rows, device=self.lengths.device)
         if rows == 1 and (window is None or used <= window):
@@ -373,12 +373,11 @@ class Cache:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a step looks at: the states of each layer up to the longest row, (2, B, G, S, D), the numbers of the rows, (B,),
-    and -inf where a row has no key, (B, 1, 1, S), if any has none."""
+    """What all layers of a step look at."""
 
-    states: tuple[torch.Tensor, ...]
-    rows: torch.Tensor
-    hidden: torch.Tensor | None
+    states: tuple[torch.Tensor, ...]  # of each layer, up to the longest row, (2, B, G, S, D)
+    rows: torch.Tensor  # their numbers, (B,)
+    hidden: torch.Tensor | None  # -inf where a row has no key, (B, 1, 1, S); None where each has all
 
 
 class Gate(torch.autograd.Function):
