@@ -282,10 +282,15 @@ def is_verdict(row: Row, layout: Layout) -> bool:
 
     0 and 1 may be classes of any kind; they count beside a prompt or messages only, as KTO's layouts have them.
     """
-    value = row.get(layout.columns.get("label", ""))
+    value = _value_of(row, layout, "label")
     if isinstance(value, bool) or (isinstance(value, str) and value.strip().casefold() in ("true", "false")):
         return True
     return layout.name in (PROMPT, MESSAGES) and thumb_of(value) is not None
+
+
+def _value_of(row: Row, layout: Layout, field: str) -> Any:
+    column = layout.columns.get(field)
+    return None if column is None else row.get(column)  # a file may have a column whose name is empty
 
 
 def as_list(text: str) -> Any:
@@ -347,6 +352,6 @@ def _is_empty(value: Any) -> bool:
 def missing_words(row: Row, layout: Layout) -> Iterable[str]:
     """Name the optional fields in which a word stands for a missing value."""
     for field in ("input", "system", "history"):
-        value = row.get(layout.columns.get(field, ""))
+        value = _value_of(row, layout, field)
         if isinstance(value, str) and value.strip() in NO_VALUE:
             yield layout.columns[field]

@@ -484,10 +484,10 @@ class _Norm:
             self.least = self.scaled.new_tensor((len(self.weight) * self.eps) ** 0.5)
 
     def __call__(self, x: torch.Tensor, room: int = 0) -> torch.Tensor:
-        if not (torch.is_grad_enabled() or room) and x.dtype == torch.float32:
-            normed: torch.Tensor = x * self.scaled
-            return normed.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.least))
-        normed = RMSNorm.apply(x, self.weight.detach(), self.offset, self.eps, room)
+        if not torch.is_grad_enabled() and x.dtype == torch.float32:
+            rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.least)
+            return torch.mul(x, self.scaled, out=with_room(len(x), x.shape[1], room, x) if room else None).div_(rms)
+        normed: torch.Tensor = RMSNorm.apply(x, self.weight.detach(), self.offset, self.eps, room)
         return normed
 
 

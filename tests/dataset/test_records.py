@@ -92,6 +92,13 @@ def test_a_thumb_is_read_as_files_and_tables_write_it(label: object, liked: bool
     assert feedback.answer == "a"
 
 
+@pytest.mark.parametrize("value", [False, "true", "N/A"])
+def test_a_column_without_a_name_is_none_that_a_layout_lacks(tmp_path: Path, value: object) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a", "": value}])
+    (file,) = load_datasets(str(path), parse_record, Data(), "sft.dataset_path")
+    assert [list(record.messages) for record in file.records] == [talk("q", "a")]
+
+
 def test_a_rated_conversation_trains_its_last_answer_only() -> None:
     row = {"prompt": talk("q", "a", "q2"), "completion": talk("x", "b")[1:], "label": False}
     feedback = parse_feedback(row, "here:1", Data(system_prompt="Be brief."))
