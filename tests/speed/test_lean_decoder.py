@@ -18,7 +18,7 @@ from scripts.model.adapter import add_lora, switched_to
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.generation import generate_answers
 from scripts.model.scoring import score_answers
-from scripts.speed.lean_decoder import Attend, RMSNorm, attend_padded
+from scripts.speed.lean_decoder import Attend, RMSNorm, _Norm, attend_padded
 from scripts.speed.packing import pack
 from scripts.speed.speed_up import speed_up, stand_in_of
 from tests.support.architectures import save_family
@@ -79,9 +79,9 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 def tokens_computed(model: Any, monkeypatch: pytest.MonkeyPatch, rows: list[list[int]] = ROWS, norm: int = 0) -> int:
     """Return over how many tokens the first norm of a lean pass goes, or another; 0 where the library's forward is used."""
     seen: list[int] = []
-    apply = RMSNorm.apply
+    call = _Norm.__call__
     with monkeypatch.context() as changes:
-        changes.setattr(RMSNorm, "apply", lambda x, *rest: (seen.append(len(x)), apply(x, *rest))[1])
+        changes.setattr(_Norm, "__call__", lambda self, x, *room: (seen.append(len(x)), call(self, x, *room))[1])
         with torch.set_grad_enabled(model.training):
             model(**batch(rows), use_cache=False, fused_lm_head=True)
     return seen[norm] if seen else 0
