@@ -55,9 +55,8 @@ class Service:
     """What the routes work with. Made and used in the event loop's thread."""
 
     def __init__(self, config: Config, machine: Machine, api_keys: list[str], admin_keys: Sequence[str] = ()) -> None:
-        from scripts.model.products import (
-            keep_ends_in_16_bits,
-        )  # torch comes only after the configuration was found good
+        # Torch comes only after the configuration was found good.
+        from scripts.model.products import keep_ends_in_16_bits
         from serve.adapters import load_models
         from serve.cache import LibraryForward, check_cache_fits, choose_forward, context_limit
         from serve.engine import Engine

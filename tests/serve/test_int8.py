@@ -20,7 +20,7 @@ from serve.cache import choose_forward
 from serve.int8 import answer_in_int8, check_settings
 from serve.jobs import Job
 from serve.service import Service
-from serve.stacking import StackedLinears
+from serve.stacking import RowAdapters, StackedLinears
 from tests.model.test_int8 import dequantised
 from tests.serve.test_engine import models_of, new_engine, random_prompts, run_jobs, turns
 from tests.support.architectures import save_family
@@ -94,6 +94,22 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(models, lean):
     kept, read = turns(models, "sft", kept_tokens=1000, lean=lean)
     assert [job.out for job in kept] == [job.out for job in alone]
     assert all(new <= 8 + 5 for new in read[1:])
+
+
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 100])
+def test_rounded_layers_side_by_side_add_their_biases(tokens: int, published: torch.dtype):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, width).to(published).float() for width in (40, 24)]
+    stack = StackedLinears(layers, RowAdapters({}, "cpu", torch.float32))
+    stack.keep_in_int8()
+    x = torch.randn(tokens, 64)
+
+    with torch.inference_mode():
+        found = stack.side_by_side(x)
+
+    expected = [torch.nn.functional.linear(x, dequantised(layer.weight), layer.bias) for layer in layers]
+    assert (found - torch.cat(expected, 1)).norm() < 0.01 * found.norm()
 
 
 def test_only_adapters_keep_full_matrices(models):
