@@ -25,9 +25,9 @@ from scripts.dataset.records import Preference, with_system_prompt
 from scripts.dataset.rendering import Rendered, render_completion, render_pair, render_prompt
 from scripts.model.adapter import load_adapter, switched_to
 from scripts.model.base import load_base
-from scripts.model.generation import Answer, Health, generate_answers, health
+from scripts.model.generation import Answer, Health, generate_and_score, health
 from scripts.model.int8 import check_int8, keep_in_int8
-from scripts.model.scoring import AnswerScore, mean_kl, score_answers
+from scripts.model.scoring import AnswerScore, mean_kl
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +41,12 @@ ORIGINS = (BASE, *dict.fromkeys(stage.continues for stage in TRAINING_STAGES.val
 class Measured:
     """Everything measured of one model, item by item."""
 
-    targets: list[AnswerScore] = field(default_factory=list)
-    chosen: list[AnswerScore] = field(default_factory=list)
-    rejected: list[AnswerScore] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
-    checks: list[dict[str, bool]] = field(default_factory=list)  # by the name of the check
-    health: Health | None = None
+    targets: list[AnswerScore]
+    chosen: list[AnswerScore]
+    rejected: list[AnswerScore]
+    answers: list[Answer]
+    checks: list[dict[str, bool]]  # by the name of the check
+    health: Health
     kl: dict[str, float] = field(default_factory=dict)
 
     def prefers_chosen(self) -> list[bool]:
@@ -213,8 +213,6 @@ def measure_models(
     origins: Mapping[str, Mapping[str, str]],
     prepared: Prepared,
     chats: Mapping[str, ChatFormat],
-    *,
-    with_answers: bool = True,
 ) -> dict[str, Measured]:
     """Measure loaded models by label, each in its own format.
 
@@ -224,38 +222,36 @@ def measure_models(
     for number, label in enumerate(origins, 1):
         log.info("measuring %s (%d of %d)", label, number, len(origins))
         with loaded.switched_to(label):
-            items = prepared.items(chats[label])
-            measured[label] = _score(loaded.model, items, prepared.tokenizer.pad_token_id)
-            if with_answers:
-                _answer(loaded.model, items, prepared, measured[label])
-    if with_answers:
-        for label, started_from in origins.items():
-            rows = prepared.items(chats[label]).own_rows(measured[label].answers)
-            measured[label].kl = _kl_to_origins(loaded, label, started_from, rows, prepared)
+            measured[label] = _measure(loaded.model, prepared.items(chats[label]), prepared)
+    for label, started_from in origins.items():
+        rows = prepared.items(chats[label]).own_rows(measured[label].answers)
+        measured[label].kl = _kl_to_origins(loaded, label, started_from, rows, prepared)
     return measured
 
 
-def _score(model: Any, items: Items, pad_token_id: int) -> Measured:
+def _measure(model: Any, items: Items, prepared: Prepared) -> Measured:
+    settings = prepared.config.eval
     # A pair's chosen answer is also the target answer of its prompt: score no row twice.
     rows = {tuple(row.input_ids): row for row in (*items.targets, *items.chosen, *items.rejected)}
-    scores = dict(zip(rows, score_answers(model, list(rows.values()), pad_token_id), strict=True))
+    with tqdm(total=len(items.prompts), desc="answers", unit="answer", leave=False, disable=None) as bar:
+        answers, found = generate_and_score(
+            model,
+            prepared.tokenizer,
+            items.prompts,
+            list(rows.values()),
+            settings.max_new_tokens,
+            settings.batch_size,
+            bar.update,
+        )
+    scores = dict(zip(rows, found, strict=True))
     targets, chosen, rejected = (
         [scores[tuple(row.input_ids)] for row in side] for side in (items.targets, items.chosen, items.rejected)
     )
-    return Measured(targets, chosen, rejected)
-
-
-def _answer(model: Any, items: Items, prepared: Prepared, measured: Measured) -> None:
-    settings = prepared.config.eval
-    with tqdm(total=len(items.prompts), desc="answers", unit="answer", leave=False, disable=None) as bar:
-        measured.answers = generate_answers(
-            model, prepared.tokenizer, items.prompts, settings.max_new_tokens, settings.batch_size, bar.update
-        )
-    measured.health = health(measured.answers)
-    measured.checks = [
+    checks = [
         apply_checks(settings.checks, answer.text, question)
-        for answer, question in zip(measured.answers, prepared.questions, strict=True)
+        for answer, question in zip(answers, prepared.questions, strict=True)
     ]
+    return Measured(targets, chosen, rejected, answers, checks, health(answers))
 
 
 def _kl_to_origins(

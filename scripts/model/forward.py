@@ -13,8 +13,19 @@ from scripts.model.batch import left_padded_batch
 class Decoding(Protocol):
     """Rows that are continued together, one token at a time."""
 
-    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read prompts into new rows at the end; return the logits of what follows each, (new rows, V)."""
+    def reserve(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Make room for prompts that are added next, all at once or some at a time."""
+
+    def add(
+        self,
+        prompts: Sequence[Sequence[int]],
+        beside: Sequence[Sequence[int]] = (),
+        places: Sequence[Sequence[int]] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read prompts into new rows at the end, and beside them rows that are not continued.
+
+        Return the logits of what follows each prompt, (new rows, V), and those at some places of the rows beside, (n, V).
+        """
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append a token to every row; return the logits of the next, (rows, V)."""

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from scripts.dataset.chat_format import stop_token_ids
+from scripts.dataset.rendering import Rendered
 from scripts.model.batch import left_padded_batch
 from scripts.model.forward import Decoding, forward_of
+from scripts.model.scoring import AnswerScore, places_of_logits, score_answers, scores_of
 from scripts.model.shape import positions_of
 
 NGRAM = 4
 GREEDY_BELOW = 1e-4  # the most likely token wins with certainty in any float type
+SCORED_TOGETHER = 8  # rows; the logits of a long answer take 100 MB and more
 CANDIDATES = 256  # a nucleus rarely holds more; only when it does is the whole vocabulary sorted
 
 
@@ -91,13 +94,31 @@ def generate_answers(
 
     Where the model has a table of positions, an answer ends with it at the latest.
     """
-    answers = sample_answers(
-        model, tokenizer, prompts, Sampling(max_new_tokens=max_new_tokens), batch_size=batch_size, progress=progress
-    )
-    return [each[0] for each in answers]
+    return generate_and_score(model, tokenizer, prompts, [], max_new_tokens, batch_size, progress)[0]
 
 
-@torch.inference_mode()
+def generate_and_score(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Rendered],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[int], object] = lambda done: None,
+) -> tuple[list[Answer], list[AnswerScore]]:
+    """Continue each prompt greedily, and score the answers of rows, in the orders given.
+
+    Where the model's forward pass is lean, a row that begins with one of the prompts is read along with it. Where the model
+    has a table of positions, an answer ends with it at the latest.
+    """
+    beside, sampling = _Beside(rows), Sampling(max_new_tokens=max_new_tokens)
+    answers = _sample(model, tokenizer, prompts, sampling, (), batch_size, progress, beside)
+    left = [index for index in range(len(rows)) if index not in beside.scores]
+    of_left = score_answers(model, [rows[index] for index in left], tokenizer.pad_token_id)
+    scores = beside.scores | dict(zip(left, of_left, strict=True))
+    return [each[0] for each in answers], [scores[index] for index in range(len(rows))]
+
+
 def sample_answers(
     model: Any,
     tokenizer: Any,
@@ -112,6 +133,20 @@ def sample_answers(
     `seeds`: one for each prompt; an answer depends on its prompt's seed and on its number, not on its neighbours, but for
     rounding. The samples of a prompt stand together, so that it is read once.
     """
+    return _sample(model, tokenizer, prompts, sampling, seeds, batch_size, progress, _Beside([]))
+
+
+@torch.inference_mode()
+def _sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int], object],
+    beside: _Beside,
+) -> list[list[Answer]]:
     forward, stops = forward_of(model, tokenizer.pad_token_id), stop_token_ids(tokenizer)
     was_training = model.training
     model.eval()
@@ -122,7 +157,7 @@ def sample_answers(
         for number in range(sampling.n)
     )
     decoding = forward.decoding([row.prompt for row in list(rows)[:2]])
-    answer = _answer_with_library if decoding is None else partial(_answer, decoding)
+    answer = _answer_with_library if decoding is None else partial(_answer, decoding, beside)
     answers: list[list[Any]] = [[None] * sampling.n for _ in prompts]
     for row in answer(model, tokenizer, rows, sampling, stops, batch_size):
         answers[row.index][row.number] = _cut(tokenizer, row.ids, stops)
@@ -142,16 +177,58 @@ class _Row:
     ids: list[int] = field(default_factory=list)
 
 
+class _Beside:
+    """Rows whose answers are scored while the prompts that they begin with are read."""
+
+    def __init__(self, rows: Sequence[Rendered]) -> None:
+        self.rows = rows
+        self.scores: dict[int, AnswerScore] = {}  # by the number of the row, as far as its prompt was read
+        self.waiting: dict[tuple[int, ...], list[int]] = {}  # by prompt
+        for index, places in enumerate(places_of_logits(rows)):
+            self.waiting.setdefault(tuple(rows[index].input_ids[: min(places, default=0) + 1]), []).append(index)
+
+    def read(self, decoding: Decoding, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Read prompts into rows that are continued; return the logits of what follows each, (prompts, V)."""
+        decoding.reserve(prompts)
+        following: list[torch.Tensor] = []
+        for some, indices in self._portions(prompts):
+            rows = [self.rows[index] for index in indices]
+            logits, of_rows = decoding.add(some, [row.input_ids for row in rows], places_of_logits(rows))
+            following.append(logits)
+            self.scores |= zip(indices, scores_of(rows, of_rows), strict=True) if rows else ()
+        return torch.cat(following)
+
+    def _portions(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
+        """Yield prompts with the rows that begin with them, so few of these that their logits do not fill the memory."""
+        some: list[Sequence[int]] = []
+        indices: list[int] = []
+        for prompt in prompts:
+            of_prompt = self.waiting.pop(tuple(prompt), [])[:SCORED_TOGETHER]
+            if len(indices) + len(of_prompt) > SCORED_TOGETHER:
+                yield some, indices
+                some, indices = [], []
+            some.append(prompt)
+            indices.extend(of_prompt)
+        yield some, indices
+
+
 def _answer(
-    decoding: Decoding, model: Any, tokenizer: Any, waiting: deque[_Row], sampling: Sampling, stops: set[int], batch_size: int
-) -> Iterator[_Row]:  # fmt: skip
+    decoding: Decoding,
+    beside: _Beside,
+    model: Any,
+    tokenizer: Any,
+    waiting: deque[_Row],
+    sampling: Sampling,
+    stops: set[int],
+    batch_size: int,
+) -> Iterator[_Row]:
     """Yield rows as they end; those that wait take the places of those that ended, half a batch at a time."""
     live: list[_Row] = []
     while waiting or live:
         if waiting and len(live) <= batch_size // 2:
             new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(live)))]
             live += new
-            logits = decoding.add([row.prompt for row in new])
+            logits = beside.read(decoding, [row.prompt for row in new])
         else:
             new = live
             logits = decoding.step([row.ids[-1] for row in live])

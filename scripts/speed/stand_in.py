@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,8 @@ class StandIn:
     def hidden(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the last hidden states at some places of each row, one row after the other, (n, C)."""
         self.lean.renew()
-        rows = [row[: max(wanted, default=0) + 1] for row, wanted in zip(rows, places, strict=True)]
-        packed = pack(rows, share=not self.lean.left_to_chance).to(self.decoder.device)
-        of_rows = [
-            row[torch.tensor(wanted, dtype=torch.long)] for row, wanted in zip(packed.places, places, strict=True)
-        ]
-        return self.lean.hidden(packed, wanted=torch.cat(of_rows))
+        packed = pack(_up_to(places, rows), share=not self.lean.left_to_chance).to(self.decoder.device)
+        return self.lean.hidden(packed, wanted=torch.cat(_at(places, packed.places)))
 
     def similarity(self, row: Sequence[int]) -> Sequence[int]:
         """Return the row itself: neighbours begin alike, and what they share is computed once."""
@@ -151,13 +148,29 @@ class LeanDecoding:
         self.cache = Cache(len(self.lean.layers), first.groups, first.attention.head_dim, weight)
         self.lean.renew()
 
-    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read prompts into new rows at the end; return the logits of what follows each, (new rows, V)."""
-        packed, cache = pack(prompts).to(self.forward.decoder.device), self.cache
-        cache.reserve(len(cache.lengths) + len(prompts), max(map(len, prompts)))
-        hidden = self.lean.hidden(packed, cache, torch.stack([places[-1] for places in packed.places]))
-        cache.lengths = torch.cat([cache.lengths, torch.tensor(list(map(len, prompts)), device=hidden.device)])
-        return logits_of(self.forward.base, hidden)
+    def reserve(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Make room for prompts that are added next, all at once or some at a time."""
+        self.cache.reserve(len(self.cache.lengths) + len(prompts), max(map(len, prompts)))
+
+    def add(
+        self,
+        prompts: Sequence[Sequence[int]],
+        beside: Sequence[Sequence[int]] = (),
+        places: Sequence[Sequence[int]] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read prompts into new rows at the end, and beside them rows that are not continued; what they share once.
+
+        Return the logits of what follows each prompt, (new rows, V), and those at some places of the rows beside, (n, V).
+        """
+        self.reserve(prompts)
+        packed = pack([*prompts, *_up_to(places, beside)]).to(self.forward.decoder.device)
+        of_prompts, of_beside = packed.places[: len(prompts)], packed.places[len(prompts) :]
+        wanted = [*(places[-1:] for places in of_prompts), *_at(places, of_beside)]
+        hidden = self.lean.hidden(replace(packed, places=of_prompts), self.cache, torch.cat(wanted))
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=hidden.device)
+        self.cache.lengths = torch.cat([self.cache.lengths, lengths])
+        logits = logits_of(self.forward.base, hidden)
+        return logits[: len(prompts)], logits[len(prompts) :]
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append a token to every row; return the logits of the next, (rows, V)."""
@@ -171,6 +184,16 @@ class LeanDecoding:
     def drop(self, row: int) -> None:
         """Let a row leave; the last one takes its place."""
         self.cache.drop(row)
+
+
+def _up_to(places: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Return each row up to the last of its places: nothing after it has a part in what is asked."""
+    return [row[: max(wanted, default=0) + 1] for row, wanted in zip(rows, places, strict=True)]
+
+
+def _at(places: Sequence[Sequence[int]], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return of each row what stands at its places."""
+    return [row[torch.tensor(wanted, dtype=torch.long)] for row, wanted in zip(rows, places, strict=True)]
 
 
 def logits_of(base: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,7 @@ def test_held_out_loss_of_the_report_equals_that_of_training(compared: Path) -> 
     sft = adapter_of("sft", compared)
     loaded = load_models(compared / "model", [sft], values)
     chats = dict.fromkeys(("base", "sft"), ChatFormat.of(tokenizer, sft.manifest))
-    result = measure_models(loaded, {"base": {}, "sft": {}}, prepared, chats, with_answers=False)
+    result = measure_models(loaded, {"base": {}, "sft": {}}, prepared, chats)
     metrics = manifest(compared / "out/sft_adapter")["metrics"]
     for name, key in (("base", "held_out_loss_before"), ("sft", "held_out_loss")):
         scores = result[name].targets

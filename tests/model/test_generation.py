@@ -12,19 +12,22 @@ import torch
 
 from scripts.common.schema import Lora
 from scripts.dataset.chat_format import ChatFormat, stop_token_ids, user_turn
-from scripts.dataset.rendering import render_prompt
+from scripts.dataset.rendering import Rendered, render_prompt
 from scripts.model.adapter import add_lora
 from scripts.model.base import load_tokenizer
 from scripts.model.generation import (
+    SCORED_TOGETHER,
     Answer,
     Sampling,
     choose,
     decoding_greedily,
+    generate_and_score,
     generate_answers,
     health,
     repetition,
     sample_answers,
 )
+from scripts.model.scoring import score_answers
 from scripts.speed.speed_up import speed_up
 from tests.support.models import load
 from tests.support.stops import FAMILIES, change_generation_config, save_family_model
@@ -41,6 +44,42 @@ def test_answers_do_not_depend_on_the_batch(model_fixture: str, request: pytest.
     alone = generate_answers(model, tokenizer, prompts, 8, batch_size=1)
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     assert all(len(answer.token_ids) == 8 or answer.ended for answer in together)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_rows_scored_beside_answers_have_the_scores_and_leave_the_answers_of_each_alone(
+    tiny_llama: Path, fast: bool
+) -> None:
+    """Rows of one prompt and of none, more of one prompt than are read along with it, and a prompt that stands twice."""
+    tokenizer, model = load_tokenizer(tiny_llama), add_lora(load(tiny_llama), Lora(r=4), "m")
+    if fast:
+        speed_up(model)
+    prompts = [render_prompt(ChatFormat(tokenizer), user_turn("go " * count)) for count in (1, 9, 4, 9, 2)]
+    many = [Rendered.of(prompts[2], [*range(7, 8 + count)]) for count in range(2 * SCORED_TOGETHER)]
+    rows = [Rendered.of(prompts[3], [9, 8, 7]), *many, Rendered.of([5, 6], [7]), Rendered.of(prompts[0], [9] * 40)]
+
+    answers, scores = generate_and_score(model, tokenizer, prompts, rows, 8, batch_size=2)
+
+    assert answers == generate_answers(model, tokenizer, prompts, 8, batch_size=1)
+    assert [score.tokens for score in scores] == [row.trained_tokens for row in rows]
+    alone = [score_answers(model, [row], tokenizer.pad_token_id)[0].logps for row in rows]
+    assert [score.logps for score in scores] == pytest.approx(alone, abs=1e-3)
+
+
+def test_a_row_is_read_along_with_its_prompt(tiny_llama: Path) -> None:
+    tokenizer, model = load_tokenizer(tiny_llama), add_lora(load(tiny_llama), Lora(r=4), "m")
+    speed_up(model)
+    prompts = [render_prompt(ChatFormat(tokenizer), user_turn(f"{word} " * 40)) for word in ("go", "stay", "come")]
+    rows = [Rendered.of(prompt, [token, 8, 7]) for prompt in prompts for token in (9, 10)]
+    generate_and_score(model, tokenizer, prompts[:2], [], 1)  # the forward pass is proven on the first that it sees
+    read: list[int] = []
+    embedding = model.get_base_model().model.embed_tokens
+    embedding.register_forward_hook(lambda module, args, output: read.append(output.shape[1]))
+
+    generate_and_score(model, tokenizer, prompts, rows, 1)
+
+    assert len(read) == 1
+    assert read[0] <= sum(map(len, prompts)) + 2 * len(rows)  # a row's last token predicts nothing
 
 
 def test_an_answer_is_cut_at_its_end_token(tiny_llama: Path) -> None:

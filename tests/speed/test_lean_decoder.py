@@ -16,7 +16,7 @@ from scripts.common.schema import Config, Lora
 from scripts.dataset.rendering import Rendered
 from scripts.model.adapter import add_lora, switched_to
 from scripts.model.base import load_base, load_tokenizer
-from scripts.model.generation import generate_answers
+from scripts.model.generation import generate_and_score, generate_answers
 from scripts.model.scoring import score_answers
 from scripts.speed.lean_decoder import Attend, RMSNorm, _Norm, attend_padded
 from scripts.speed.packing import pack
@@ -307,16 +307,17 @@ def test_logits_at_places_and_greedy_answers_equal_peft(
     model = adapted(folder, Lora(r=4), torch.float64).eval()
     prompts = [[*SYSTEM, *range(40, 40 + count)] for count in (1, 5, 30, 9)] + [[7, 8, 9]] * 2
     rows = [Rendered([*row], [-100] * (len(row) - 3) + row[-3:]) for row in ROWS if len(row) > 4]
+    rows += [Rendered.of(prompt, [5, 6, 7]) for prompt in prompts]  # read along with their prompts
     plain = generate_answers(model, tokenizer, prompts, 70, batch_size=1), score_answers(model, rows, 0)
 
     speed_up(model)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: new_empty(self, *size).fill_(torch.nan))
 
-    assert generate_answers(model, tokenizer, prompts, 70, batch_size=3) == plain[0]
-    assert [each.logps for each in score_answers(model, rows, 0, 3)] == pytest.approx(
-        [each.logps for each in plain[1]], abs=1e-4
-    )
+    answers, scores = generate_and_score(model, tokenizer, prompts, rows, 70, batch_size=3)
+
+    assert answers == plain[0]
+    assert [each.logps for each in scores] == pytest.approx([each.logps for each in plain[1]], abs=1e-4)
     assert stand_in_of(model).proven == {False: True}
 
 
