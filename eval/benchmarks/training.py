@@ -27,10 +27,11 @@ if not __package__:  # run as a file: sys.path[0] is this folder; put the reposi
 
 from eval.benchmarks.training_growth import measure_growth
 from eval.benchmarks.training_quality import held_out_losses, measure_quality
-from eval.benchmarks.training_report import README, pasted, tables, write_pictures
+from eval.benchmarks.training_report import README, markers, pasted, tables, write_pictures
 from eval.benchmarks.training_systems import (
     BATCH,
     EPOCHS,
+    FLOP,
     LEARNING_RATE,
     SYSTEMS,
     WARM_UP,
@@ -44,7 +45,7 @@ from eval.benchmarks.training_systems import (
     write_rows,
 )
 from scripts.common.errors import UserError, entry_point
-from scripts.common.machine import Machine, apply_machine, choose_machine, hardware
+from scripts.common.machine import Machine, apply_machine, choose_machine, hardware, kind_of_processor
 from scripts.common.run import set_up_logging
 from scripts.common.schema import Config
 from scripts.model.memory import parameter_count
@@ -54,8 +55,6 @@ log = logging.getLogger(__name__)
 
 HELD_OUT = 64
 FEWEST_STEPS = 4  # of which the first is the warm-up
-# Least work per weight and token: forward and the gradient of the activations; DPO also asks the reference once per pair.
-FLOP = {"sft": 4.0, "dpo": 4.0 + 2.0 / EPOCHS["dpo"]}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), help="default: all")
     add("--against", action="append", default=[], metavar="NAME=COMMAND", help="another system; {stage}, {model}, {data}, {output}, {batch}, {epochs}, {max_length}, {learning_rate}, {seed} stand for the task")  # fmt: skip
     add("--steps", type=int, default=8, help="optimizer steps of a run (default: %(default)s)")
-    add("--rounds", type=int, default=1, help="times each run is repeated, with another seed; medians count (default: %(default)s)")  # fmt: skip
+    add("--rounds", type=int, default=1, help="times each run is repeated, in turns and with another seed; medians count (default: %(default)s)")  # fmt: skip
     add("--model", default="models/smollm2-135m-instruct", help="base model (default: %(default)s)")
     add("--max-length", type=int, default=512, help="longer records are left out (default: %(default)s)")
     add("--sft-data", default="data/sft/sample_sft.jsonl", metavar="FILE", help="default: %(default)s")
@@ -75,8 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--time-to-quality", type=float, default=0.75, metavar="SHARE", help="exact match on held-out records of --sft-data that the part `quality` trains for (default: %(default)s)")  # fmt: skip
     add("--quality-minutes", type=float, default=30, help="longest time per system for it (default: %(default)s)")
     add("--out", default="outputs/benchmarks/training", metavar="DIR", help="default: %(default)s")
-    add("--paste", nargs="?", const=str(README), metavar="FILE", help="also put the tables into eval/benchmarks/README.md, or FILE")  # fmt: skip
+    add("--paste", nargs="?", const=str(README), metavar="FILE", help="also put the tables into eval/benchmarks/README.md, or FILE, where those of this kind of processor stand")  # fmt: skip
     return parser
+
+
+def kind_of_machine() -> str:
+    """Return the machines whose figures stand together: those with this GPU, or with this kind of processor."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else kind_of_processor()
 
 
 def matrix_limit(machine: Machine) -> float:
@@ -219,8 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     systems = [*(SYSTEMS[name] for name in arguments.systems), *map(system_of_user, arguments.against)]
     if not systems:
         raise UserError("--systems: nothing to measure. Name at least one system, or give a command with --against.")
+    kind = kind_of_machine()
     if arguments.paste:
-        pasted(Path(arguments.paste), "")  # what is wrong with it is better known before than after
+        pasted(Path(arguments.paste), "", *markers(kind))  # what is wrong with it is better known before than after
     set_up_logging()
 
     from mlflow import MlflowClient
@@ -238,22 +245,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     store.parent.mkdir(parents=True)
     MlflowClient(f"sqlite:///{store}").search_experiments()  # a store is made once in a user's life, and takes seconds
     about = {"hardware": hardware(), "date": datetime.now(UTC).date().isoformat(), "model": model.name}
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    of_kinds = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = of_kinds.setdefault(kind, {})
     for part in arguments.parts:
         if part == "speed":
             pairs = measure_speed(arguments, systems, model, tokenizer, machine, work)
             found[part] = found.get(part, {}) | {name: about | pair for name, pair in pairs.items()}
         elif part == "growth":
-            found[part] = about | {"axes": measure_growth(work)}
+            found[part] = about | {"axes": measure_growth(work, arguments.rounds, lambda: matrix_limit(machine))}
         else:
             found[part] = about | measure_quality(arguments, systems, model, tokenizer, machine, work)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(of_kinds, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     text = "\n".join(tables(found))
     (out / "training.md").write_text(text + "\n", encoding="utf-8")
     write_pictures(found, out)
     if arguments.paste:
-        Path(arguments.paste).write_text(pasted(Path(arguments.paste), text), encoding="utf-8")
+        Path(arguments.paste).write_text(pasted(Path(arguments.paste), text, *markers(kind)), encoding="utf-8")
     sys.stdout.write(text + "\n")
     log.info("written to %s", out)
     return 0

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.training_systems import LEARNING_RATE, SYSTEMS, Task, our_command, run_to_the_end
+from eval.benchmarks.training_systems import FLOP, LEARNING_RATE, SYSTEMS, Task, our_command, run_to_the_end
 from scripts.common.artifacts import read_manifest
 from scripts.model.memory import parameter_count
 
 log = logging.getLogger(__name__)
 
-STEPS = 6  # of which the first only warms up
+STEPS = 12  # of which the first only warms up
 LAYERS, HEAD = 8, 64
 
 
@@ -58,8 +60,8 @@ def write_made_up_records(point: Point, path: Path, tokenizer: Any) -> None:
             file.write(json.dumps({"instruction": f"{number}{half}", "output": half.strip()}) + "\n")
 
 
-def measure_point(point: Point, work: Path) -> dict[str, float]:
-    """Train a few steps and read from the manifest what they took."""
+def measure_point(point: Point, work: Path, limit: float) -> dict[str, float]:
+    """Train a few steps and read from the manifest what they took; `limit`: what the machine can do, in FLOP per second."""
     from scripts.model.base import load_tokenizer
 
     model = save_shape(point.width, work / f"width-{point.width}")
@@ -70,10 +72,11 @@ def measure_point(point: Point, work: Path) -> dict[str, float]:
     command = our_command(task, **{"trainer.max_steps": STEPS, "trainer.save_strategy": "no"})
     seconds, peak = run_to_the_end(replace(SYSTEMS["ours"], name=f"growth {folder.name}"), task, work, command)
     metrics = read_manifest(task.output, verify=False).metrics
-    per_step = metrics["train_tokens"] / metrics["steps"]
+    per_step, parameters = metrics["train_tokens"] / metrics["steps"], parameter_count(model)
     return {
         **vars(point),
-        "parameters": parameter_count(model),
+        "parameters": parameters,
+        "limit_share": FLOP["sft"] * parameters * metrics["tokens_per_second"] / limit,
         "tokens_per_record": per_step / point.batch,
         "seconds_per_step": per_step / metrics["tokens_per_second"],
         "seconds_of_the_whole_run": seconds,
@@ -81,14 +84,19 @@ def measure_point(point: Point, work: Path) -> dict[str, float]:
     }
 
 
-def measure_growth(work: Path) -> dict[str, list[dict[str, float]]]:
-    """Measure every point of every axis once."""
-    points = dict.fromkeys(point for axis in AXES.values() for point in axis)
-    found = {}
-    for number, point in enumerate(points, 1):
-        log.info("growth [%d/%d]: %s", number, len(points), point)
-        found[point] = measure_point(point, work / "growth")
-    return {name: [found[point] for point in axis] for name, axis in AXES.items()}
+def measure_growth(work: Path, rounds: int, limit: Callable[[], float]) -> dict[str, list[dict[str, float]]]:
+    """Measure every point of every axis once per round, each after the limit as it is then; return the medians."""
+    found: dict[Point, list[dict[str, float]]] = {point: [] for axis in AXES.values() for point in axis}
+    for number in range(1, rounds + 1):
+        for point, of_point in found.items():
+            log.info("growth, round %d of %d: %s", number, rounds, point)
+            of_point.append(measure_point(point, work / f"growth-{number}", limit()))
+    return {name: [medians(found[point]) for point in axis] for name, axis in AXES.items()}
+
+
+def medians(of_rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each figure."""
+    return {key: statistics.median(each[key] for each in of_rounds) for key in of_rounds[0]}
 
 
 # What stands on each axis, its unit, and which cost is drawn.
@@ -127,11 +135,14 @@ def draw_growth(growth: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def growth_table(growth: dict[str, list[dict[str, float]]]) -> list[str]:
     """Render the points as rows."""
-    rows = ["| growing | to | seconds per step | whole run, s | peak memory, GiB |", "|---|---|---|---|---|"]
+    rows = [
+        "| growing | to | seconds per step | of the limit | whole run, s | peak memory, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, points in growth.items():
         key, unit, _ = DRAWN[name]
         rows += [
-            f"| {name} | {point[key]:,.0f} {unit} | {point['seconds_per_step']:.2f} "
+            f"| {name} | {point[key]:,.0f} {unit} | {point['seconds_per_step']:.2f} | {point['limit_share']:.0%} "
             f"| {point['seconds_of_the_whole_run']:.0f} | {point['peak_memory_gib']:.1f} |"
             for point in points
         ]

@@ -10,11 +10,15 @@ from scripts.common.errors import UserError
 from scripts.common.paths import ROOT
 
 README = ROOT / "eval" / "benchmarks" / "README.md"
-START, END = "<!-- training: generated -->", "<!-- end of training -->"
 UNITS = {"sft": "samples", "dpo": "pairs"}
 
 
-def pasted(path: Path, table: str, first: str = START, last: str = END) -> str:
+def markers(kind: str) -> tuple[str, str]:
+    """Return the lines between which the tables of one kind of processor stand."""
+    return f"<!-- training, {kind}: generated -->", f"<!-- end of training, {kind} -->"
+
+
+def pasted(path: Path, table: str, first: str, last: str) -> str:
     """Return a file's text with the tables between its markers."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, start, rest = text.partition(first)

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3
 MALLOC_SETTINGS = ((M_MMAP_THRESHOLD, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20))
 
+BF16_PROCESSORS = ("AMX", "AVX512-BF16")
+
 # By whether Apple's GPU is there. The proofs of this project were never run on one, so nothing is trained on it.
 NO_GPU = {False: "no GPU", True: "Apple's GPU (mps) is not used, since nothing here is proven on it"}
 
@@ -121,11 +123,21 @@ def bf16_support(device: str) -> tuple[bool, str]:
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
         return supported, f"the GPU {'computes' if supported else 'does not compute'} in bf16"
-    if torch.cpu._is_amx_tile_supported():
-        return True, "the CPU has AMX"
-    if torch.cpu._is_avx512_bf16_supported():
-        return True, "the CPU has AVX512-BF16"
-    return False, "the CPU has neither AMX nor AVX512-BF16"
+    kind = kind_of_processor()
+    if kind in BF16_PROCESSORS:
+        return True, f"the CPU has {kind}"
+    return False, f"there is neither {' nor '.join(BF16_PROCESSORS)} to use"
+
+
+def kind_of_processor() -> str:
+    """Name what multiplies matrices here: AMX or AVX512-BF16, which take bf16, else the instructions torch chose, as AVX2."""
+    import torch
+
+    have = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    # oneDNN may be kept from using what the CPU has (ONEDNN_MAX_CPU_ISA). Only builds for these CPUs can be asked.
+    if any(have) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return BF16_PROCESSORS[have.index(True)]
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def has_mps() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,12 +82,21 @@ def test_a_type_that_the_processor_cannot_compute_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool, dtype: str, warned: bool
 ) -> None:
     monkeypatch.setattr(
-        machine_module, "bf16_support", lambda device: (fast, "the CPU has neither AMX nor AVX512-BF16")
+        machine_module, "bf16_support", lambda device: (fast, "there is neither AMX nor AVX512-BF16 to use")
     )
 
     machine_module.choose_machine(Config(performance=Performance(device="cpu", dtype=dtype)))
 
     assert ("25 to 30 times as long" in caplog.text) == warned
+
+
+def test_what_the_processor_may_not_use_is_not_chosen() -> None:
+    """bf16 is slow on a processor that could compute it, too, where oneDNN is kept from doing so."""
+    code = "from scripts.common.machine import *; print(bf16_support('cpu')[0], kind_of_processor())"
+    narrowed = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    said = subprocess.run([sys.executable, "-c", code], env=os.environ | narrowed, capture_output=True, text=True)
+
+    assert said.stdout.split() == ["False", torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX2")]
 
 
 def test_on_an_apple_gpu_training_stays_on_the_cpu_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
