@@ -84,7 +84,8 @@ def our_command(task: Task, **settings: object) -> list[str]:
     if task.stage == "dpo":  # as `trl dpo` does it: a fresh adapter, the bare base as reference
         section |= {"init_from": "null", "reference": "base", "beta": BETA}
     values = {f"{task.stage}.{key}": value for key, value in (section | settings).items()}
-    values |= {"base_model_id": task.model, "seed": task.seed, "offline": "true", "data.validation_ratio": 0}
+    values |= {"base_model_id": task.model, "seed": task.seed, "offline": "true"}
+    values |= {"data.validation_ratio": 0, "data.test_ratio": 0}  # every record is trained on, as with the others
     words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     return [sys.executable, str(ROOT / f"scripts/train_{task.stage}.py"), "--config", str(ROOT / "configs/config.yaml"), *words]  # fmt: skip
 

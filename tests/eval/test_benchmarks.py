@@ -17,7 +17,18 @@ from eval.benchmarks import llama_server, serving, training
 from eval.benchmarks.training_growth import Point, draw_growth, growth_table, measure_point, medians
 from eval.benchmarks.training_quality import whole_checkpoints
 from eval.benchmarks.training_report import markers
-from eval.benchmarks.training_systems import EPOCHS, SYSTEMS, Row, Running, System, Task, run_to_the_end, system_of_user
+from eval.benchmarks.training_systems import (
+    EPOCHS,
+    SYSTEMS,
+    Row,
+    Running,
+    System,
+    Task,
+    our_command,
+    run_to_the_end,
+    system_of_user,
+)
+from scripts.common.config import load_config
 from tests.conftest import write_jsonl
 from tests.support.chain import dpo_rows, sft_rows
 
@@ -137,6 +148,14 @@ def test_command_of_the_user_gets_the_values_of_the_task() -> None:
 
     assert system.name == "mine"
     assert system.command(TASK) == ["train", "sft", "--data=data/train.jsonl", "-b", "8", "two words", "{unknown}"]
+
+
+@pytest.mark.parametrize("stage", EPOCHS)
+def test_this_project_trains_on_every_record_that_the_others_get(stage: str) -> None:
+    _, _, _, path, *words = our_command(replace(TASK, stage=stage))
+    data = load_config(path, words[1::2]).values.data
+
+    assert (data.validation_ratio, data.test_ratio) == (0, 0)
 
 
 @pytest.mark.parametrize("command", [
