@@ -17,10 +17,7 @@ class Decoding(Protocol):
         """Make room for prompts that are added next, all at once or some at a time."""
 
     def add(
-        self,
-        prompts: Sequence[Sequence[int]],
-        beside: Sequence[Sequence[int]] = (),
-        places: Sequence[Sequence[int]] = (),
+        self, prompts: Sequence[Sequence[int]], beside: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read prompts into new rows at the end, and beside them rows that are not continued.
 

@@ -153,10 +153,7 @@ class LeanDecoding:
         self.cache.reserve(len(self.cache.lengths) + len(prompts), max(map(len, prompts)))
 
     def add(
-        self,
-        prompts: Sequence[Sequence[int]],
-        beside: Sequence[Sequence[int]] = (),
-        places: Sequence[Sequence[int]] = (),
+        self, prompts: Sequence[Sequence[int]], beside: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read prompts into new rows at the end, and beside them rows that are not continued; what they share once.
 
