@@ -167,7 +167,7 @@ class LeanDecoding:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=hidden.device)
         self.cache.lengths = torch.cat([self.cache.lengths, lengths])
         logits = logits_of(self.forward.base, hidden)
-        return logits[: len(prompts)], logits[len(prompts) :]
+        return logits[: len(prompts)].clone(), logits[len(prompts) :]  # a view would keep the many of the rows beside
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append a token to every row; return the logits of the next, (rows, V)."""

@@ -321,6 +321,17 @@ def test_logits_at_places_and_greedy_answers_equal_peft(
     assert stand_in_of(model).proven == {False: True}
 
 
+def test_what_follows_prompts_keeps_no_logits_of_rows_beside_them(tiny_llama: Path) -> None:
+    model = adapted(tiny_llama, Lora(r=4))
+    speed_up(model)
+    with torch.inference_mode():
+        decoding = stand_in_of(model).decoding([[5, 6, 7]])
+        following, beside = decoding.add([[5, 6, 7]], [[5, 6, 7, 8, 9, 10]], [[2, 3, 4]])
+
+    assert len(beside) == 3
+    assert following.untyped_storage().nbytes() == following.nbytes
+
+
 def test_long_rows_are_computed_in_blocks(tiny_llama: Path) -> None:
     """Of which only the first weights are kept; two share a beginning that is a block and a part of one."""
     shared = [number % 400 + 5 for number in range(300)]
