@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS), help="default: all")
     add("--against", action="append", default=[], metavar="NAME=COMMAND", help="another system; {stage}, {model}, {data}, {output}, {batch}, {epochs}, {max_length}, {learning_rate}, {seed} stand for the task")  # fmt: skip
     add("--steps", type=int, default=8, help="optimizer steps of a run (default: %(default)s)")
-    add("--rounds", type=int, default=1, help="times each run is repeated, in turns and with another seed; medians count (default: %(default)s)")  # fmt: skip
+    add("--rounds", type=int, default=1, help="times each run is repeated, in turns; medians count (default: %(default)s)")  # fmt: skip
     add("--model", default="models/smollm2-135m-instruct", help="base model (default: %(default)s)")
     add("--max-length", type=int, default=512, help="longer records are left out (default: %(default)s)")
     add("--sft-data", default="data/sft/sample_sft.jsonl", metavar="FILE", help="default: %(default)s")

@@ -195,7 +195,8 @@ class _Beside:
             rows = [self.rows[index] for index in indices]
             logits, of_rows = decoding.add(some, [row.input_ids for row in rows], places_of_logits(rows))
             following.append(logits)
-            self.scores |= zip(indices, scores_of(rows, of_rows), strict=True) if rows else ()
+            if rows:
+                self.scores |= zip(indices, scores_of(rows, torch.log_softmax(of_rows.float(), -1)), strict=True)
         return torch.cat(following)
 
     def _portions(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:

@@ -31,16 +31,18 @@ def places_of_logits(rows: Sequence[Rendered]) -> list[list[int]]:
     return [[place - 1 for place, label in enumerate(row.labels) if label != IGNORED] for row in rows]
 
 
-def scores_of(rows: Sequence[Rendered], logits: torch.Tensor) -> list[AnswerScore]:
-    """Score rows, given the logits that predict their answer tokens, one row after the other, (N, V)."""
+def scores_of(rows: Sequence[Rendered], log_probs: torch.Tensor) -> list[AnswerScore]:
+    """Score rows, given the log-probabilities at their answer tokens, one row after the other, (N, V)."""
     labels = [torch.tensor([label for label in row.labels if label != IGNORED]) for row in rows]
-    logps = torch.log_softmax(logits.float(), -1).gather(-1, torch.cat(labels).to(logits.device)[:, None])[:, 0]
+    logps = log_probs.gather(-1, torch.cat(labels).to(log_probs.device)[:, None])[:, 0]
     by_row = logps.double().cpu().split([len(of_row) for of_row in labels])
     return [AnswerScore(float(of_row.sum()), len(of_row)) for of_row in by_row]
 
 
-def _logits(forward: Forward, rows: Sequence[Rendered]) -> torch.Tensor:
-    return forward.logits([row.input_ids for row in rows], places_of_logits(rows))
+def _log_probs(forward: Forward, rows: Sequence[Rendered]) -> torch.Tensor:
+    """Return the log-probabilities over the vocabulary at every scored position of the rows, (N, V) in fp32."""
+    logits = forward.logits([row.input_ids for row in rows], places_of_logits(rows))
+    return torch.log_softmax(logits.float(), -1)
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def score_answers(model: Any, rows: Sequence[Rendered], pad_token_id: int, batch
     model.eval()
     for indices in _batches(forward, rows, batch_size):
         batch = [rows[index] for index in indices]
-        scores |= zip(indices, scores_of(batch, _logits(forward, batch)), strict=True)
+        scores |= zip(indices, scores_of(batch, _log_probs(forward, batch)), strict=True)
     model.train(was_training)
     return [scores[index] for index in range(len(rows))]
 
@@ -73,10 +75,10 @@ def mean_kl(
     model.eval()
     for indices in _batches(forward, rows, batch_size):
         batch = [rows[index] for index in indices]
-        ours = torch.log_softmax(_logits(forward, batch).float(), -1)
+        ours = _log_probs(forward, batch)
         for name, reference in references.items():
             with reference():
-                theirs = torch.log_softmax(_logits(forward, batch).float(), -1)
+                theirs = _log_probs(forward, batch)
             totals[name] += float((ours.exp() * (ours - theirs)).sum(-1).clamp(min=0).sum())
         count += len(ours)
     model.train(was_training)
