@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -39,6 +38,7 @@ from scripts.common.config import load_config
 from scripts.common.errors import UserError
 from scripts.common.network import is_loopback
 from tests.conftest import ROOT, write_jsonl
+from tests.support.browser import needs_browser, picture, running_browser
 
 KEY = "sk-very-secret-0123456789"
 HOSTILE = (
@@ -559,25 +559,12 @@ def test_the_end_of_input_is_a_stop(comparison, tmp_path, monkeypatch):
 
 @pytest.fixture
 def browser(tmp_path_factory) -> Iterator[Any]:
-    """Return a headless Chromium that saves files into `browser.downloads`."""
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,900",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    driver.downloads = tmp_path_factory.mktemp("downloads")  # type: ignore[attr-defined]
-    allow = {"behavior": "allow", "downloadPath": str(driver.downloads)}  # type: ignore[attr-defined]
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", allow)
-    yield driver
-    driver.quit()
+    """Return a browser without a network that saves files into `browser.downloads`."""
+    with running_browser(tmp_path_factory.mktemp("profile"), "--host-resolver-rules=MAP * ~NOTFOUND") as driver:
+        driver.downloads = tmp_path_factory.mktemp("downloads")
+        allow = {"behavior": "allow", "downloadPath": str(driver.downloads)}
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", allow)
+        yield driver
 
 
 def press(browser: Any, keys: str) -> None:
@@ -588,12 +575,7 @@ def text(browser: Any, selector: str) -> str:
     return browser.find_element("css selector", selector).get_attribute("textContent")
 
 
-def picture(browser: Any, name: str) -> None:
-    """Keep a screenshot where SCREENSHOTS names a folder, for a person to look at."""
-    if "SCREENSHOTS" in os.environ:
-        browser.save_screenshot(str(Path(os.environ["SCREENSHOTS"]) / name))
-
-
+@needs_browser
 @pytest.mark.slow
 def test_the_page_is_blind_keeps_votes_and_they_are_read_back(comparison, tmp_path, browser):
     rows = samples(3)

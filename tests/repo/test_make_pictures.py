@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 
 from scripts import make_pictures
 from tests.conftest import ROOT
+from tests.support.browser import needs_browser
 from tests.support.serving import save_adapter
 
 LARGEST = 300_000  # bytes, of all together
@@ -20,12 +20,6 @@ def test_a_missing_report_names_the_command_that_makes_it(write_config, tmp_path
     config = write_config(eval={"output_dir": str(tmp_path / "none")})
     assert make_pictures.main(["--config", str(config)]) == 2
     assert "holds no report.html. Run `make demo` first." in capsys.readouterr().err
-
-
-NEEDS_BROWSER = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs Debian's chromium and chromium-driver",
-)
 
 
 def flags_for(write_config, tiny_llama: Path, folder: Path, report: str, prompt: str, **serve: object) -> list[str]:
@@ -40,7 +34,7 @@ def flags_for(write_config, tiny_llama: Path, folder: Path, report: str, prompt:
     return ["--config", str(config), "--set", f"eval.output_dir={comparison}", "--all", str(folder / "pictures")]
 
 
-@NEEDS_BROWSER
+@needs_browser
 def test_report_and_playground_are_kept_in_every_width_and_scheme(write_config, tiny_llama: Path, tmp_path) -> None:
     report = "<style>@media (prefers-color-scheme: dark) { html { background: black; } }</style><h1>Report</h1>"
 
@@ -57,7 +51,7 @@ def test_report_and_playground_are_kept_in_every_width_and_scheme(write_config, 
     assert light > 200 > 60 > dark
 
 
-@NEEDS_BROWSER
+@needs_browser
 def test_a_model_that_does_not_answer_is_named_and_no_picture_shows_its_error(
     write_config, tiny_llama: Path, tmp_path, capsys
 ) -> None:
@@ -71,7 +65,7 @@ def test_a_model_that_does_not_answer_is_named_and_no_picture_shows_its_error(
     assert not list((tmp_path / "pictures").glob("playground*"))
 
 
-@NEEDS_BROWSER
+@needs_browser
 @pytest.mark.slow
 def test_a_server_that_wants_a_key_is_said(write_config, tiny_llama: Path, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("SERVE_API_KEYS", "a-key-that-is-long-enough-for-a-server")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.support.browser import GEOMETRY, needs_browser, picture, running_browser, wait
+from tests.support.browser import GEOMETRY, needs_browser, picture, running_browser, texts, wait
 from tests.support.serving import Running, running_server, save_teachable_model, teach
 
 pytestmark = needs_browser
@@ -69,7 +69,7 @@ def send(page, text: str) -> None:
 
 
 def answers(page) -> list[str]:
-    return [item.text for item in page.find_elements("css selector", ".turns .assistant:last-child")]
+    return texts(page, ".turns .assistant:last-child")
 
 
 def done(page) -> None:
@@ -85,7 +85,7 @@ def test_three_models_answer_and_an_answer_stays_text(page):
     assert base not in (sft, dpo)
     assert page.find_elements("css selector", ".turns img") == []
     assert page.title == "Playground: base, SFT, DPO"
-    assert all("tokens" in item.text for item in page.find_elements("css selector", ".speed"))
+    assert all("tokens" in speed for speed in texts(page, ".speed"))
     picture(page, "playground-1280.png")
 
 
@@ -99,7 +99,7 @@ def test_one_pane_stops_and_the_others_continue(page):
     wait(stops[0].is_displayed)
     stops[0].click()
     done(page)
-    speeds = [item.text for item in page.find_elements("css selector", ".speed")]
+    speeds = texts(page, ".speed")
     assert "stopped" in speeds[0]
     assert not any("stopped" in text for text in speeds[1:])
 
@@ -108,12 +108,11 @@ def test_blind_votes_become_preference_records(page, server, tmp_path):
     page.find_element("id", "blind").click()
     send(page, QUESTION)
     done(page)
-    titles = [title.text for title in page.find_elements("css selector", ".pane h2")]
-    assert titles == ["Model A", "Model B", "Model C"]
+    assert titles(page) == ["Model A", "Model B", "Model C"]
     best = answers(page).index(SFT_ANSWER)
     page.find_elements("css selector", ".best")[best].click()
     wait(lambda: "You chose sft; 2 preference records kept." in page.find_element("id", "status").text)
-    assert page.find_elements("css selector", ".pane h2")[best].text == "sft"
+    assert texts(page, ".pane h2")[best] == "sft"
     votes = Path(yaml.safe_load(server.config.read_text())["serve"]["votes_path"])
     records = [json.loads(line) for line in votes.read_text(encoding="utf-8").splitlines()]
     assert [record["chosen"] for record in records] == [SFT_ANSWER] * 2
@@ -123,7 +122,7 @@ def test_blind_votes_become_preference_records(page, server, tmp_path):
 
 
 def titles(page) -> list[str]:
-    return [title.text for title in page.find_elements("css selector", ".pane h2")]
+    return texts(page, ".pane h2")
 
 
 def names_behind(page) -> list[str]:
@@ -145,10 +144,10 @@ def test_a_blind_conversation_keeps_its_models_in_their_places_and_hides_speed(p
         done(page)
         assert names_behind(page) == order
         assert titles(page) == ["Model A", "Model B", "Model C"]
-        assert not any(re.search(r"\d", item.text) for item in page.find_elements("css selector", ".speed"))
+        assert not any(re.search(r"\d", speed) for speed in texts(page, ".speed"))
     page.find_element("id", "reveal").click()
     assert titles(page) == order
-    assert all("tokens" in item.text for item in page.find_elements("css selector", ".speed"))
+    assert all("tokens" in speed for speed in texts(page, ".speed"))
     send(page, QUESTION)
     done(page)
     assert titles(page) == order, "what is known stays known"

@@ -22,7 +22,7 @@ from scripts.dataset.records import Preference, load_datasets, parse_feedback
 from scripts.dataset.split import side_of
 from scripts.pairs.prompts import parse_prompt
 from tests.conftest import ROOT
-from tests.support.browser import GEOMETRY, needs_browser, picture, running_browser, wait
+from tests.support.browser import GEOMETRY, needs_browser, picture, running_browser, texts, wait
 from tests.support.serving import Running, running_server, save_adapter, save_teachable_model, teach
 
 ANSWERS = (
@@ -266,7 +266,7 @@ def press(page: Any, *keys: str) -> None:
 
 
 def shown(page: Any) -> list[str]:
-    return [text.text for text in page.find_elements("css selector", ".sample .text")]
+    return texts(page, ".sample .text")
 
 
 def press_and_wait(page: Any, server: Running, *keys: str) -> None:
@@ -291,7 +291,7 @@ def test_a_person_votes_by_keyboard_takes_back_and_loses_nothing_on_a_reload(bro
     samples = shown(page)
     press(page, "1")
     page.find_elements("css selector", ".worst")[1].click()
-    wait(lambda: [title.text for title in page.find_elements("css selector", ".sample h2")][:2] == ["Answer A\nbest", "Answer B\nworst"])  # fmt: skip
+    wait(lambda: texts(page, ".sample h2")[:2] == ["Answer A\nbest", "Answer B\nworst"])
     page.refresh()
     wait(lambda: shown(page) == samples)
     assert len(page.find_elements("css selector", "section.best, section.worst")) == 2

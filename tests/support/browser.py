@@ -18,8 +18,8 @@ needs_browser = pytest.mark.skipif(
 
 
 @contextmanager
-def running_browser(profile: Path) -> Iterator[Any]:
-    """Start a browser without a window."""
+def running_browser(profile: Path, *flags: str) -> Iterator[Any]:
+    """Start a browser without a window, with these flags besides."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -27,7 +27,7 @@ def running_browser(profile: Path) -> Iterator[Any]:
     for flag in (
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", "--window-size=1280,900",
-        f"--user-data-dir={profile}",
+        f"--user-data-dir={profile}", *flags,
     ):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -39,10 +39,18 @@ def running_browser(profile: Path) -> Iterator[Any]:
 
 
 def wait(condition: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait until the condition is true."""
+    """Wait until the condition is true of elements that are there, and that the page has not redrawn meanwhile."""
+    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(None, seconds, 0.05).until(lambda _: condition())
+    redrawn = (NoSuchElementException, StaleElementReferenceException)
+    WebDriverWait(None, seconds, 0.05, redrawn).until(lambda _: condition())
+
+
+def texts(page: Any, selector: str) -> list[str]:
+    """Return what a person reads in the elements of one moment: between two calls the page may be redrawn."""
+    script = "return [...document.querySelectorAll(arguments[0])].map((one) => one.innerText)"
+    return page.execute_script(script, selector)
 
 
 def picture(page: Any, name: str) -> None:
