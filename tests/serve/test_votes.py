@@ -322,6 +322,21 @@ def test_a_person_votes_by_keyboard_takes_back_and_loses_nothing_on_a_reload(bro
 
 
 @needs_browser
+def test_a_button_chosen_by_tab_keeps_the_focus(browser, server):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(f"{server.url}/votes")
+    browser.execute_script("localStorage.clear()")
+    browser.refresh()
+    wait(lambda: shown(browser))
+    browser.execute_script("document.querySelectorAll('.best')[1].focus()")
+    focused = "return [document.activeElement.ariaLabel, document.activeElement.ariaPressed]"
+    for pressed in ("true", "false"):
+        press(browser, Keys.SPACE)
+        assert browser.execute_script(focused) == ["best answer: B", pressed]
+
+
+@needs_browser
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_field_covers_another(browser, server, width, height, scheme):
