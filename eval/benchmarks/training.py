@@ -138,8 +138,8 @@ def extrapolated(moments: Sequence[tuple[float, float]], tokens: Sequence[int] |
 
 
 def reference_seconds(run: Running, rows: list[Row]) -> float:
-    """Return what this project's reference pass takes, longest pairs first."""
-    longest_first = sorted(rows, key=lambda row: row.length, reverse=True)
+    """Return what a reference pass takes; this project's begins with the longest pairs."""
+    longest_first = sorted(rows, key=lambda row: row.length, reverse=True) if run.system.order else []
     found = extrapolated(run.reference, [row.tokens for row in longest_first])
     if found is None:
         return run.reference[-1][0] - run.reference[0][0] if run.reference else 0.0

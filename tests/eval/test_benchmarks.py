@@ -138,6 +138,13 @@ def test_first_quarter_of_a_reference_pass_is_warm_up_and_its_pairs_are_the_long
     assert training.reference_seconds(ran(SYSTEMS["ours"], "dpo", reference=reference), rows) == 16 * 400 + 16 * 10
 
 
+def test_pairs_of_a_reference_pass_whose_order_is_unknown_count_alike() -> None:
+    rows = [Row({}, None, tokens=length, length=length) for length in (10, 400) for _ in range(16)]
+    reference = [(0.0, 0.0), (100.0, 0.25), (400.0, 1.0)]
+
+    assert training.reference_seconds(ran(SYSTEMS["trl-best"], "dpo", reference=reference), rows) == 400
+
+
 def test_system_that_shows_no_steps_gets_no_figure(caplog: pytest.LogCaptureFixture) -> None:
     assert training.figures("sft", ran(SYSTEMS["trl"], "sft"), [Row({}, None, 1, 1)] * 8, weights=1, limit=1) == {}
     assert "saw no progress" in caplog.text
@@ -204,10 +211,11 @@ def test_clock_and_command_stand_still_during_a_pause_and_nothing_outlives_it(tm
     assert watch() == 0
 
 
-def test_progress_is_read_off_the_training_bar_and_the_reference_bar_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", ["reference, train pairs", "Computing reference log probs for train dataset"])
+def test_progress_is_read_off_the_training_bar_and_the_reference_bar_alone(tmp_path: Path, reference: str) -> None:
     bars = [
-        "Loading weights: 100%|###| 272/272 [00:00<00:00, 9 it/s]", "reference, train pairs:   0%|   | 0/12 [00:00<?, ?it/s]",
-        "reference, train pairs: 100%|###| 12/12 [00:09<00:00, 1.2it/s]", "  0%|   | 0/4 [00:00<?, ?step/s]",
+        "Loading weights: 100%|###| 272/272 [00:00<00:00, 9 it/s]", f"{reference}:   0%|   | 0/12 [00:00<?, ?it/s]",
+        f"{reference}: 100%|###| 12/12 [00:09<00:00, 1.2it/s]", "  0%|   | 0/4 [00:00<?, ?step/s]",
         " 50%|##  | 2/4 [00:03<00:03, 1.5s/step, loss 2.286]", "100%|####| 4/4 [00:06<00:00, 1.5s/step]",
     ]  # fmt: skip
     script = f"import time\nfor bar in {bars!r}:\n print(end='\\r' + bar, flush=True); time.sleep(0.4)"
