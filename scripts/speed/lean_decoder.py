@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.utils.checkpoint
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from scripts.model.memory import LEAN_KEPT_KEYS
 from scripts.model.shape import ModelShape
@@ -395,7 +396,7 @@ class Gate(torch.autograd.Function):
         gate, up = both.chunk(2, 1)
         grad_both = with_room(len(both), both.shape[1], ctx.room, both)
         grad_gate, grad_up = grad_both.chunk(2, 1)
-        if isinstance(ctx.act, torch.nn.SiLU):  # of nearly all these models: written where it belongs
+        if isinstance(ctx.act, (torch.nn.SiLU, SiLUActivation)):  # of nearly all these models: written where it belongs
             torch.mul(grad, ctx.act(gate), out=grad_up)
             torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
             return grad_both, None, None, None
