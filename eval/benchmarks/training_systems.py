@@ -134,7 +134,7 @@ def trl_command(task: Task, *flags: str) -> list[str]:
 
 
 def trl_best_command(task: Task) -> list[str]:
-    """Return TRL's command line with every flag that makes it faster on this CPU; packing halves its speed here."""
+    """Return TRL's command line with every flag that makes it faster on this CPU. Packing halved its speed on one."""
     dtype = "bfloat16" if bf16_support("cpu")[0] else "float32"
     once = ["--precompute_ref_log_probs"] if task.stage == "dpo" else []  # instead of once per epoch
     return trl_command(task, "--dtype", dtype, "--bf16", "false", "--gradient_checkpointing", "false", *once)

@@ -18,7 +18,7 @@ from scripts.model.adapter import add_lora, switched_to
 from scripts.model.base import load_base, load_tokenizer
 from scripts.model.generation import generate_and_score, generate_answers
 from scripts.model.scoring import score_answers
-from scripts.speed.lean_decoder import Attend, RMSNorm, _Norm, attend_padded
+from scripts.speed.lean_decoder import Attend, Gate, RMSNorm, _Norm, attend_padded
 from scripts.speed.packing import pack
 from scripts.speed.speed_up import speed_up, stand_in_of
 from tests.support.architectures import save_family
@@ -330,6 +330,17 @@ def test_what_follows_prompts_keeps_no_logits_of_rows_beside_them(tiny_llama: Pa
 
     assert len(beside) == 3
     assert following.untyped_storage().nbytes() == following.nbytes
+
+
+def test_gate_of_the_library_has_its_gradient_without_a_graph_of_its_own(tiny_llama: Path) -> None:
+    act = load_base(tiny_llama, Config(), Machine("cpu", torch.float32, 1, 1, ())).model.layers[0].mlp.act_fn
+    recorded: list[bool] = []
+    act.register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    both = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(lambda both: Gate.apply(both, act, 0, 0), both)
+    assert recorded
+    assert not any(recorded)
 
 
 def test_long_rows_are_computed_in_blocks(tiny_llama: Path) -> None:
