@@ -128,7 +128,7 @@ class Connection(asyncio.Protocol):
 
 
 class LingeringTransport:
-    """A transport that does not close on a client in the middle of what it sends."""
+    """A transport that does not close on a client in the middle of what it sends, and drops what nobody will read."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -138,6 +138,12 @@ class LingeringTransport:
 
     def is_closing(self) -> bool:
         return self._connection.lingers or self._connection.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        # The rest of an answer may be written before the protocol hears that its client has gone. The event loop would
+        # log each of those writes.
+        if not self.is_closing():
+            self._connection.transport.write(data)
 
     def close(self) -> None:
         transport = self._connection.transport

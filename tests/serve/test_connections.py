@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import resource
 import socket
+import struct
 import subprocess
 import time
 import urllib.error
@@ -19,6 +21,7 @@ import psutil
 import pytest
 import yaml
 
+from serve.connections import bounded_connections
 from tests.support.http_clients import CLIENTS
 from tests.support.serving import Running, running_server
 
@@ -236,3 +239,32 @@ def test_without_origins_no_page_elsewhere_may_ask(tiny_llama):
     from serve.fastapi_server import app
 
     assert not any("CORS" in str(middleware) for middleware in app.user_middleware)
+
+
+def test_an_answer_to_a_client_that_has_gone_is_dropped_in_silence(caplog):
+    """Write many pieces in one turn of the event loop, before it can tell that nobody reads them."""
+
+    async def write_to_nobody() -> None:
+        opened = asyncio.get_running_loop().create_future()
+        lost = asyncio.get_running_loop().create_future()
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                opened.set_result(transport)
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                lost.set_result(exc)
+
+        with bounded_connections():
+            server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+            client = socket.create_connection(server.sockets[0].getsockname())
+            transport = await opened
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+            client.close()
+            for _ in range(20):
+                transport.write(b"data: a piece\n\n")
+            assert isinstance(await lost, ConnectionError)
+            server.close()
+
+    asyncio.run(write_to_nobody())
+    assert caplog.messages == []
