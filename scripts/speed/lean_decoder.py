@@ -27,7 +27,9 @@ from scripts.model.shape import ModelShape
 from scripts.speed.lora_products import Product, with_room
 from scripts.speed.packing import Alike, Packed, Piece
 
+LAYER_PARTS = ("self_attn", "mlp")
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS_OF_HEADS = ("q_norm", "k_norm")
 Attention = Callable[..., torch.Tensor]  # of what `rotated` returns, and room
 CACHE_STEP = 64  # tokens by which the places of a cache grow
 QUERY_BLOCK = 64  # tokens whose scores are looked at together; keys after the last of them are left out
@@ -514,9 +516,7 @@ class _Layer:
         self.before_attention, self.before_mlp = norms[0], norms[2] if both_sides else norms[1]
         self.after_attention = norms[1] if both_sides else None
         self.after_mlp = norms[3] if both_sides else None
-        self.norms_of_heads = [
-            _Norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)
-        ]
+        self.norms_of_heads = [_Norm(getattr(attention, name)) for name in NORMS_OF_HEADS if hasattr(attention, name)]
         self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
         self.groups = self.qkv.layers[1].out_features // attention.head_dim
         self.turning = (self.kind, self.turns, self.attention.scaling, self.groups)
@@ -581,21 +581,30 @@ def other_than_family(decoder: Any) -> str | None:
 
     What has all these parts and yet computes something else shows when it is proven on data (stand_in.py).
     """
-    layer = decoder.layers[0] if hasattr(decoder, "layers") and len(decoder.layers) else None
-    if layer is None or not hasattr(layer, "self_attn") or not hasattr(layer, "mlp"):
+    if not len(getattr(decoder, "layers", ())) or not all(hasattr(decoder.layers[0], part) for part in LAYER_PARTS):
         return "its layers are no attention and MLP"
-    for part, wanted, optional in (
-        (decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set()),
-        (layer, {"self_attn", "mlp", *NORMS[:2]}, set(NORMS[2:])),
-        (layer.self_attn, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}),
-        (layer.mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"}, set()),
-    ):
-        found = {name for name, _ in part.named_children()}
-        if found - optional != wanted:
-            return f"{type(part).__name__} has {', '.join(sorted(found ^ wanted - optional))}"
-    attention = layer.self_attn
-    if getattr(attention, "attn_logit_softcapping", None):
-        return "its attention caps scores"
-    if getattr(attention, "is_causal", True) is not True:
-        return "its attention looks ahead"
+    for part, wanted, optional in _parts(decoder):
+        found = {name for name, _ in (*part.named_children(), *part.named_parameters(recurse=False))}
+        more, missing = sorted(found - wanted - optional), sorted(wanted - found)
+        if more or missing:
+            said = [f"{verb} {', '.join(names)}" for verb, names in (("has", more), ("lacks", missing)) if names]
+            return f"{type(part).__name__} {' and '.join(said)}"
+    for layer in decoder.layers:
+        if getattr(layer.self_attn, "attn_logit_softcapping", None):
+            return "its attention caps scores"
+        if getattr(layer.self_attn, "is_causal", True) is not True:
+            return "its attention looks ahead"
     return None
+
+
+def _parts(decoder: Any) -> Iterator[tuple[Any, set[str], set[str]]]:
+    """Yield the parts of a decoder, and what each of them must and may have. Some families change from layer to layer."""
+    yield decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set()
+    norms = [decoder.norm]
+    for layer in decoder.layers:
+        yield layer, {*LAYER_PARTS, *NORMS[:2]}, set(NORMS[2:])
+        yield layer.self_attn, {"q_proj", "k_proj", "v_proj", "o_proj"}, set(NORMS_OF_HEADS)
+        yield layer.mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"}, set()
+        norms += [getattr(layer, name) for name in NORMS if hasattr(layer, name)]
+        norms += [getattr(layer.self_attn, name) for name in NORMS_OF_HEADS if hasattr(layer.self_attn, name)]
+    yield from ((norm, {"weight"}, set()) for norm in norms)
