@@ -86,7 +86,7 @@ def load_base(folder: Path, config: Config, machine: Machine) -> Any:
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
         ).to(machine.device)
-        model.config.use_cache = False
+        _set_for_training(model)
         return model
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
     quantization = _quantization_config(config, machine) if quantized else None
@@ -106,10 +106,29 @@ def load_base(folder: Path, config: Config, machine: Machine) -> Any:
         _keep_4bit_weights_unpacked(model)
     if not quantized:
         model.to(machine.device)
-    model.config.use_cache = False
+    _set_for_training(model)
     if machine.device == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
     return model
+
+
+def _set_for_training(model: Any) -> None:
+    """Change what TRL and the library's trainer read in a configuration."""
+    model.config.use_cache = False
+    text = model.config.get_text_config(decoder=True)
+    if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
+        text.num_experts = text.num_local_experts  # TRL knows no other name; Granite's and Phi's mixtures only this one
+    if hasattr(text, "router_aux_loss_coef") and not _has_router(model):
+        text.router_aux_loss_coef = (
+            0.0  # else TRL asks for its loss; small Granite 4 models are of a family of mixtures
+        )
+
+
+def _has_router(model: Any) -> bool:
+    """Return whether a layer gives router logits, as far as its family says which would."""
+    recorders = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
+    kinds = {getattr(each["router_logits"], "target_class", None) for each in recorders if "router_logits" in each}
+    return not kinds or None in kinds or any(isinstance(module, tuple(kinds)) for module in model.modules())
 
 
 def _show_loading(folder: Path) -> None:

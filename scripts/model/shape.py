@@ -17,8 +17,9 @@ POSITION_TABLE = re.compile(r"\b(wpe|embed_positions|positions?_embed(dings?)?)(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder; `windows` has an entry for each layer, None where it sees the whole context.
+    """The sizes of a decoder, the largest where its layers differ.
 
+    `windows` has an entry for each layer, None where it sees the whole context.
     `rope_switch`: how long a sequence may become before all its angles change (longrope); None where they never do.
     `ends_aligned`: windows are counted back from the end of the longest row, so rows of other lengths see wrong ones.
     """
@@ -39,26 +40,29 @@ class ModelShape:
     def of(cls, config: Any) -> ModelShape:
         """Read the shape from a configuration of transformers; of a nested one, that of its language model."""
         text = config.get_text_config(decoder=True)
-        layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-        window = getattr(text, "sliding_window", None)
+        every = list(text.per_layer_config)  # Gemma 4's layers differ
+        layers, hidden = text.num_hidden_layers, text.hidden_size
+        heads = _largest(every, "num_attention_heads") or 1  # Mamba has none
         local = getattr(text, "attention_layers", None)  # gpt_neo's
+        window = _largest(every, "sliding_window")
         kinds = (
             getattr(text, "layer_types", None)
             or local
             or ["sliding_attention" if window else "full_attention"] * layers
         )
-        chunk, local_window = getattr(text, "attention_chunk_size", None), getattr(text, "window_size", None)
-        sizes = {"sliding_attention": window, "chunked_attention": chunk, "local": local_window}
+        sizes = {
+            "sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size",
+        }  # fmt: skip
         return cls(
             layers=layers,
             hidden=hidden,
-            intermediate=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
+            intermediate=_largest(every, "intermediate_size") or getattr(text, "n_inner", None) or 4 * hidden,
             heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            kv_heads=_largest(every, "num_key_value_heads") or heads,
+            head_dim=_largest(every, "head_dim") or hidden // heads,
             vocab=text.vocab_size,
             positions=getattr(text, "max_position_embeddings", None),
-            windows=tuple(sizes.get(kind) for kind in kinds),
+            windows=tuple(getattr(layer, sizes.get(kind, ""), None) for layer, kind in zip(every, kinds, strict=True)),
             rope_switch=_rope_switch(text),
             ends_aligned=local is not None,
         )
@@ -74,6 +78,13 @@ class ModelShape:
     def window(self) -> int | None:
         """Return the smallest window of any layer; None where all see the whole context."""
         return min((window for window in self.windows if window), default=None)
+
+
+def _largest(layers: Iterable[Any], name: str) -> int | None:
+    """Return the largest value of a size among the configurations of layers, None where no layer has it."""
+    found = [getattr(layer, name, None) for layer in layers]
+    sizes = [size for entry in found for size in (entry if isinstance(entry, Iterable) else [entry])]
+    return max(filter(None, sizes), default=None)
 
 
 def _rope_switch(text: Any) -> int | None:

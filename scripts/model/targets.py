@@ -56,6 +56,7 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
     """
     modules, experts = dict(model.named_modules()), _expert_parameters(model)
     left_out: list[str] = []
+    only_read = _only_read(model)
     if target_modules == "auto":
         linear = _linear_layers_in_blocks(model)
         taken_for_experts = _taken_for_experts(model, _last_parts(linear)) if experts else []
@@ -63,6 +64,7 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
             path
             for path in linear
             if path.rpartition(".")[2] not in taken_for_experts and not (experts and ROUTER.search(path))
+            if path not in only_read
         ]
         names = _last_parts(wanted)
         left_out = _last_parts(set(linear) - set(wanted))
@@ -71,6 +73,10 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
     else:
         names = list(target_modules)
         wanted = _named_modules(model, names, experts)
+        if read := _last_parts(set(wanted) & only_read):
+            raise _cannot_adapt(
+                model, read, "here these weights are read and their layers never called, so it would be silent"
+            )
     if set(_matching(modules, names)) != set(wanted):  # other modules have the same name
         names = wanted
     return Targets(names, wanted, sum(experts.values()), left_out)
@@ -107,6 +113,19 @@ def _linear_layers_in_blocks(model: Any) -> list[str]:
         for path, module in _for_text(model).items()
         if isinstance(module, torch.nn.Linear | Conv1D) and IN_A_BLOCK.search(path)
     ]
+
+
+def _only_read(model: Any) -> set[str]:
+    """Return the layers whose weights their module reads instead of calling them: an adapter there would be silent."""
+    modules = dict(model.named_modules())
+    of_mamba = {  # by its kernels, on a GPU
+        f"{path}.{name}"
+        for path, module in modules.items()
+        if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}
+        for name, _ in module.named_children()
+        if name != "in_proj"
+    }
+    return of_mamba | {path for path in modules if path.endswith(".altup.correction_coefs")}  # Gemma 3n's, in training
 
 
 def _expert_parameters(model: Any) -> dict[str, int]:

@@ -38,7 +38,7 @@ def routers_loss(model: Any, sequences: Sequence[Sequence[int]]) -> torch.Tensor
     """Return what a mixture's routers add to a loss (Fedus et al. 2022, equations 4 to 6) for the tokens of a batch."""
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
-    if not weight:
+    if not weight or not any("Router" in type(module).__name__ for module in model.modules()):
         return 0.0
     logits = [
         layer

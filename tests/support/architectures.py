@@ -19,6 +19,8 @@ SLIDING = {"sliding_window": 16}
 HYBRID = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
 # Properties, or what a family computes from other sizes.
 LACKING = {"Falcon": ("head_dim",), "DeepSeek-V3": ("head_dim",)}
+PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_expand": 2}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.2}
 
 # The name of a family, the type of its configuration, and what it says beside or other than SHAPE.
@@ -64,6 +66,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "StarCoder2": ("starcoder2", SLIDING),
     "GLM-4": ("glm4", {"partial_rotary_factor": 0.5}),
     "EXAONE 4": ("exaone4", HYBRID),
+    "OLMo": ("olmo", {}),
+    "Gemma 3n": ("gemma3n_text", {
+        **HYBRID, **PER_LAYER, "altup_num_inputs": 2, "laurel_rank": 4, "num_kv_shared_layers": 0,
+        "intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0],
+    }),
+    "Gemma 4": ("gemma4_text", {**HYBRID, **PER_LAYER, "per_layer_config": {1: {"head_dim": 16}}}),
+    "Qwen3.5": ("qwen3_5_text", {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }),
+    "Granite 3 MoE": ("granitemoe", EXPERTS),
+    "Granite 4": ("granitemoehybrid", {
+        **MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0,
+        "shared_intermediate_size": 64, "position_embedding_type": "rope",
+    }),
+    "Falcon-H1": ("falcon_h1", MAMBA),
+    "GLM-4 MoE": ("glm4_moe", {
+        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "moe_intermediate_size": 32, "partial_rotary_factor": 0.5,
+    }),
 }  # fmt: skip
 
 
@@ -75,6 +97,7 @@ def family_config(name: str) -> Any:
     tokenizer = tokenizer_of_all()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     known = AutoConfig.for_model(kind).get_text_config()
+    known.allow_global_per_layer_attribute_access = True  # of Gemma 4, whose layers differ
     # A key that a family does not have would make it another one: no Falcon says num_key_value_heads.
     shape = {key: value for key, value in SHAPE.items() if hasattr(known, key) and key not in LACKING.get(name, ())}
     shape |= {**changes, **ids, "vocab_size": VOCABULARY}
