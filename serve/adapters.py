@@ -118,7 +118,7 @@ def cannot_serve(network: Any, source: str, reason: str) -> UserError:
 def _shape_of(network: Any, source: str) -> ModelShape:
     try:
         return ModelShape.of(network.config)
-    except (AttributeError, TypeError) as error:  # a network without attention, or with several widths of it
+    except (AttributeError, TypeError) as error:  # a network of another kind, as BLT
         raise cannot_serve(network, source, " ".join(str(error).split())) from None
 
 

@@ -28,7 +28,7 @@ RIGHT, REFUSED, WRONG = "right", "refused", "wrong"  # the latter two are follow
 # The ten that are used most, and some whose layouts are special; `make drill` takes them all.
 ALWAYS = (
     "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "Phi-3", "OLMo 2", "Granite", "SmolLM3",
-    "Gemma 3 (nested)", "GPT-2", "Mixtral",
+    "Gemma 3 (nested)", "GPT-2", "Mixtral", "Gemma 4 (nested)", "Granite 4",
 )  # fmt: skip
 
 

@@ -24,7 +24,9 @@ from scripts.speed.speed_up import speed_up, stand_in_of
 from tests.support.architectures import save_family
 
 TAKEN = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma 3")
-OTHERS = ("GPT-2", "OLMo 2", "Gemma 2", "Phi-3", "Mixtral", "Cohere 2", "LFM2")
+OTHERS = (
+    "GPT-2", "OLMo", "OLMo 2", "Gemma 2", "Gemma 4", "Phi-3", "Mixtral", "GLM-4 MoE", "Cohere 2", "LFM2", "Qwen3.5", "Granite 4",
+)  # fmt: skip
 SYSTEM, PROMPT = list(range(10, 34)), list(range(40, 60))
 ROWS = [  # two answers to one prompt, others behind the same system prompt, one of its own and one of a single answer token
     SYSTEM + PROMPT + [70, 71, 72, 73, 74, 75], SYSTEM + PROMPT + [80], [*SYSTEM, 90, 91, 92], SYSTEM + [93] * 30, [5, 6, 7, 8],

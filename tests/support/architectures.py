@@ -23,6 +23,14 @@ PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_in
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_expand": 2}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.2}
 
+SENSES = {
+    "Gemma 3 (nested)": {"mm_tokens_per_image": 4},
+    "Gemma 4 (nested)": {
+        "vision_config": {**VISION, "num_key_value_heads": 3, "head_dim": 8},
+        "audio_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
+}
+
 # The name of a family, the type of its configuration, and what it says beside or other than SHAPE.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {
@@ -72,6 +80,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0],
     }),
     "Gemma 4": ("gemma4_text", {**HYBRID, **PER_LAYER, "per_layer_config": {1: {"head_dim": 16}}}),
+    "Gemma 4 (nested)": ("gemma4", {**HYBRID, **PER_LAYER, "per_layer_config": {1: {"head_dim": 16}}}),
     "Qwen3.5": ("qwen3_5_text", {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -101,8 +110,9 @@ def family_config(name: str) -> Any:
     # A key that a family does not have would make it another one: no Falcon says num_key_value_heads.
     shape = {key: value for key, value in SHAPE.items() if hasattr(known, key) and key not in LACKING.get(name, ())}
     shape |= {**changes, **ids, "vocab_size": VOCABULARY}
-    if kind == "gemma3":
-        return AutoConfig.for_model(kind, text_config=shape, vision_config=VISION, mm_tokens_per_image=4, **ids)
+    if name.endswith("(nested)"):
+        senses = {"vision_config": VISION, **SENSES.get(name, {})}
+        return AutoConfig.for_model(kind, text_config=shape, **senses, **ids)
     return AutoConfig.for_model(kind, **shape)
 
 
