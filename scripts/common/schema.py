@@ -87,7 +87,7 @@ class Lora(Section):
     )
     target_modules: Literal["auto"] | list[str] = Field(
         "auto",
-        description="Module names that get an adapter; `auto` takes every linear layer of the decoder blocks. Fused experts, routers, embeddings and the LM head get none.",
+        description="Module names that get an adapter; `auto` takes every linear layer of the decoder blocks. Fused experts, routers, embeddings, the LM head and what Mamba's kernels read get none.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = Field(

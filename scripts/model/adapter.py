@@ -143,7 +143,8 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     _check_adapter_config(Path(adapter))
     try:
@@ -154,22 +155,27 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
             wrapped = PeftModel.from_pretrained(
                 model, adapter, adapter_name=name, is_trainable=trainable, use_safetensors=True
             )
-        with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as tensors:
-            found = set(tensors.keys())
+        saved = load_file(Path(adapter) / "adapter_model.safetensors")
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{adapter}: does not fit the base model: {' '.join(str(error).split())[:300]}") from None
     # PEFT passes over what does not match; the base would then answer in the adapter's name.
-    wanted = set(get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False))
-    if wanted != found:
-        first = min(wanted ^ found)
-        where = "is missing from the file" if first in wanted else "has no place in the base"
-        raise UserError(
-            f"{adapter}: does not fit the base model: {len(wanted ^ found)} tensors differ; {first} {where}."
-        )
+    weights = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    if differ := weights.keys() ^ saved.keys():
+        where = "is missing from the file" if min(differ) in weights else "has no place in the base"
+        raise UserError(f"{adapter}: does not fit the base model: {len(differ)} tensors differ; {min(differ)} {where}.")
     bad = [key for key, value in wrapped.named_parameters() if f".{name}." in key and not torch.isfinite(value).all()]
     if bad:
         raise UserError(
             f"{adapter}: {len(bad)} tensors hold NaN or infinite values, the first is {bad[0]}. Train it again."
+        )
+    lost = [  # under ZeRO-3 a process holds no whole weight to look at
+        key
+        for key, value in weights.items()
+        if value.shape == saved[key].shape and not torch.equal(value.cpu().to(saved[key].dtype), saved[key])
+    ]
+    if lost:
+        raise UserError(
+            f"{adapter}: PEFT loads {len(lost)} of its tensors as others, the first is {lost[0]}. Train others."
         )
     return wrapped
 

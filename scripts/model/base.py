@@ -127,8 +127,8 @@ def _set_for_training(model: Any) -> None:
 def _has_router(model: Any) -> bool:
     """Return whether a layer gives router logits, as far as its family says which would."""
     recorders = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
-    kinds = {getattr(each["router_logits"], "target_class", None) for each in recorders if "router_logits" in each}
-    return not kinds or None in kinds or any(isinstance(module, tuple(kinds)) for module in model.modules())
+    kinds = [getattr(each["router_logits"], "target_class", object) for each in recorders if "router_logits" in each]
+    return not kinds or any(isinstance(module, tuple(kinds)) for module in model.modules())
 
 
 def _show_loading(folder: Path) -> None:

@@ -56,15 +56,15 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
     """
     modules, experts = dict(model.named_modules()), _expert_parameters(model)
     left_out: list[str] = []
-    only_read = _only_read(model)
     if target_modules == "auto":
         linear = _linear_layers_in_blocks(model)
+        silent = _only_read(model) | _lost_when_loaded(model, linear)
         taken_for_experts = _taken_for_experts(model, _last_parts(linear)) if experts else []
         wanted = [
             path
             for path in linear
             if path.rpartition(".")[2] not in taken_for_experts and not (experts and ROUTER.search(path))
-            if path not in only_read
+            if path not in silent
         ]
         names = _last_parts(wanted)
         left_out = _last_parts(set(linear) - set(wanted))
@@ -73,10 +73,12 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
     else:
         names = list(target_modules)
         wanted = _named_modules(model, names, experts)
-        if read := _last_parts(set(wanted) & only_read):
+        if read := _last_parts(set(wanted) & _only_read(model)):
             raise _cannot_adapt(
-                model, read, "here these weights are read and their layers never called, so it would be silent"
+                model, read, "these weights are read and their layers never called, so it would be silent"
             )
+        if lost := _last_parts(_lost_when_loaded(model, wanted)):
+            raise _cannot_adapt(model, lost, "they are renamed when an adapter is loaded again, which would lose them")
     if set(_matching(modules, names)) != set(wanted):  # other modules have the same name
         names = wanted
     return Targets(names, wanted, sum(experts.values()), left_out)
@@ -126,6 +128,19 @@ def _only_read(model: Any) -> set[str]:
         if name != "in_proj"
     }
     return of_mamba | {path for path in modules if path.endswith(".altup.correction_coefs")}  # Gemma 3n's, in training
+
+
+def _lost_when_loaded(model: Any, paths: Iterable[str]) -> set[str]:
+    """Return the modules whose adapters would not be found again: some families' checkpoints are renamed by loose patterns."""
+    import torch
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    saved = {f"base_model.model.{path}.lora_A.weight": path for path in paths}
+    weights = dict.fromkeys(saved, torch.empty(0))
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), weights, "default")
+    found = {name.replace(".lora_A.default.", ".lora_A.") for name in loaded}
+    return {path for name, path in saved.items() if name not in found}
 
 
 def _expert_parameters(model: Any) -> dict[str, int]:

@@ -96,9 +96,8 @@ def _attend(
     """
     batch, heads, tokens, size = query.shape
     special = position_bias is not None or any(kwargs.get(name) is not None for name in ("softcap", "cache", "s_aux"))
-    of_all_heads = attention_mask is not None and attention_mask.shape[1] == 1  # Doge has one for each head
     plain = attends_plainly(batch, tokens) if torch.is_grad_enabled() else tokens == 1
-    if special or not of_all_heads or not plain:
+    if special or attention_mask is None or attention_mask.shape[1] > 1 or not plain:  # Doge has a mask for each head
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         fused: tuple[torch.Tensor, None] = sdpa_attention_forward(

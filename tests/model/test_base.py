@@ -15,6 +15,7 @@ from scripts.model.adapter import (
     add_lora,
 )
 from scripts.model.base import load_base, load_tokenizer
+from tests.support.architectures import save_family
 from tests.support.models import IDS, load, logits
 
 
@@ -25,6 +26,17 @@ def test_tokenizer_without_eos_is_refused(copy_of, tiny_llama: Path) -> None:
 
     with pytest.raises(UserError, match="has no EOS token"):
         load_tokenizer(folder)
+
+
+def test_a_dense_model_of_a_family_of_mixtures_has_no_loss_of_routers(tmp_path: Path) -> None:
+    """Granite 4's small models: TRL would ask them for router logits, which no layer gives."""
+    machine = Machine("cpu", torch.float32, 1, 1, ())
+    dense, mixture = (
+        load_base(save_family(tmp_path / name, name), Config(), machine) for name in ("Granite 4", "Granite 3 MoE")
+    )
+
+    assert dense.config.router_aux_loss_coef == 0
+    assert mixture.config.router_aux_loss_coef > 0
 
 
 def load_4bit(folder: Path):

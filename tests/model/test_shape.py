@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from scripts.model.shape import ModelShape, position_table, siblings
+from tests.support.architectures import family_config
 from tests.support.nested import save_tiny_gemma3
 
 LLAMA = {
@@ -131,3 +132,17 @@ def test_layers_that_are_given_the_same_input_form_a_group() -> None:
     ]  # fmt: skip
 
     assert siblings(names) == [names[:3], names[3:4], names[4:6], names[6:7], names[7:8], names[8:]]
+
+
+def test_sizes_are_the_largest_and_windows_those_of_each_layer_where_layers_differ() -> None:
+    config = family_config("Gemma 4")
+    shape = ModelShape.of(config)
+
+    assert (shape.head_dim, shape.heads, shape.kv_heads, shape.windows) == (16, 4, 2, (16, None))
+    assert ModelShape.of(family_config("Gemma 4 (nested)")) == shape
+
+
+def test_layers_without_attention_have_a_shape() -> None:
+    shape = ModelShape.of(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2))
+
+    assert (shape.layers, shape.hidden, shape.windows) == (2, 32, (None, None))

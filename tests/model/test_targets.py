@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scripts.common.errors import UserError
@@ -14,6 +15,7 @@ from scripts.common.schema import Lora
 from scripts.model.adapter import add_lora, load_adapter
 from scripts.model.targets import choose_targets, linear_layers, targets_of_folder
 from tests.conftest import save_tiny_model
+from tests.support.architectures import save_family
 from tests.support.experts import save_tiny_mixture
 from tests.support.models import load, logits, take_steps
 from tests.support.nested import save_tiny_gemma3
@@ -152,3 +154,43 @@ def test_towers_are_never_adapted(kind: str) -> None:
 
     assert found
     assert not [name for name in found if any(word in name for word in towers)]
+
+
+# --- layers on which an adapter would do nothing
+
+
+@pytest.mark.parametrize(
+    ("family", "untouched"),
+    [("Falcon-H1", "out_proj"), ("Granite 4", "out_proj"), ("Gemma 3n", "correction_coefs")],
+)
+def test_layers_whose_weights_are_read_without_calling_them_get_no_adapter(tmp_path: Path, family, untouched) -> None:
+    folder = save_family(tmp_path / "base", family)
+    targets = targets_of_folder(folder, "auto")
+
+    assert targets.left_out == [untouched]
+    assert not any(path.endswith(untouched) for path in targets.modules)
+    with pytest.raises(UserError, match=rf"lora.target_modules: {untouched}: .* would be silent\.\nLinear layers"):
+        targets_of_folder(folder, [untouched, "q_proj"])
+
+
+def test_linear_attention_gets_its_output_adapted(tmp_path: Path) -> None:
+    """It has a state as Mamba's, and no kernel that reads the weights of its last layer."""
+    assert "out_proj" in linear_layers(load(save_family(tmp_path / "base", "Qwen3.5")))
+
+
+def test_what_would_be_lost_when_the_adapter_is_loaded_again_gets_none(tmp_path: Path) -> None:
+    """Laguna's checkpoints are renamed by a pattern that takes its shared experts for those of another layout."""
+    folder = save_family(tmp_path / "base", "Laguna")
+
+    assert not [path for path in targets_of_folder(folder, "auto").modules if "shared_experts" in path]
+    with pytest.raises(UserError, match=r"lora.target_modules: down_proj, gate_proj: .* lose them"):
+        targets_of_folder(folder, ["q_proj", "gate_proj", "down_proj"])
+
+
+def test_adapter_that_would_be_lost_is_refused_where_it_was_made_elsewhere(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "base", "Laguna")
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(load(folder), config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+
+    with pytest.raises(UserError, match=r"PEFT loads 2 of its tensors as others, the first is .*shared_experts"):
+        load_adapter(load(folder), tmp_path / "adapter")

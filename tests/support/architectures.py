@@ -91,6 +91,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "shared_intermediate_size": 64, "position_embedding_type": "rope",
     }),
     "Falcon-H1": ("falcon_h1", MAMBA),
+    "Laguna": ("laguna", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
     "GLM-4 MoE": ("glm4_moe", {
         "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
         "first_k_dense_replace": 1, "moe_intermediate_size": 32, "partial_rotary_factor": 0.5,

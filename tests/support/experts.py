@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 16},
     "qwen3_moe": QWEN,
     "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},
+    "granitemoe": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4},
     "deepseek_v3": {
         "n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,

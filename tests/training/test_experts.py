@@ -41,7 +41,7 @@ def assert_alike(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe"])
 def test_dpo_takes_the_gradient_of_plain_trl_with_the_routers_loss(tmp_path: Path, family: str) -> None:
     config = write_mixture(tmp_path, family)
     overrides = ["dpo.init_from=null", "dpo.reference=base", f"dpo.trainer.router_aux_loss_coef={LOUD}"]
