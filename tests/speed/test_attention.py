@@ -25,6 +25,7 @@ CPU = Machine("cpu", torch.float32, 1, 1, ())
     ("architecture", "dtype"),
     [
         *((name, dtype) for name in ("llama", "gpt2", "qwen3", "phi") for dtype in (torch.float64, torch.float32)),
+        ("doge", torch.float32),  # has a mask for each head
         ("gemma2", torch.float32),  # keeps its own attention, whose softmax is always fp32
     ],
 )
