@@ -119,9 +119,7 @@ def _set_for_training(model: Any) -> None:
     if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
         text.num_experts = text.num_local_experts  # TRL knows no other name; Granite's and Phi's mixtures only this one
     if hasattr(text, "router_aux_loss_coef") and not _has_router(model):
-        text.router_aux_loss_coef = (
-            0.0  # else TRL asks for its loss; small Granite 4 models are of a family of mixtures
-        )
+        text.router_aux_loss_coef = 0.0  # else TRL asks for router logits; small Granite 4 models have none
 
 
 def _has_router(model: Any) -> bool:

@@ -1,7 +1,7 @@
 """The whole computation of a modern decoder over real tokens only: no padding, and what rows share is computed once."""
 
 # The family: RMSNorm, rotary positions, grouped-query attention and a gated MLP (Llama, Mistral, Qwen 2 and 3, SmolLM, Granite,
-# Gemma). A batch is one packed list of N tokens (packing.py). Sizes, here and in the shapes below:
+# Gemma, OLMo 2). A batch is one packed list of N tokens (packing.py). Sizes, here and in the shapes below:
 #
 #     N tokens   C hidden size   I inner size of the MLP   D size of a head   G heads of keys and values
 #     R heads of queries that share each of them, so G * R heads of queries
@@ -422,11 +422,12 @@ class LeanDecoder:
     def __init__(self, decoder: Any, product: Callable[[list[Any]], Any] = Product) -> None:
         self.decoder = decoder
         windows = ModelShape.of(decoder.config).windows
-        self.layers = [_Layer(layer, window, product) for layer, window in zip(decoder.layers, windows, strict=True)]
+        # Where local and global layers turn by other angles, the library asks for those of one kind.
+        self.of_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        kinds = decoder.config.layer_types if self.of_kind else [None] * len(windows)
+        of_layers = zip(decoder.layers, windows, kinds, strict=True)
+        self.layers = [_Layer(layer, window, kind, product) for layer, window, kind in of_layers]
         self.norm = _Norm(decoder.norm)
-        self.of_kind = (
-            "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-        )  # local and global rope differ
 
     @property
     def left_to_chance(self) -> bool:
@@ -495,13 +496,12 @@ class _Norm:
 
 
 class _Layer:
-    """One decoder layer: attention and MLP, each behind a norm and added to what it read."""
+    """One decoder layer: attention and MLP, each behind or before a norm, or both, and added to what it read."""
 
-    def __init__(self, module: Any, window: int | None, product: Callable[[list[Any]], Any]) -> None:
-        self.module, self.window = module, window
+    def __init__(self, module: Any, window: int | None, kind: str | None, product: Callable[[list[Any]], Any]) -> None:
+        self.module, self.window, self.kind = module, window, kind
         attention, mlp = module.self_attn, module.mlp
         self.attention, self.act = attention, mlp.act_fn
-        self.kind = getattr(attention, "layer_type", None)
         self.turns = bool(getattr(attention, "use_rope", True))  # SmolLM3 leaves positions out in some layers
         self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o, self.gate_up, self.down = (
@@ -510,12 +510,13 @@ class _Layer:
             product([mlp.down_proj]),
         )
         self.products = (self.qkv, self.o, self.gate_up, self.down)
-        norms = [_Norm(getattr(module, name)) for name in NORMS if hasattr(module, name)]
-        # Gemma 2 and 3 also norm what attention and MLP give.
-        both_sides = len(norms) == len(NORMS)
-        self.before_attention, self.before_mlp = norms[0], norms[2] if both_sides else norms[1]
-        self.after_attention = norms[1] if both_sides else None
-        self.after_mlp = norms[3] if both_sides else None
+        norms = {name: _Norm(getattr(module, name)) for name in NORMS if hasattr(module, name)}
+        # Gemma 3 also norms what attention and MLP give, and OLMo 2 only that; then the names mean other places.
+        inner = "post_feedforward_layernorm" in norms
+        self.before_attention = norms.get("input_layernorm")
+        self.after_attention = norms["post_attention_layernorm"] if inner else None
+        self.before_mlp = norms.get("pre_feedforward_layernorm" if inner else "post_attention_layernorm")
+        self.after_mlp = norms.get("post_feedforward_layernorm")
         self.norms_of_heads = [_Norm(getattr(attention, name)) for name in NORMS_OF_HEADS if hasattr(attention, name)]
         self.multiplier = getattr(module, "residual_multiplier", 1)  # Granite's
         self.groups = self.qkv.layers[1].out_features // attention.head_dim
@@ -530,7 +531,7 @@ class _Layer:
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the next hidden states of all tokens (N, C), or of the wanted ones: others are only attended to."""
-        heads = self.qkv(self.before_attention(x, self.qkv.room))
+        heads = self.qkv(self._before(self.before_attention, x, self.qkv))
         if self.norms_of_heads:
             heads = self._with_normed_heads(heads)
         turned = (heads, cos, sin, self.attention.scaling, self.groups)
@@ -539,7 +540,7 @@ class _Layer:
         if wanted is not None:
             x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
         x = self._joined(x, attended, self.o, self.after_attention)
-        both = self.gate_up(self.before_mlp(x, self.gate_up.room))
+        both = self.gate_up(self._before(self.before_mlp, x, self.gate_up))
         if torch.is_grad_enabled():
             inner = Gate.apply(both, self.act, self.down.room, self.gate_up.room)
         else:
@@ -562,16 +563,20 @@ class _Layer:
             for x, of_v in ((cos, 1), (sin, 0))
         )
 
+    def _before(self, norm: _Norm | None, x: torch.Tensor, product: Any) -> torch.Tensor:
+        return norm(x, product.room) if norm else x
+
     def _joined(self, x: torch.Tensor, inner: torch.Tensor, product: Any, norm: _Norm | None) -> torch.Tensor:
         if norm:
             return x + norm(product(inner))
         return product(inner, x) if self.multiplier == 1 else torch.add(x, product(inner), alpha=self.multiplier)
 
     def _with_normed_heads(self, heads: torch.Tensor) -> torch.Tensor:
-        size = self.attention.head_dim
+        """Norm each head of queries and keys, or as OLMo 2 all heads of a token together."""
         q, k, v = heads.split([layer.out_features for layer in self.qkv.layers], 1)
         normed = [
-            norm(part.reshape(-1, size)).view_as(part) for norm, part in zip(self.norms_of_heads, (q, k), strict=True)
+            norm(part.reshape(-1, len(norm.weight))).view_as(part)
+            for norm, part in zip(self.norms_of_heads, (q, k), strict=True)
         ]
         return torch.cat([*normed, v], 1)
 
@@ -602,7 +607,8 @@ def _parts(decoder: Any) -> Iterator[tuple[Any, set[str], set[str]]]:
     yield decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set()
     norms = [decoder.norm]
     for layer in decoder.layers:
-        yield layer, {*LAYER_PARTS, *NORMS[:2]}, set(NORMS[2:])
+        behind = NORMS[3] if hasattr(layer, NORMS[3]) else NORMS[0]
+        yield layer, {*LAYER_PARTS, NORMS[1], behind}, set(NORMS)
         yield layer.self_attn, {"q_proj", "k_proj", "v_proj", "o_proj"}, set(NORMS_OF_HEADS)
         yield layer.mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"}, set()
         norms += [getattr(layer, name) for name in NORMS if hasattr(layer, name)]

@@ -26,7 +26,7 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         self.router_aux_loss_coef: Any
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
-        # TRL divides by the tokens of all accumulated batches itself, whatever a model's own loss can. Gemma 4's cannot.
+        # TRL's own loss divides by the tokens of all accumulated batches. Gemma 4 says that it cannot, and means its own.
         self.model_accepts_loss_kwargs = True
 
     def row_length(self, row: dict[str, Any]) -> int:

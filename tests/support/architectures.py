@@ -53,6 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("gpt2", {}),
     "GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.25}),
     "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", HYBRID),
     "Granite": ("granite", {
         "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125,
     }),
