@@ -132,6 +132,11 @@ def _only_read(model: Any) -> set[str]:
 
 def _lost_when_loaded(model: Any, paths: Iterable[str]) -> set[str]:
     """Return the modules whose adapters would not be found again: some families' checkpoints are renamed by loose patterns."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return set()  # without PEFT, which loads for seconds
+
     import torch
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
