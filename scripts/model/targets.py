@@ -67,7 +67,7 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
             if path not in silent
         ]
         names = _last_parts(wanted)
-        left_out = _last_parts(set(linear) - set(wanted))
+        left_out = [f"some {name}" if name in names else name for name in _last_parts(set(linear) - set(wanted))]
         if not names:
             raise UserError("lora.target_modules: auto found no linear layer in this architecture; name the modules.")
     else:

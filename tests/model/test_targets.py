@@ -182,7 +182,9 @@ def test_what_would_be_lost_when_the_adapter_is_loaded_again_gets_none(tmp_path:
     """Laguna's checkpoints are renamed by a pattern that takes its shared experts for those of another layout."""
     folder = save_family(tmp_path / "base", "Laguna")
 
-    assert not [path for path in targets_of_folder(folder, "auto").modules if "shared_experts" in path]
+    targets = targets_of_folder(folder, "auto")
+    assert not [path for path in targets.modules if "shared_experts" in path]
+    assert str(targets).endswith("also untouched: some down_proj, some gate_proj, some up_proj"), "layer 0 is dense"
     with pytest.raises(UserError, match=r"lora.target_modules: down_proj, gate_proj: .* lose them"):
         targets_of_folder(folder, ["q_proj", "gate_proj", "down_proj"])
 
