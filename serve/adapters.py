@@ -117,9 +117,12 @@ def cannot_serve(network: Any, source: str, reason: str) -> UserError:
 
 def _shape_of(network: Any, source: str) -> ModelShape:
     try:
-        return ModelShape.of(network.config)
-    except (AttributeError, TypeError) as error:  # a network of another kind, as BLT
+        shape = ModelShape.of(network.config)
+    except AttributeError as error:  # a network of another kind, as BLT
         raise cannot_serve(network, source, " ".join(str(error).split())) from None
+    if not shape.heads:
+        raise cannot_serve(network, source, "it has no attention")
+    return shape
 
 
 def find_default(config: Config) -> tuple[Path | None, str | None]:

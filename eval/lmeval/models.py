@@ -23,7 +23,7 @@ from scripts.dataset.records import with_system_prompt
 from scripts.dataset.rendering import render_prompt
 from scripts.model.adapter import check_adapter_fits, largest_logit_change, load_adapter, switched_to
 from scripts.model.base import load_base
-from scripts.model.batch import left_padded_batch
+from scripts.model.batch import left_padded_batch, reads_padding
 from scripts.model.forward import PaddedForward, forward_of
 from scripts.model.generation import decoding_greedily
 
@@ -253,13 +253,14 @@ def active(model: Any, candidate: Candidate) -> Iterator[None]:
 
 def wrap(model: Any, chat: ChatFormat, batch_size: int, ids: Ids | None) -> HFLM:
     """Hand a loaded model to lm-eval."""
+    size = 1 if reads_padding(model) else batch_size
     library = logging.getLogger("lm_eval.models.huggingface")
     library.setLevel(
         logging.ERROR
     )  # it warns that a loaded model is not a path; its later warnings, about cut texts, matter
     try:
         if ids is not None:
-            return RenderedLM(pretrained=model, chat=chat, batch_size=batch_size, ids=ids)
-        return SharedContextLM(pretrained=model, chat=chat, batch_size=batch_size)
+            return RenderedLM(pretrained=model, chat=chat, batch_size=size, ids=ids)
+        return SharedContextLM(pretrained=model, chat=chat, batch_size=size)
     finally:
         library.setLevel(logging.NOTSET)

@@ -118,6 +118,8 @@ def _set_for_training(model: Any) -> None:
     text = model.config.get_text_config(decoder=True)
     if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
         text.num_experts = text.num_local_experts  # TRL knows no other name; Granite's and Phi's mixtures only this one
+    if cap := getattr(text, "logits_soft_cap", None) or getattr(text, "output_logit_soft_cap", None):
+        text.final_logit_softcapping = cap  # TRL's head knows Gemma's name, and not those of RecurrentGemma and xLSTM
     if hasattr(text, "router_aux_loss_coef") and not _has_router(model):
         text.router_aux_loss_coef = 0.0  # else TRL asks for router logits; small Granite 4 models have none
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from scripts.model.batch import left_padded_batch
+from scripts.model.batch import left_padded_batch, reads_padding
 
 
 class Decoding(Protocol):
@@ -56,6 +56,8 @@ class PaddedForward:
 
     def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits at some places of each row, (n, V)."""
+        if len(rows) > 1 and reads_padding(self.model):
+            return torch.cat([self.logits([row], [wanted]) for row, wanted in zip(rows, places, strict=True)])
         input_ids, attention_mask = left_padded_batch(rows, self.pad_token_id)
         device = next(self.model.parameters()).device
         width = input_ids.shape[1]

@@ -14,7 +14,7 @@ import torch
 
 from scripts.dataset.chat_format import stop_token_ids
 from scripts.dataset.rendering import Rendered
-from scripts.model.batch import left_padded_batch
+from scripts.model.batch import left_padded_batch, reads_padding
 from scripts.model.forward import Decoding, forward_of
 from scripts.model.scoring import AnswerScore, places_of_logits, score_answers, scores_of
 from scripts.model.shape import positions_of
@@ -249,6 +249,7 @@ def _answer_with_library(
 ) -> Iterator[_Row]:  # fmt: skip
     """Yield rows batch by batch, as `generate` ends them."""
     device, positions = next(model.parameters()).device, positions_of(model)
+    batch_size = 1 if reads_padding(model) else batch_size
     with decoding_greedily(model, tokenizer):
         while waiting:
             batch = [waiting.popleft() for _ in range(min(len(waiting), batch_size))]

@@ -42,7 +42,7 @@ class ModelShape:
         text = config.get_text_config(decoder=True)
         every = list(text.per_layer_config)  # Gemma 4's layers differ
         layers, hidden = text.num_hidden_layers, text.hidden_size
-        heads = _largest(every, "num_attention_heads") or 1  # Mamba has none
+        heads = _largest(every, "num_attention_heads") or 0  # Mamba has none
         local = getattr(text, "attention_layers", None)  # gpt_neo's
         window = _largest(every, "sliding_window")
         kinds = (
@@ -59,7 +59,7 @@ class ModelShape:
             intermediate=_largest(every, "intermediate_size") or getattr(text, "n_inner", None) or 4 * hidden,
             heads=heads,
             kv_heads=_largest(every, "num_key_value_heads") or heads,
-            head_dim=_largest(every, "head_dim") or hidden // heads,
+            head_dim=_largest(every, "head_dim") or hidden // max(heads, 1),
             vocab=text.vocab_size,
             positions=getattr(text, "max_position_embeddings", None),
             windows=tuple(getattr(layer, sizes.get(kind, ""), None) for layer, kind in zip(every, kinds, strict=True)),

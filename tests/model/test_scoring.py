@@ -11,8 +11,10 @@ import torch
 from scripts.common.machine import Machine
 from scripts.common.schema import Config
 from scripts.dataset.rendering import IGNORED, Rendered
-from scripts.model.base import load_base
+from scripts.model.base import load_base, load_tokenizer
+from scripts.model.generation import generate_answers
 from scripts.model.scoring import AnswerScore, mean_loss, score_answers
+from tests.support.architectures import save_family
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
@@ -54,6 +56,20 @@ def test_scores_equal_a_hand_loop_at_any_batch_size(model, batch_size: int) -> N
     wanted = [by_hand(model, row) for row in ROWS]
     assert [score.tokens for score in scores] == [score.tokens for score in wanted]
     assert [score.logps for score in scores] == pytest.approx([score.logps for score in wanted], abs=2e-4)
+
+
+@pytest.mark.parametrize("family", ["Qwen3.5", "Falcon-H1", "LFM2", "RecurrentGemma", "RWKV"])
+def test_padding_leaves_no_trace_in_a_model_that_keeps_a_state(tmp_path: Path, family: str) -> None:
+    """The first three mask what enters the state; the others read padding as any token, and so get none."""
+    folder = save_family(tmp_path / "model", family)
+    model, tokenizer = load_base(folder, Config(), Machine("cpu", torch.float32, 1, 1, ())), load_tokenizer(folder)
+
+    scores = score_answers(model, ROWS, pad_token_id=0, batch_size=4)
+    together = generate_answers(model, tokenizer, [row.input_ids for row in ROWS], 8, batch_size=4)
+
+    assert [score.logps for score in scores] == pytest.approx([by_hand(model, row).logps for row in ROWS], rel=1e-5)
+    alone = [generate_answers(model, tokenizer, [row.input_ids], 8)[0] for row in ROWS]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
 
 
 def test_scores_come_in_the_order_given(model) -> None:

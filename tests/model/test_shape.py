@@ -145,4 +145,4 @@ def test_sizes_are_the_largest_and_windows_those_of_each_layer_where_layers_diff
 def test_layers_without_attention_have_a_shape() -> None:
     shape = ModelShape.of(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2))
 
-    assert (shape.layers, shape.hidden, shape.windows) == (2, 32, (None, None))
+    assert (shape.layers, shape.hidden, shape.heads, shape.windows) == (2, 32, 0, (None, None))

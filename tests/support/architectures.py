@@ -92,6 +92,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "shared_intermediate_size": 64, "position_embedding_type": "rope",
     }),
     "Falcon-H1": ("falcon_h1", MAMBA),
+    "RecurrentGemma": ("recurrent_gemma", {
+        "num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 16,
+        "lru_width": 32, "logits_soft_cap": 3.0,
+    }),
+    "RWKV": ("rwkv", {}),
     "Laguna": ("laguna", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
     "GLM-4 MoE": ("glm4_moe", {
         "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
