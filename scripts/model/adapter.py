@@ -175,7 +175,8 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False, na
     ]
     if lost:
         raise UserError(
-            f"{adapter}: PEFT loads {len(lost)} of its tensors as others, the first is {lost[0]}. Train others."
+            f"{adapter}: PEFT loads {len(lost)} of its tensors as others, the first is {lost[0]}. "
+            "Train an adapter on other modules."
         )
     return wrapped
 

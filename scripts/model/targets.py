@@ -75,7 +75,7 @@ def choose_targets(model: Any, target_modules: str | list[str]) -> Targets:
         wanted = _named_modules(model, names, experts)
         if read := _last_parts(set(wanted) & _only_read(model)):
             raise _cannot_adapt(
-                model, read, "these weights are read and their layers never called, so it would be silent"
+                model, read, "these weights are read and their layers never called, so an adapter would be silent"
             )
         if lost := _last_parts(_lost_when_loaded(model, wanted)):
             raise _cannot_adapt(model, lost, "they are renamed when an adapter is loaded again, which would lose them")

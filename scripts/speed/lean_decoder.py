@@ -603,7 +603,10 @@ def other_than_family(decoder: Any) -> str | None:
 
 
 def _parts(decoder: Any) -> Iterator[tuple[Any, set[str], set[str]]]:
-    """Yield the parts of a decoder, and what each of them must and may have. Some families change from layer to layer."""
+    """Yield the parts of a decoder, and what each of them must and may have. Some families change from layer to layer.
+
+    The caller stops at a part that is wrong, so what a part must have is there once the next one is asked for.
+    """
     yield decoder, {"embed_tokens", "layers", "norm", "rotary_emb"}, set()
     norms = [decoder.norm]
     for layer in decoder.layers:

@@ -26,7 +26,7 @@ class AnswerLossTrainer(GroupedByLength, SFTTrainer):
         self.router_aux_loss_coef: Any
         with adapter_kept(kwargs["model"]):
             super().__init__(*args, **kwargs)
-        # TRL's own loss divides by the tokens of all accumulated batches. Gemma 4 says that it cannot, and means its own.
+        # Some models say that their own loss takes no number of tokens (Gemma 4). TRL's loss is another one, and takes it.
         self.model_accepts_loss_kwargs = True
 
     def row_length(self, row: dict[str, Any]) -> int:
